@@ -1,0 +1,55 @@
+"""Instants: aware UTC datetimes of whole microseconds, and the integers that stand for them.
+
+Nothing here reads a clock but ``utcnow``; what decides is the storage's clock, never this one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from datetime import UTC, datetime, timedelta
+
+__all__ = ["EPOCH", "ensure_utc", "from_micros", "to_micros", "utcnow"]
+
+#: 1970-01-01T00:00:00Z, the zero of ``to_micros``.
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def utcnow() -> datetime:
+    """This machine's idea of now, as an aware UTC datetime."""
+    return datetime.now(UTC)
+
+
+def to_micros(instant: datetime) -> int:
+    """Microseconds since ``EPOCH``, exact; negative before it.
+
+    Raises:
+        ValueError: the datetime is naive.
+    """
+    if instant.tzinfo is None:
+        raise ValueError(
+            f"a naive datetime names no instant: value={instant!r}; give it a timezone, for "
+            "example datetime.now(timezone.utc)"
+        )
+    gap = instant - EPOCH
+    # Not gap.total_seconds(): a float of 1.7e9 s is only exact to a quarter of a microsecond.
+    return (gap.days * 86_400 + gap.seconds) * 1_000_000 + gap.microseconds
+
+
+def from_micros(micros: int) -> datetime:
+    """The aware UTC datetime that ``to_micros`` turns into ``micros``."""
+    return EPOCH + timedelta(microseconds=micros)
+
+
+def ensure_utc(instant: datetime, *, stacklevel: int = 2) -> datetime:
+    """The same instant in UTC. A naive datetime is taken as UTC, with a warning."""
+    if instant.tzinfo is UTC:
+        return instant
+    if instant.tzinfo is None:
+        warnings.warn(
+            f"the naive datetime {instant.isoformat(sep=' ')} is taken as UTC; give it a "
+            "timezone, for example datetime(..., tzinfo=timezone.utc)",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+        return instant.replace(tzinfo=UTC)
+    return instant.astimezone(UTC)

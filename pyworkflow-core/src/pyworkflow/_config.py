@@ -1,0 +1,372 @@
+"""Settings: ``configure(x=)``, then ``PYWORKFLOW_X``, then ``[tool.pyworkflow]``, then the default.
+
+Nothing is read before first use; from then on the settings of a process stand. What a URL means is
+for ``_plugins.py`` and the plugins; making objects from settings is for the client and the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pyworkflow._urls import parse_url, redact_url, resolve_url
+from pyworkflow.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pyworkflow.spi import Executor, StorageBackend
+
+__all__ = ["Settings", "check_namespace", "configure", "settings"]
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?", re.IGNORECASE)
+_UNITS = {"": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+
+
+def _default_threads() -> int:
+    return min(32, (os.cpu_count() or 1) + 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The parsed settings of this process."""
+
+    storage: str | StorageBackend = field(default="file:.pyworkflow", repr=False)
+    """URL with an absolute path, or the object that ``configure`` was given."""
+    executor: str | Executor = field(default="local://", repr=False)
+    """URL, or the object that ``configure`` was given."""
+    namespace: str = "default"
+    modules: tuple[str, ...] = ()
+    """Modules that define workflows; workers import them."""
+    disable_plugins: tuple[str, ...] = ()
+    """Names of plugins, or of their distributions, that are not loaded."""
+    broker_url: str = field(default="redis://localhost:6379/0", repr=False)
+    lease: timedelta = timedelta(seconds=60)
+    """How long a claim holds without renewal."""
+    renew_every: timedelta = timedelta(seconds=20)
+    """A third of ``lease`` when only that is set. Shorter than ``lease``."""
+    mute: timedelta = timedelta(seconds=30)
+    """How long a sweep keeps quiet about an item that was rung for."""
+    max_payload: int = 2 * 1024 * 1024
+    """Bytes of one encoded value."""
+    max_history: int = 51_200
+    """Events; a longer run fails."""
+    concurrency: int = 100
+    """Async steps that run at once in a worker process."""
+    threads: int = field(default_factory=_default_threads)
+    """Sync steps that run at once: ``concurrency`` when that is set. No setting of its own."""
+    sessions: int = 10_000
+    """Coroutines kept between turns."""
+    key_retention: timedelta = timedelta(days=30)
+    """How long the idempotency key of a purged run stays taken."""
+
+
+def configure(
+    *,
+    storage: str | StorageBackend | None = None,
+    executor: str | Executor | None = None,
+    namespace: str | None = None,
+    modules: Sequence[str] | None = None,
+    **settings: object,
+) -> None:
+    """Set settings of this process, before their first use. None leaves a setting alone.
+
+    Calls before the first use add up; the later value wins. A relative path is relative to the
+    current directory of this call.
+
+    Raises:
+        ConfigurationError: An unknown setting, a value of the wrong form (nothing is set then), or
+            a value other than the one already in use.
+    """
+    given: dict[str, object] = {
+        "storage": storage,
+        "executor": executor,
+        "namespace": namespace,
+        "modules": modules,
+        **settings,
+    }
+    parsed = {
+        name: _parse(name, value, f"configure({name}=...)", _working_directory)
+        for name, value in given.items()
+        if value is not None or name not in _PARSERS
+    }
+    with _state.lock:
+        current = _state.settings
+        if current is not None:
+            for name, value in parsed.items():
+                standing: object = getattr(current, name)
+                if standing is not value and standing != value:
+                    raise ConfigurationError(
+                        f"the settings are already in use: setting={name} "
+                        f"standing={_shown(name, standing)} asked={_shown(name, value)}; "
+                        "call configure() before the first start, run, Client or worker"
+                    )
+            return
+        candidate = {**_state.configured, **parsed}
+        _check_together(candidate)
+        _state.configured = candidate
+
+
+def settings() -> Settings:
+    """The settings of this process, read at the first call and the same ever after.
+
+    Raises:
+        ConfigurationError: A value of the wrong form, naming the setting and where it was found;
+            an unknown setting in ``[tool.pyworkflow]``; an unreadable ``pyproject.toml``. The next
+            call reads again.
+    """
+    current = _state.settings
+    if current is not None:
+        return current
+    with _state.lock:
+        if _state.settings is None:
+            _state.settings = _read(_state.configured, os.environ)
+        return _state.settings
+
+
+def check_namespace(value: object, source: str = "namespace") -> str:
+    """The namespace, when it is one that every backend can hold.
+
+    Raises:
+        ConfigurationError: Other characters, or a wrong length.
+    """
+    if isinstance(value, str) and _NAMESPACE.fullmatch(value):
+        return value
+    raise _bad("namespace", value, source, "1 to 64 letters, digits, '.', '_', '-', no '.' first")
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+class _State:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.configured: dict[str, object] = {}
+        self.settings: Settings | None = None
+
+
+_state = _State()
+
+
+def _reset_for_tests() -> None:  # pyright: ignore[reportUnusedFunction] - by tests
+    with _state.lock:
+        _state.configured = {}
+        _state.settings = None
+
+
+def _read(configured: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+    values: dict[str, object] = {}
+    path, table = _project_table()
+    if path is not None:
+        unknown = [name for name in table if name not in _PARSERS]
+        if unknown:
+            raise _unknown(unknown[0], f"[tool.pyworkflow] of {path}")
+        folder = path.parent
+        for name, value in table.items():
+            source = f"{name} in [tool.pyworkflow] of {path}"
+            values[name] = _parse(name, value, source, lambda: folder)
+    if "broker_url" not in values and environ.get("CELERY_BROKER_URL"):
+        values["broker_url"] = _parse(
+            "broker_url", environ["CELERY_BROKER_URL"], "CELERY_BROKER_URL", _working_directory
+        )
+    for variable, value in environ.items():
+        if not variable.startswith("PYWORKFLOW_"):
+            continue
+        name = variable.removeprefix("PYWORKFLOW_").lower()
+        if name in _PARSERS:
+            values[name] = _parse(name, value, variable, _working_directory)
+        elif _close(name, cutoff=0.85):
+            # Other tools may own variables with this prefix; a misspelt setting is no such thing,
+            # and overlooking it could mean another store.
+            raise _unknown(name, f"the environment ({variable})")
+    values.update(configured)
+    if "storage" not in values:
+        values["storage"] = _parse("storage", "file:.pyworkflow", "the default", _working_directory)
+    _check_together(values)
+    if "lease" in values and "renew_every" not in values:
+        values["renew_every"] = cast("timedelta", values["lease"]) / 3
+    if "concurrency" in values:
+        values["threads"] = values["concurrency"]
+    # Each value came from the parser of its field.
+    return Settings(**values)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def _project_table() -> tuple[Path | None, Mapping[str, object]]:
+    """``[tool.pyworkflow]`` of the nearest ``pyproject.toml`` upwards, and that file."""
+    try:
+        here = Path.cwd()
+    except OSError:
+        return None, {}  # the current directory was removed: no project to look in
+    for folder in (here, *here.parents):
+        path = folder / "pyproject.toml"
+        if not path.is_file():
+            continue
+        import tomllib
+
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"the project file cannot be read: file={path}: {error}; repair it"
+            ) from error
+        tool = cast("Mapping[str, object]", document.get("tool", {}))
+        table = tool.get("pyworkflow", {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"[tool.pyworkflow] is not a table: file={path}; make it one")
+        return path, cast("dict[str, object]", table)
+    return None, {}
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigurationError(
+            "the current directory does not exist any more, and the storage path is relative; "
+            "give an absolute one: file:///DIRECTORY"
+        ) from error
+
+
+def _check_together(values: Mapping[str, object]) -> None:
+    lease, renew = values.get("lease"), values.get("renew_every")
+    if renew is None:
+        return
+    bound = lease if lease is not None else timedelta(seconds=60)
+    if cast("timedelta", renew) >= cast("timedelta", bound):
+        raise ConfigurationError(
+            f"a lease ends before it is renewed: renew_every={renew} lease={bound}; "
+            "set renew_every to a third of lease"
+        )
+
+
+# --- parsing ----------------------------------------------------------------------------------
+
+
+def _parse(name: str, value: object, source: str, base: Callable[[], Path]) -> object:
+    if name not in _PARSERS:
+        raise _unknown(name, "configure()")
+    if isinstance(value, str) and not value.strip() and name not in {"modules", "disable_plugins"}:
+        raise ConfigurationError(
+            f"a setting is empty: setting={name} source={source}; give a value or remove it"
+        )
+    return _PARSERS[name](name, value, source, base)
+
+
+def _url(name: str, value: object, source: str, base: Callable[[], Path]) -> object:
+    if not isinstance(value, str):
+        methods = {"storage": "commit", "executor": "ring"}
+        if name in methods and callable(getattr(value, methods[name], None)):
+            return value
+        raise _bad(name, value, source, f"a URL, or an object that is a {name} backend")
+    try:
+        parse_url(value, "executor" if name == "executor" else "storage")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} (setting={name} source={source})") from error
+    if name == "storage" and resolve_url(value, Path("/")) != value:
+        return resolve_url(value, base())
+    return value
+
+
+def _broker(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value):
+        return value
+    raise _bad(name, value, source, "a URL like redis://HOST:6379/0")
+
+
+def _name(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    del name
+    return check_namespace(value, source)
+
+
+def _list(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    given = value  # the type checkers narrow `value` to lists of unknown things
+    names = tuple(cast("Sequence[object]", value)) if isinstance(value, list | tuple) else (None,)
+    if not all(isinstance(part, str) and part.strip() for part in names):
+        raise _bad(name, given, source, "names, as a list or separated by commas")
+    return names
+
+
+def _duration(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    from pyworkflow._duration import parse_duration
+
+    form = "a duration like '60s', '1h30m', seconds, or a timedelta, above zero"
+    if isinstance(value, bool) or not isinstance(value, str | int | float | timedelta):
+        raise _bad(name, value, source, form)
+    try:
+        parsed = parse_duration(value)
+    except (ValueError, OverflowError) as error:
+        raise _bad(name, value, source, form) from error
+    if parsed <= timedelta(0) and name != "key_retention":
+        raise _bad(name, value, source, form)
+    return parsed
+
+
+def _count(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    if isinstance(value, str) and re.fullmatch(r"[0-9][0-9_]{0,17}", value.strip()):
+        value = int(value.strip().replace("_", ""))
+    least = 0 if name == "sessions" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _bad(name, value, source, f"a whole number, at least {least}")
+    return value
+
+
+def _bytes(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip().replace("_", ""))
+        if match is not None and len(match[1]) < 19:
+            value = int(match[1]) * _UNITS[(match[2] or "").lower()]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _bad(name, value, source, "a number of bytes above zero, or text like '2 MiB'")
+    return value
+
+
+_PARSERS: Mapping[str, Callable[[str, object, str, Callable[[], Path]], object]] = {
+    "storage": _url,
+    "executor": _url,
+    "namespace": _name,
+    "modules": _list,
+    "disable_plugins": _list,
+    "broker_url": _broker,
+    "lease": _duration,
+    "renew_every": _duration,
+    "mute": _duration,
+    "max_payload": _bytes,
+    "max_history": _count,
+    "concurrency": _count,
+    "sessions": _count,
+    "key_retention": _duration,
+}
+assert set(_PARSERS) | {"threads"} == {f.name for f in fields(Settings)}
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, str) and (name.endswith("_url") or name in {"storage", "executor"}):
+        return repr(redact_url(value))
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _bad(name: str, value: object, source: str, form: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"a setting has a wrong value: setting={name} value={_shown(name, value)} "
+        f"source={source}; it must be {form}"
+    )
+
+
+def _close(name: str, *, cutoff: float = 0.6) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, _PARSERS, n=3, cutoff=cutoff)
+
+
+def _unknown(name: str, where: str) -> ConfigurationError:
+    close = _close(name)
+    remedy = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(_PARSERS)}"
+    return ConfigurationError(f"there is no such setting: setting={name} in {where}; {remedy}")

@@ -1,0 +1,565 @@
+"""``@workflow`` and ``@step``: definitions, their signatures, and the registry of names."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, TypeVar, overload
+from weakref import WeakValueDictionary
+
+from pyworkflow._duration import parse_duration
+from pyworkflow._replay.context import current_run
+from pyworkflow._retry import RetryPolicy
+from pyworkflow._serialization import (
+    adapter_for,
+    decode,
+    decode_arguments,
+    encode,
+    encode_arguments,
+    register_portable,
+)
+from pyworkflow.errors import (
+    ArgumentError,
+    DefinitionError,
+    DuplicateName,
+    WorkflowContextError,
+)
+
+if TYPE_CHECKING:
+    from pyworkflow._client import Starter
+
+__all__ = ["BoundWorkflow", "RunOptions", "Step", "Workflow", "step", "workflow"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+D = str | int | float | timedelta
+
+_RESERVED = ("idempotency_key", "storage", "wait", "timeout")
+
+
+class RunOptions:
+    """What ``Workflow.options`` sets for one start; None leaves the definition's value."""
+
+    __slots__ = (
+        "attributes", "idempotency_key", "max_duration", "priority", "queue", "run_id", "tags",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        run_id: str | None = None,
+        idempotency_key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+        attributes: Mapping[str, Any] | None = None,
+        max_duration: D | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self.idempotency_key = idempotency_key
+        self.queue = queue
+        self.priority = priority
+        self.tags = tuple(tags)
+        self.attributes = dict(attributes or {})
+        self.max_duration = None if max_duration is None else parse_duration(max_duration)
+
+
+class _Signature:
+    """Parameters of a definition and their annotations, looked at when first needed."""
+
+    def __init__(self, fn: Callable[..., object]) -> None:
+        self._fn = fn
+        self.signature = inspect.signature(fn)
+        parameters = self.signature.parameters.values()
+        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        simple = all(p.kind in plain for p in parameters)
+        # The number of positional arguments that certainly fit, for a check without ``bind``.
+        self.exact = len(self.signature.parameters) if simple else -1
+
+    @functools.cached_property
+    def hints(self) -> dict[str, Any]:
+        """Annotations that resolve; one that does not is as good as none."""
+        try:
+            return typing.get_type_hints(self._fn, include_extras=True)
+        except Exception:  # noqa: BLE001 - a name that only a type checker sees
+            found: dict[str, Any] = {}
+            for name, hint in inspect.get_annotations(self._fn).items():
+                holder = types.SimpleNamespace(__annotations__={name: hint})
+                names = getattr(self._fn, "__globals__", {})
+                try:
+                    found |= typing.get_type_hints(holder, names, include_extras=True)
+                except Exception:  # noqa: BLE001, S112 - as above
+                    continue
+            return found
+
+    def check(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """``TypeError`` when the arguments do not fit the parameters."""
+        if kwargs or len(args) != self.exact:
+            self.signature.bind(*args, **kwargs)
+
+    def validate(
+        self, what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The arguments as the annotations want them. ``ArgumentError``."""
+        from pydantic import ValidationError
+
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise ArgumentError(
+                f"the arguments do not fit {what}{self.signature}: {exc}; nothing was started"
+            ) from exc
+        problems: list[str] = []
+        cause: ValidationError | None = None
+        for name, value in bound.arguments.items():
+            adapter = adapter_for(self.hints.get(name))
+            if adapter is None:
+                continue
+            kind = self.signature.parameters[name].kind
+            try:
+                if kind is inspect.Parameter.VAR_POSITIONAL:
+                    value = tuple(adapter.validate_python(v) for v in value)
+                elif kind is inspect.Parameter.VAR_KEYWORD:
+                    value = {k: adapter.validate_python(v) for k, v in value.items()}
+                else:
+                    value = adapter.validate_python(value)
+            except ValidationError as exc:
+                cause = exc
+                for error in exc.errors(include_url=False):
+                    place = "".join(f"[{part!r}]" for part in error["loc"])
+                    problems.append(f"{name}{place}: {error['msg']} (got {error['input']!r:.100})")
+            else:
+                bound.arguments[name] = value
+        if problems:
+            raise ArgumentError(
+                f"wrong arguments for {what}: {'; '.join(problems)}; nothing was started"
+            ) from cause
+        return bound.args, bound.kwargs
+
+    @functools.cached_property
+    def result(self) -> Any:
+        """The adapter of the return annotation, or None."""
+        return adapter_for(self.hints.get("return"))
+
+
+class Step(Generic[P, R]):
+    """A unit of work with side effects; made by ``@step``.
+
+    In a workflow, awaiting a call is durable: the body runs, with retries, until its result is
+    recorded, and never again after that. Outside of a run, and inside another step, the body just
+    runs: no retry, no timeout, no record.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[P, Awaitable[R]] | Callable[P, R],
+        *,
+        name: str | None = None,
+        max_retries: int | None = None,
+        retry_delay: Literal["fixed", "exponential"] | D = "fixed",
+        timeout: D | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        dispatch: Literal["auto", "queue"] = "auto",
+        semantics: Literal["at_least_once", "at_most_once"] = "at_least_once",
+        hard_timeout: bool = False,
+    ) -> None:
+        _check_function("step", fn)
+        if semantics not in ("at_least_once", "at_most_once"):
+            raise DefinitionError(
+                f"semantics={semantics!r} is neither 'at_least_once' nor 'at_most_once'"
+            )
+        if dispatch not in ("auto", "queue"):
+            raise DefinitionError(f"dispatch={dispatch!r} is neither 'auto' nor 'queue'")
+        if max_retries is None:
+            max_retries = 0 if semantics == "at_most_once" else 3
+        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+            raise DefinitionError(f"max_retries={max_retries!r} is not a number of tries >= 0")
+        if semantics == "at_most_once" and max_retries:
+            raise DefinitionError(
+                f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
+            )
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.name = name or fn.__name__
+        self.policy = RetryPolicy(max_retries, _delay(retry_delay))
+        self.timeout = None if timeout is None else _duration("timeout", timeout)
+        self.queue = queue
+        self.priority = priority
+        self.dispatch = dispatch
+        self.semantics = semantics
+        self.hard_timeout = hard_timeout
+        self.is_async = inspect.iscoroutinefunction(fn)
+        self._signature = _Signature(fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        self._signature.check(args, kwargs)
+        if current_run() is not None:
+            return self._durable(args, kwargs)
+        return self._plain(args, kwargs)
+
+    async def _durable(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> R:
+        run = current_run()
+        if run is None:
+            raise WorkflowContextError(
+                f"step {self.name!r} was called in a workflow and awaited outside of it; "
+                "await it where it is called"
+            )
+        op = run.start_step(self, args, kwargs)
+        future = run.ops[op].future
+        assert future is not None
+        try:
+            result: R = await future
+        except asyncio.CancelledError:
+            run.cancel_step(op)
+            raise
+        return result
+
+    async def _plain(self, args: Any, kwargs: Any) -> R:
+        if self.is_async:
+            return await self.fn(*args, **kwargs)  # type: ignore[no-any-return, misc]  # is_async says so
+        return self.fn(*args, **kwargs)  # type: ignore[return-value]  # not async: the value itself
+
+    # --- what replay and the engine need ------------------------------------------------------
+
+    def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+        """Arguments as payload text."""
+        return encode_arguments(args, dict(kwargs))
+
+    def encode_result(self, value: object) -> str:
+        """The result as payload text. ``SerializationError``."""
+        return encode(value, self._signature.result)
+
+    def decode_result(self, payload: str) -> object:
+        """Inverse of ``encode_result``."""
+        return decode(payload, self._signature.result)
+
+    def __repr__(self) -> str:
+        return f"<step {self.name}>"
+
+
+class Workflow(Generic[P, R]):
+    """A durable process, made by ``@workflow``; one execution of it is a run.
+
+    ``start`` begins a run and returns its id. Calling the workflow itself is refused.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[P, Awaitable[R]],
+        *,
+        name: str | None = None,
+        version: str = "1",
+        max_duration: D | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        tags: Sequence[str] = (),
+        check_args: Literal["stall", "warn"] = "stall",
+    ) -> None:
+        _check_function("workflow", fn)
+        if not inspect.iscoroutinefunction(fn):
+            kind = "an async generator" if inspect.isasyncgenfunction(fn) else "not async"
+            raise DefinitionError(
+                f"workflow {fn.__qualname__} is {kind}; write it as `async def` and put what "
+                "blocks into a step"
+            )
+        if check_args not in ("stall", "warn"):
+            raise DefinitionError(f"check_args={check_args!r} is neither 'stall' nor 'warn'")
+        functools.update_wrapper(self, fn)
+        self._signature = _Signature(fn)
+        for reserved in _RESERVED:
+            if reserved in self._signature.signature.parameters:
+                raise DefinitionError(
+                    f"workflow {fn.__qualname__} has a parameter called {reserved!r}, which "
+                    "start() and its relatives use themselves; rename it"
+                )
+        self.fn = fn
+        self.name = name or fn.__name__
+        self.version = version
+        self.max_duration = (
+            None if max_duration is None else _duration("max_duration", max_duration)
+        )
+        self.queue = queue
+        self.priority = priority
+        self.tags = tuple(tags)
+        self.check_args = check_args
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        if current_run() is not None:
+            raise WorkflowContextError(
+                f"workflow {self.name!r} was called inside a workflow: child workflows are not "
+                "there yet; call an ordinary async function, or start it from a step"
+            )
+        raise WorkflowContextError(
+            f"workflow {self.name!r} cannot be called; use start({self.name}, ...) or "
+            f"{self.name}.start(...)"
+        )
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """Begin a run; returns its id once the run is durable. As ``pyworkflow.start``."""
+        return _client().start(self, args, kwargs, RunOptions())
+
+    async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """``start`` as a coroutine."""
+        return await _client().start_async(self, args, kwargs, RunOptions())
+
+    def options(
+        self,
+        *,
+        run_id: str | None = None,
+        idempotency_key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+        attributes: Mapping[str, Any] | None = None,
+        max_duration: D | None = None,
+    ) -> BoundWorkflow[P, R]:
+        """This workflow with settings for one start."""
+        return BoundWorkflow(
+            self,
+            RunOptions(
+                run_id=run_id,
+                idempotency_key=idempotency_key,
+                queue=queue,
+                priority=priority,
+                tags=tags,
+                attributes=attributes,
+                max_duration=max_duration,
+            ),
+        )
+
+    # --- what replay and the engine need ------------------------------------------------------
+
+    def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+        """Arguments, validated against the annotations, as payload text. ``ArgumentError``."""
+        valid_args, valid_kwargs = self._signature.validate(f"workflow {self.name}", args, kwargs)
+        return encode_arguments(valid_args, valid_kwargs)
+
+    def call(self, args: str) -> Coroutine[Any, Any, object]:
+        """The coroutine for stored arguments."""
+        positional, named = decode_arguments(args)
+        return self.fn(*positional, **named)  # type: ignore[call-arg, return-value]  # validated at start
+
+    def encode_result(self, value: object) -> str:
+        """The result as payload text. ``SerializationError``."""
+        return encode(value, self._signature.result)
+
+    def decode_result(self, payload: str) -> object:
+        """Inverse of ``encode_result``."""
+        return decode(payload, self._signature.result)
+
+    def argument_names(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
+        """Arguments by the names of their parameters, for messages."""
+        return dict(self._signature.signature.bind(*args, **kwargs).arguments)
+
+    def __repr__(self) -> str:
+        return f"<workflow {self.name}>"
+
+
+class BoundWorkflow(Generic[P, R]):
+    """A workflow with options for one start; made by ``Workflow.options``."""
+
+    def __init__(self, workflow: Workflow[P, R], options: RunOptions) -> None:
+        self.workflow = workflow
+        self.options = options
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """As ``Workflow.start``, with the options."""
+        return _client().start(self.workflow, args, kwargs, self.options)
+
+    async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """``start`` as a coroutine."""
+        return await _client().start_async(self.workflow, args, kwargs, self.options)
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Start, wait for the end, and return the result."""
+        result: R = _client().run(self.workflow, args, kwargs, self.options)
+        return result
+
+
+@overload
+def workflow(fn: Callable[P, Awaitable[R]], /) -> Workflow[P, R]: ...
+@overload
+def workflow(
+    *,
+    name: str | None = None,
+    version: str = "1",
+    max_duration: D | None = None,
+    queue: str | None = None,
+    priority: int = 0,
+    tags: Sequence[str] = (),
+    check_args: Literal["stall", "warn"] = "stall",
+) -> Callable[[Callable[P, Awaitable[R]]], Workflow[P, R]]: ...
+def workflow(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+    """Define a workflow: ``@workflow`` or ``@workflow(name=…, max_duration=…, …)``.
+
+    Raises:
+        DefinitionError: not an ``async def``, a method, a lambda, a reserved parameter name.
+        DuplicateName: another function has the name.
+    """
+
+    def define(fn: Callable[..., Any]) -> Workflow[Any, Any]:
+        return _register(_workflows, _local_workflows, "workflow", Workflow(fn, **settings))
+
+    return define if fn is None else define(fn)
+
+
+@overload
+def step(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
+@overload
+def step(fn: Callable[P, R], /) -> Step[P, R]: ...
+@overload
+def step(
+    *,
+    name: str | None = None,
+    max_retries: int | None = None,
+    retry_delay: Literal["fixed", "exponential"] | D = "fixed",
+    timeout: D | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    dispatch: Literal["auto", "queue"] = "auto",
+    semantics: Literal["at_least_once", "at_most_once"] = "at_least_once",
+    hard_timeout: bool = False,
+) -> _StepDecorator: ...
+def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+    """Define a step: ``@step`` or ``@step(max_retries=…, retry_delay=…, timeout=…, …)``.
+
+    ``max_retries=n`` is at most n + 1 tries (default 3; 0 for ``at_most_once``). ``retry_delay``:
+    ``"fixed"`` waits 60 s, ``"exponential"`` 1, 2, 4, 8 … s up to 5 min, a duration waits that
+    long. ``timeout`` bounds one try.
+
+    Raises:
+        DefinitionError: a method, a lambda, or a setting that makes no sense.
+        DuplicateName: another function has the name.
+    """
+
+    def define(fn: Callable[..., Any]) -> Step[Any, Any]:
+        return _register(_steps, _local_steps, "step", Step(fn, **settings))
+
+    return define if fn is None else define(fn)
+
+
+class _StepDecorator(typing.Protocol):
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Step[P, R]: ...
+
+
+# --- registry -----------------------------------------------------------------------------------
+
+_Definition = TypeVar("_Definition", Workflow[Any, Any], Step[Any, Any])
+
+_workflows: dict[str, Workflow[Any, Any]] = {}
+_steps: dict[str, Step[Any, Any]] = {}
+# Functions defined inside others live as long as somebody keeps them, and so do their names.
+_local_workflows: WeakValueDictionary[str, Workflow[Any, Any]] = WeakValueDictionary()
+_local_steps: WeakValueDictionary[str, Step[Any, Any]] = WeakValueDictionary()
+
+
+def find_workflow(name: str) -> Workflow[Any, Any] | None:
+    """The workflow of this name that this process has defined."""
+    return _workflows.get(name) or _local_workflows.get(name)
+
+
+def find_step(name: str) -> Step[Any, Any] | None:
+    """The step of this name that this process has defined."""
+    return _steps.get(name) or _local_steps.get(name)
+
+
+def workflow_names() -> frozenset[str]:
+    """The names of all workflows that this process has defined."""
+    return frozenset(_workflows) | frozenset(_local_workflows)
+
+
+def _register(
+    named: dict[str, _Definition],
+    local: WeakValueDictionary[str, _Definition],
+    kind: str,
+    definition: _Definition,
+) -> _Definition:
+    name = definition.name
+    standing = named.get(name) or local.get(name)
+    if standing is not None and not _same_function(standing.fn, definition.fn):
+        raise DuplicateName(kind, name, _where(standing.fn), _where(definition.fn))
+    named.pop(name, None)
+    (local if "<locals>" in definition.fn.__qualname__ else named)[name] = definition
+    register_portable(definition.fn.__module__)
+    return definition
+
+
+def _same_function(a: Callable[..., object], b: Callable[..., object]) -> bool:
+    if a.__qualname__ != b.__qualname__:
+        return False
+    return a.__module__ == b.__module__ or (
+        "__main__" in (a.__module__, b.__module__) and _file(a) == _file(b)
+    )
+
+
+def _file(fn: Callable[..., object]) -> str:
+    module = sys.modules.get(fn.__module__)
+    return os.path.realpath(getattr(module, "__file__", None) or fn.__code__.co_filename)
+
+
+def _where(fn: Callable[..., object]) -> str:
+    code = fn.__code__
+    return f"{fn.__module__}:{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _check_function(kind: str, fn: Callable[..., object]) -> None:
+    if isinstance(fn, (staticmethod, classmethod)) or not inspect.isfunction(fn):
+        raise DefinitionError(
+            f"@{kind} takes a plain function, not {fn!r}; methods and callables cannot be found "
+            "again by another process: write a function at module level"
+        )
+    if fn.__name__ == "<lambda>":
+        raise DefinitionError(f"@{kind} takes a function with a name, not a lambda; use def")
+    parts = fn.__qualname__.rpartition(".")
+    if parts[1] and not parts[0].endswith("<locals>"):
+        raise DefinitionError(
+            f"@{kind} cannot be put on a method: {fn.__qualname__}; write a function at module "
+            "level and pass it the data it needs"
+        )
+    if kind == "step" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
+        raise DefinitionError(
+            f"step {fn.__qualname__} is a generator; return a list, or make each part a step"
+        )
+
+
+def _duration(setting: str, value: D) -> timedelta:
+    try:
+        return parse_duration(value)
+    except (ValueError, TypeError) as exc:
+        raise DefinitionError(f"{setting}={value!r}: {exc}") from exc
+
+
+def _delay(value: Literal["fixed", "exponential"] | D) -> Literal["fixed", "exponential"] | timedelta:
+    if value in ("fixed", "exponential"):
+        return value  # type: ignore[return-value]  # one of the two words
+    return _duration("retry_delay", value)
+
+
+# --- the way up: the client registers itself ------------------------------------------------------
+
+_starter: Starter | None = None
+
+
+def set_starter(starter: Starter) -> None:
+    """Called by ``_client.py`` on import; the only upward call goes through it."""
+    global _starter
+    _starter = starter
+
+
+def _client() -> Starter:
+    if _starter is None:
+        importlib.import_module("pyworkflow._client")
+    assert _starter is not None
+    return _starter

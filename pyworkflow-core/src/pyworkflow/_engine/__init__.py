@@ -1,0 +1,1 @@
+"""The engine: claims work, replays, runs steps, commits. The same code under every executor."""

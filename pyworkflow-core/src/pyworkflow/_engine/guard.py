@@ -1,0 +1,147 @@
+"""What keeps workflow code from holding its worker: an audit hook, and a watchdog thread.
+
+The hook refuses input, output, threads and ``time.sleep`` in workflow code at the very line; the
+watchdog interrupts code that computes for too long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from time import monotonic
+from types import FrameType
+
+from pyworkflow._replay.context import current_run
+from pyworkflow._replay.loop import WorkflowBlocked
+from pyworkflow._replay.replay import Replay
+from pyworkflow.events import Event
+
+__all__ = ["Guard", "shared_guard"]
+
+#: Audit events that workflow code may not cause. Imports open files too: they are let through.
+_REFUSED = {
+    "open": "opening a file",
+    "os.listdir": "listing a directory",
+    "os.mkdir": "making a directory",
+    "os.remove": "removing a file",
+    "os.rename": "renaming a file",
+    "os.system": "running a program",
+    "os.exec": "running a program",
+    "os.fork": "forking",
+    "os.posix_spawn": "running a program",
+    "subprocess.Popen": "running a program",
+    "socket.__new__": "opening a socket",
+    "socket.connect": "connecting a socket",
+    "socket.getaddrinfo": "looking up a host",
+    "sqlite3.connect": "opening a database",
+    "time.sleep": "time.sleep()",
+    "_thread.start_new_thread": "starting a thread",
+    "_thread.start_joinable_thread": "starting a thread",
+}
+_LIMIT = 2.0
+_POLL = 0.25
+
+# Thread id → the replay whose code that thread is running, and since when.
+_spinning: dict[int, tuple[Replay, float]] = {}
+_lock = threading.Lock()
+
+
+def _audit(event: str, args: tuple[object, ...]) -> None:
+    if event not in _REFUSED:
+        return
+    run = current_run()
+    if run is None or run.evicting or _of_the_machinery(sys._getframe(1)):
+        return
+    what = _REFUSED[event]
+    if event in ("open", "time.sleep") and args:
+        what += f" ({args[0]!r:.80})"
+    remedy = (
+        "use `await sleep(...)`" if event == "time.sleep" else "do it in a step and await the step"
+    )
+    run.refuse(f"workflow code cannot do this: {what}; {remedy}")
+
+
+def _of_the_machinery(frame: FrameType | None) -> bool:
+    """Whether the import system, logging or a traceback's printing asks, not the workflow."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(("importlib.", "_frozen_importlib", "logging", "linecache", "traceback")):
+            return True
+        if name.startswith("pyworkflow._replay"):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _audit_sleep() -> None:
+    """``time.sleep`` tells audit hooks from 3.13 on; before, a wrapper does."""
+    if sys.version_info >= (3, 13):
+        return
+    original = time.sleep
+
+    @functools.wraps(original)
+    def sleep(seconds: float, /) -> None:
+        _audit("time.sleep", (seconds,))
+        original(seconds)
+
+    time.sleep = sleep
+
+
+class Guard:
+    """Runs workflow code, watched. One per process: an audit hook cannot be taken away."""
+
+    def __init__(self, limit: float = _LIMIT) -> None:
+        self._limit = limit
+        self._thread: threading.Thread | None = None
+        sys.addaudithook(_audit)
+        _audit_sleep()
+
+    def feed(self, replay: Replay, events: Sequence[Event]) -> None:
+        """``replay.feed(events)``, interrupted when its code holds the thread for too long."""
+        thread = threading.get_ident()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._run, name="pyworkflow-watchdog", daemon=True
+            )
+            self._thread.start()
+        _spinning[thread] = (replay, monotonic())
+        try:
+            replay.feed(events)
+        except WorkflowBlocked:
+            pass  # it came between two callbacks: the replay knows
+        finally:
+            with _lock:
+                del _spinning[thread]
+                if replay.is_interrupted:
+                    # It may not have been raised yet, and must not hit the worker's own code.
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def _run(self) -> None:
+        idle = 0
+        tick = threading.Event()
+        while idle < 240:  # a minute without work ends the thread; the next feed begins another
+            tick.wait(_POLL)
+            idle += 1
+            with _lock:
+                now = monotonic()
+                for thread, (replay, since) in list(_spinning.items()):
+                    idle = 0
+                    if now - since > self._limit and replay.interrupt():
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(WorkflowBlocked)
+                        )
+
+
+_guard: Guard | None = None
+
+
+def shared_guard() -> Guard:
+    """The process's guard."""
+    global _guard
+    if _guard is None:
+        _guard = Guard()
+    return _guard

@@ -1,0 +1,54 @@
+"""Who holds a lease: the identity of a worker process, and whether that process is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import lru_cache
+from itertools import count
+
+__all__ = ["is_gone", "new_owner", "owner_of"]
+
+_numbers = count(1)
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Host and boot: process ids mean nothing beyond them."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()[:8]
+    except OSError:
+        boot = "-"
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _started(pid: int) -> str:
+    """When the process began, so that a reused id is not mistaken; ``""`` when it is not there."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def owner_of(pid: int) -> str:
+    """The part of an owner's name that stands for a process: ``host/boot/pid/start``."""
+    return f"{_machine()}/{pid}/{_started(pid) or '-'}"
+
+
+def new_owner() -> str:
+    """A name for one worker of this process."""
+    return f"{owner_of(os.getpid())}/{next(_numbers)}"
+
+
+def is_gone(owner: str) -> bool:
+    """True when ``owner`` was a process of this machine, and that process has ended."""
+    parts = owner.split("/")
+    if len(parts) != 5 or "/".join(parts[:2]) != _machine():
+        return False
+    _, boot, pid, started, _ = parts
+    if boot == "-" or started == "-" or not pid.isdigit() or not os.path.isdir("/proc/self"):
+        return False
+    return _started(int(pid)) != started

@@ -1,0 +1,107 @@
+"""Commits that wait together go together.
+
+While one batch is at the storage, the changes that come meanwhile form the next: that is all the
+batching there is. ``call_soon`` lets everything that is ready in one turn of the loop join.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from time import monotonic
+
+from pyworkflow import _plugins
+from pyworkflow._clock import to_micros
+from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
+
+__all__ = ["Pipeline", "StorageClock"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+BATCH = 500
+
+
+class StorageClock:
+    """A live turn's idea of the storage's time: the last answer, plus the time since.
+
+    Never ahead of the storage, whatever this machine's clock says.
+    """
+
+    def __init__(self) -> None:
+        self._micros = 0
+        self._at = 0.0
+
+    def update(self, now: datetime) -> None:
+        """An answer carried this ``now``."""
+        self._micros = to_micros(now)
+        self._at = monotonic()
+
+    def micros(self) -> int:
+        """µs since the epoch."""
+        return self._micros + int((monotonic() - self._at) * 1_000_000)
+
+
+class Pipeline:
+    """The way of a worker's changes to its storage."""
+
+    def __init__(self, storage: StorageBackend, clock: StorageClock, patience: float) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._patience = patience
+        """Seconds to go on trying while the storage does not answer: about a lease."""
+        self._waiting: deque[tuple[Change, asyncio.Future[Committed]]] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self.on_trouble: Callable[[StorageError], None] | None = None
+
+    async def commit(self, change: Change) -> Committed:
+        """Commit a change; raises the refusal, or ``StorageError`` when the storage gave up."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Committed] = loop.create_future()
+        self._waiting.append((change, answer))
+        if self._sender is None:
+            self._sender = loop.create_task(self._send(), name="pyworkflow-pipeline")
+        return await answer
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+                answers = await self._deliver([change for change, _ in batch])
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(answer, Committed):
+                        future.set_result(answer)
+                    else:
+                        future.set_exception(answer)
+                if answers and isinstance(answers[-1], Committed):
+                    self._clock.update(answers[-1].now)
+                # Let the sessions that were just answered send their next change along.
+                await asyncio.sleep(0)
+        finally:
+            self._sender = None
+
+    async def _deliver(self, changes: list[Change]) -> list[Answer | StorageError]:
+        """Send a batch, again while the storage is unavailable: changes carry their keys."""
+        end = monotonic() + self._patience
+        pause = 0.05
+        while True:
+            try:
+                return list(await self._storage.commit_many(changes))
+            except StorageError as exc:
+                _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
+                if self.on_trouble is not None:
+                    self.on_trouble(exc)
+                if not isinstance(exc, StorageUnavailable) or monotonic() + pause > end:
+                    _log.error("the storage failed; giving up %d changes: %s", len(changes), exc)
+                    return [exc] * len(changes)
+                _log.warning("the storage does not answer; trying again: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
+                _log.exception("the storage failed in an unexpected way")
+                return [StorageError(f"unexpected: {exc!r}")] * len(changes)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 5.0)

@@ -1,0 +1,600 @@
+"""One claimed turn of a run: replay, carry out, commit, deliver, until nothing is left to do.
+
+A session has at most one commit in flight; what ends meanwhile joins the next. ``seen`` is always
+the last input *delivered*, and a commit that carries it carries every command, marker and log that
+the inputs up to it produced. Inputs are delivered after the commit that made them durable, by seq.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from pyworkflow import _plugins
+from pyworkflow._clock import from_micros
+from pyworkflow._definitions import Step, Workflow
+from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow._failures import encode_error
+from pyworkflow._replay.commands import (
+    CancelRun,
+    CancelStep,
+    Command,
+    CompleteRun,
+    EmitLog,
+    FailRun,
+    MarkVersion,
+    RunStep,
+    StartSleep,
+)
+from pyworkflow._replay.replay import DEADLINE_OP, Replay
+from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, UnseenInput
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi.storage import (
+    TURN,
+    Change,
+    ClaimRef,
+    Committed,
+    Control,
+    ControlKind,
+    Held,
+    Put,
+    Settle,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from pyworkflow._engine.worker import Worker
+
+__all__ = ["FLUSH", "LiveRun", "Session", "end_events"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+#: Seconds after which a step that still runs in place is handed off to an item of its own.
+FLUSH = 0.1
+_COMMAND, _INPUT, _OBSERVATION = (str(k) for k in EventClass)
+_WARN_AT = 10_240
+_SLICE = 500
+
+
+class LiveRun:
+    """A coroutine that may be kept between turns."""
+
+    __slots__ = ("replay", "run_id", "warned", "workflow")
+
+    def __init__(self, workflow: Workflow[Any, Any], run_id: str, max_payload: int) -> None:
+        self.run_id = run_id
+        self.workflow = workflow
+        self.replay = Replay(workflow, run_id, max_payload=max_payload)
+        self.warned = False
+
+
+class _InPlace:
+    """A step that runs in this session, or is about to be handed off."""
+
+    __slots__ = ("end", "item", "since", "task", "what")
+
+    def __init__(self, what: StepTry) -> None:
+        self.what = what
+        self.since = monotonic()
+        self.task: asyncio.Task[None] | None = None
+        self.end: StepEnd | None = None
+        self.item: WorkItem | None = None
+        """Set once it was handed off: from then on it is a dispatched step."""
+
+
+class Session:
+    """Drives one run under the claim of its turn."""
+
+    def __init__(
+        self, worker: Worker, live: LiveRun, run: Run, item: WorkItem, *, resumed: bool
+    ) -> None:
+        self._worker = worker
+        self._live = live
+        self._replay = live.replay
+        self._run = run
+        self._queue = run.queue
+        self._hold(item)
+        # A turn that is claimed again without progress may hold a step that kills its worker:
+        # then steps get an item, and so a count of their own, before they start.
+        self._careful = item.claims > 1
+        self._events: list[Event] = []
+        self._puts: list[Put] = []
+        self._drops: list[str] = []
+        self._running: dict[str, _InPlace] = {}
+        self._handing: list[_InPlace] = []
+        self._ended: list[_InPlace] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._resumed = resumed
+        self._control: Control | None = None
+        if run.stalled is not None:
+            self._control = Control(ControlKind.UNSTALL)
+            self._events.append(Event(EventType.WORKFLOW_UNSTALLED, _OBSERVATION, {}))
+
+    def _hold(self, item: WorkItem) -> None:
+        assert item.lease is not None
+        self._ref = ClaimRef(item.run_id, item.item_id, item.lease.token)
+        self._claims = item.claims
+        self._changes = 0
+        self._worker.leases.add(self._ref)
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    async def drive(self, events: Sequence[Event], seen_seq: int) -> bool:
+        """Drive the turn to its end. True when the coroutine may be kept.
+
+        Raises the storage's refusal or ``StorageError``: the coroutine must be dropped.
+        """
+        self._replay.acknowledge(seen_seq)
+        try:
+            await self._feed(events)
+            if self._resumed:
+                data = {"worker": self._worker.owner, "cause": "claimed", "replayed": len(events)}
+                self._events.append(Event(EventType.WORKFLOW_RESUMED, _OBSERVATION, data))
+            while True:
+                done = await self._turn()
+                if done is not None:
+                    return done
+        finally:
+            self._worker.leases.discard(self._ref)
+            for place in self._running.values():
+                if place.task is not None:
+                    place.task.cancel()
+
+    async def _turn(self) -> bool | None:
+        """One round. None to go on, else whether the coroutine may be kept."""
+        replay = self._replay
+        if replay.problem is not None:
+            await self._stall(replay.problem)
+            return False
+        for warning in replay.take_warnings():
+            _log.warning("%s run_id=%s", warning, self._run.run_id)
+        self._carry_out(replay.take())
+        if replay.outcome is not None:
+            return await self._finish()
+        if self._running and not self._ended:
+            await asyncio.sleep(0)  # a short step ends here
+        due = replay.due_timers(self._worker.clock.micros())
+        late = monotonic() - FLUSH
+        overdue = [p for p in self._running.values() if p.since <= late and p.end is None]
+        owed = self._ended or due or self._puts or self._drops or self._handing or overdue
+        if self._running and not owed:
+            await self._wait()
+            return None
+        return await self._commit_round(due, overdue)
+
+    async def _wait(self) -> None:
+        """Until a step ends, a timer is due, or a step has run long enough to be handed off."""
+        loop = asyncio.get_running_loop()
+        left = min(p.since for p in self._running.values()) + FLUSH - monotonic()
+        timer = self._replay.next_timer()
+        if timer is not None:
+            left = min(left, (timer - self._worker.clock.micros()) / 1_000_000)
+        self._waiter = waiter = loop.create_future()
+        handle = loop.call_later(max(left, 0.0), self._notify)
+        try:
+            await waiter
+        finally:
+            handle.cancel()
+            self._waiter = None
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _feed(self, events: Sequence[Event]) -> None:
+        """Deliver, yielding to the worker's loop on a long history."""
+        feed = self._worker.guard.feed
+        if len(events) <= _SLICE:
+            if events:
+                feed(self._replay, events)
+            return
+        self._replay.know_markers(events)
+        for start in range(0, len(events), _SLICE):
+            feed(self._replay, events[start : start + _SLICE])
+            await asyncio.sleep(0)
+
+    # --- carrying out commands --------------------------------------------------------------------
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        if not commands:
+            return
+        steps: list[StepTry] = []
+        for command in commands:
+            match command:
+                case RunStep():
+                    steps.append(self._try_of(command))
+                case CancelStep():
+                    self._cancel_step(command)
+                case StartSleep(op, until):
+                    data = {"until": from_micros(until).isoformat()}
+                    self._events.append(Event(EventType.SLEEP_CREATED, _COMMAND, data, op))
+                case MarkVersion(id):
+                    key = f"marker:{id}"
+                    marked = Event(EventType.VERSION_MARKED, _COMMAND, {"id": id}, None, key)
+                    self._events.append(marked)
+                case EmitLog(level, message, fields):
+                    data = {"message": message, "fields": dict(fields)}
+                    self._events.append(Event(f"log.{level}", _OBSERVATION, data))
+        own = True
+        for what in steps:
+            if self._is_queued(what.step):
+                self._dispatch(what)
+            elif self._careful:
+                self._handing.append(_InPlace(what))
+            elif self._worker.spread and not own:
+                self._dispatch(what)
+            else:
+                own = False
+                self._start(what)
+
+    def _try_of(self, command: RunStep) -> StepTry:
+        step = command.step
+        assert isinstance(step, Step)
+        return StepTry(
+            run_id=self._run.run_id,
+            workflow=self._run.workflow,
+            op=command.op,
+            step=step,
+            args=command.args,
+            digest=command.digest,
+            attempt=1,
+            policy=step.policy,
+            timeout=step.timeout,
+        )
+
+    @staticmethod
+    def _is_queued(step: Step[..., Any]) -> bool:
+        return (
+            step.queue is not None
+            or step.dispatch == "queue"
+            or step.semantics == "at_most_once"
+        )
+
+    def _start(self, what: StepTry) -> None:
+        place = _InPlace(what)
+        self._running[what.op] = place
+        place.task = asyncio.get_running_loop().create_task(self._body(place))
+
+    async def _body(self, place: _InPlace) -> None:
+        place.end = end = await self._worker.runner.run(place.what)
+        if place.item is not None:
+            await self._worker.finish_step(place.what, end, place.item, started=True)
+        else:
+            self._ended.append(place)
+            self._notify()
+
+    def _cancel_step(self, command: CancelStep) -> None:
+        place = self._running.pop(command.op, None)
+        if place is not None and place.task is not None:
+            place.task.cancel()
+            self._ended = [p for p in self._ended if p is not place]
+        self._handing = [p for p in self._handing if p.what.op != command.op]
+        op = self._replay.op(command.op)
+        if op.recorded and not op.cancel_recorded:
+            data = {"name": command.name}
+            self._events.append(Event(EventType.STEP_CANCELLED, _COMMAND, data, command.op))
+            self._drops.append(f"step:{command.op}")
+
+    def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
+        """Owe a step to whoever claims it."""
+        self._events.append(scheduled_event(what))
+        self._puts.append(self._put_of(what, attempt=attempt, due_us=due_us))
+
+    def _put_of(
+        self,
+        what: StepTry,
+        *,
+        attempt: int = 1,
+        due_us: int | None = None,
+        claimed: Held | None = None,
+    ) -> Put:
+        return Put(
+            item_id=f"step:{what.op}",
+            kind=ItemKind.STEP,
+            due_at=None if due_us is None else from_micros(due_us),
+            queue=what.step.queue or self._queue,
+            priority=what.step.priority,
+            payload=what.payload(attempt),
+            rung=claimed is None and due_us is None and self._worker.rings,
+            claimed=claimed,
+        )
+
+    # --- committing -------------------------------------------------------------------------------
+
+    async def _commit_round(
+        self, due: list[tuple[str, str, int]], overdue: list[_InPlace]
+    ) -> bool | None:
+        """Record what ended and what is due, hand off what takes long, settle when idle."""
+        for place in overdue:
+            if place.what.began is None and place.task is not None:
+                # It waits for a free slot: somebody else may have one.
+                place.task.cancel()
+                del self._running[place.what.op]
+                self._dispatch(place.what)
+            else:
+                self._handing.append(place)
+        ended, self._ended = self._ended, []
+        for place in ended:
+            del self._running[place.what.op]
+            self._record_end(place)
+        now = self._worker.clock.micros()
+        for op, type, until in due:
+            data = {
+                "until": from_micros(until).isoformat(),
+                "lag": max(0, now - until) / 1_000_000,
+            }
+            if op == DEADLINE_OP:
+                data = {"deadline": data["until"]}
+            self._events.append(Event(type, _INPUT, data, op, f"timer:{op}"))
+        handing, self._handing = self._handing, []
+        held = self._worker.held()
+        for place in handing:
+            self._events.append(scheduled_event(place.what))
+            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
+            self._puts.append(self._put_of(place.what, claimed=held))
+        handed = {p.what.op for p in handing}
+        inputs = any(e.klass == _INPUT for e in self._events)
+        settle = not inputs and not (self._running.keys() - handed)
+        again: Settle | None = None
+        if settle:
+            timer = self._replay.next_timer()
+            again = Settle(again_at=None if timer is None else from_micros(timer))
+            if not handing and not self._puts:
+                self._note_suspension(timer)
+        answer, events = await self._commit(settle=again, take_turn=held if settle else None)
+        self._take_over(handing, answer)
+        turn = None
+        if settle:
+            self._worker.leases.discard(self._ref)
+            turn = next((i for i in answer.claims if i.item_id == TURN), None)
+            if turn is None:
+                # What the answer brought is for whoever claims the turn next.
+                return True
+            self._hold(turn)
+        if answer.paused and not settle:
+            await self._pause()
+            return False
+        await self._deliver(answer, events)
+        return None
+
+    def _record_end(self, place: _InPlace) -> None:
+        what, end = place.what, place.end
+        assert end is not None
+        events, retry_us = end_events(self._worker, what, end, started=False)
+        if retry_us is not None:
+            self._events.extend(events)
+            self._dispatch(what, attempt=what.attempt + 1, due_us=retry_us)
+        else:
+            self._events.extend(events)
+
+    def _note_suspension(self, timer: int | None) -> None:
+        waiting = self._replay.waiting_for()
+        if any(op.endswith(":step") for op in waiting):
+            return  # it goes on as soon as the step has ended
+        until = None if timer is None else from_micros(timer).isoformat()
+        data: dict[str, Any] = {"waiting": waiting[:20], "until": until}
+        self._events.append(Event(EventType.WORKFLOW_SUSPENDED, _OBSERVATION, data))
+
+    async def _commit(
+        self,
+        *,
+        settle: Settle | None = None,
+        take_turn: Held | None = None,
+        final: RunStatus | None = None,
+        update: Update | None = None,
+        last: Event | None = None,
+    ) -> tuple[Committed, list[Event]]:
+        """Commit what has gathered; the answer, and the events as they were sent."""
+        events = self._events if last is None else [*self._events, last]
+        self._changes += 1
+        answer = await self._worker.pipeline.commit(
+            Change(
+                run_id=self._run.run_id,
+                key=f"{self._ref.token}:{self._changes}",
+                claim=self._ref,
+                seen=self._replay.seen,
+                events=events,
+                settle=settle,
+                put=self._puts,
+                drop=self._drops,
+                take_turn=take_turn,
+                final=final,
+                update=update,
+                control=self._control,
+            )
+        )
+        puts, drops = self._puts, self._drops
+        self._events, self._puts, self._drops, self._control = [], [], [], None
+        self._replay.acknowledge(answer.seen_seq)
+        for item_id in drops:
+            self._worker.cancel_step(self._run.run_id, item_id)
+        if puts:
+            self._worker.announce_puts(self._run, puts)
+        self._worker.committed(self._run, events, answer)
+        return answer, events
+
+    async def _deliver(self, answer: Committed, events: list[Event]) -> None:
+        """Feed what others added and what was just committed, strictly by seq."""
+        run_id, at = self._run.run_id, answer.timestamp
+        own = [
+            Event(e.type, e.klass, e.data, e.op, e.key, run_id, answer.seqs[i], at)
+            for i, e in enumerate(events)
+            if e.klass != _OBSERVATION and i not in answer.skipped
+        ]
+        if answer.others:
+            own = sorted([*own, *answer.others], key=_seq)
+        await self._feed(own)
+        self._replay.skip_to(answer.last_seq)
+        if answer.last_seq > _WARN_AT:
+            self._check_length(answer.last_seq)
+
+    def _check_length(self, length: int) -> None:
+        limit = self._worker.settings.max_history
+        if length >= limit and self._replay.outcome is None:
+            self._replay.abandon(HistoryTooLong(length, limit))
+        elif not self._live.warned:
+            self._live.warned = True
+            message = f"the history is getting long: events={length} limit={limit}"
+            _log.warning("%s run_id=%s", message, self._run.run_id)
+            warning = {"message": message, "fields": {}}
+            self._events.append(Event(EventType.LOG_WARNING, _OBSERVATION, warning))
+
+    def _take_over(self, handing: list[_InPlace], answer: Committed) -> None:
+        """Steps that were handed off go on under a claim of their own."""
+        for place in handing:
+            item_id = f"step:{place.what.op}"
+            item = next((i for i in answer.claims if i.item_id == item_id), None)
+            self._running.pop(place.what.op, None)
+            self._ended = [p for p in self._ended if p is not place]
+            if item is None:  # cannot be while the contract holds; the item is due for anybody
+                if place.task is not None:
+                    place.task.cancel()
+                continue
+            place.item = item
+            self._worker.adopt_step(place.what, item, place.task, place.end)
+
+    async def _finish(self) -> bool | None:
+        """Commit the run's end. None when inputs came that it did not know: deliver and repeat."""
+        outcome = self._replay.outcome
+        assert outcome is not None
+        limit = self._worker.max_payload
+        if isinstance(outcome, CompleteRun) and len(outcome.result) > limit:
+            error = PayloadTooLarge(
+                f"the result of workflow {self._run.workflow!r}", len(outcome.result), limit
+            )
+            outcome = FailRun(error)
+        info: ErrorInfo | None = None
+        update: Update | None = None
+        match outcome:
+            case CompleteRun(result):
+                final = RunStatus.COMPLETED
+                last = Event(EventType.WORKFLOW_COMPLETED, _COMMAND, {"result": result})
+                update = Update(result=result)
+            case FailRun(error):
+                encoded: Any = encode_error(error)
+                info = ErrorInfo.from_json(encoded)
+                final = RunStatus.FAILED
+                last = Event(EventType.WORKFLOW_FAILED, _COMMAND, {"error": encoded})
+                update = Update(error=info)
+            case CancelRun(reason):
+                final = RunStatus.CANCELLED
+                last = Event(EventType.WORKFLOW_CANCELLED, _COMMAND, {"reason": reason})
+        if self._replay.leftover:
+            _log.warning(
+                "the workflow returned while tasks were running; they were closed: tasks=%s "
+                "run_id=%s; await them, or use a TaskGroup",
+                ", ".join(self._replay.leftover[:10]),
+                self._run.run_id,
+            )
+            self._replay.leftover = []
+        try:
+            await self._commit(final=final, update=update, last=last)
+        except UnseenInput as refusal:
+            await self._feed(refusal.inputs)
+            return None
+        self._worker.run_ended(self._run, final, info)
+        return False
+
+    async def _stall(self, problem: Exception) -> None:
+        """The code cannot go on from this history: say so once, and try again later."""
+        reason = f"{type(problem).__name__}: {problem}"
+        again = self._worker.clock.micros() + min(2 ** (self._claims - 1), 10) * 1_000_000
+        await self.stall(reason, from_micros(again), encode_error(problem))
+
+    async def stall(self, reason: str, again_at: Any, error: Any = None) -> None:
+        """Mark the run stalled, its turn due again at ``again_at``."""
+        events: list[Event] = []
+        if self._run.stalled != reason:
+            data: dict[str, Any] = {"reason": reason, "error": error}
+            events.append(Event(EventType.WORKFLOW_STALLED, _OBSERVATION, data))
+            _log.error("the run stalled: %s run_id=%s", reason, self._run.run_id)
+        self._changes += 1
+        answer = await self._worker.pipeline.commit(
+            Change(
+                run_id=self._run.run_id,
+                key=f"{self._ref.token}:{self._changes}",
+                claim=self._ref,
+                control=Control(ControlKind.STALL, reason),
+                events=events,
+                settle=Settle(again_at=again_at),
+            )
+        )
+        self._worker.committed(self._run, events, answer)
+        if events:
+            _plugins.observe(
+                "pyworkflow_run_stalled",
+                run_id=self._run.run_id,
+                workflow=self._run.workflow,
+                reason=reason,
+            )
+
+    async def _pause(self) -> None:
+        """The run was paused: let steps end as items of their own, and give the turn back."""
+        self._handing = [p for p in self._running.values() if p.end is None]
+        self._replay.take()
+        held = self._worker.held()
+        handing, self._handing = self._handing, []
+        for place in handing:
+            self._events.append(scheduled_event(place.what))
+            self._puts.append(self._put_of(place.what, claimed=held))
+        timer = self._replay.next_timer()
+        again = None if timer is None else from_micros(timer)
+        answer, _ = await self._commit(settle=Settle(again_at=again))
+        self._take_over(handing, answer)
+
+
+def _seq(event: Event) -> int:
+    return event.seq
+
+
+def scheduled_event(what: StepTry) -> Event:
+    """A step gets an item: from now on it is dispatched."""
+    data = what.payload()
+    del data["v"], data["op"]
+    data["queue"] = what.step.queue
+    return Event(EventType.STEP_SCHEDULED, _COMMAND, data, what.op)
+
+
+def started_event(what: StepTry, worker: str, *, dispatched: bool) -> Event:
+    """A try began."""
+    data: dict[str, Any] = {
+        "name": what.step.name,
+        "attempt": what.attempt,
+        "worker": worker,
+        "at": None if what.began is None else what.began.isoformat(),
+        "dispatched": dispatched,
+    }
+    return Event(EventType.STEP_STARTED, _OBSERVATION, data, what.op)
+
+
+def end_events(
+    worker: Worker, what: StepTry, end: StepEnd, *, started: bool, dispatched: bool = False
+) -> tuple[list[Event], int | None]:
+    """The events of a try's end, and when the next try is due (µs), or None."""
+    events = [] if started else [started_event(what, worker.owner, dispatched=dispatched)]
+    data: dict[str, Any] = {"name": what.step.name, "attempt": what.attempt}
+    if end.error is None:
+        data["digest"] = what.digest
+        data["result"] = end.result
+        key = f"step:{what.op}"
+        events.append(Event(EventType.STEP_COMPLETED, _INPUT, data, what.op, key))
+        return events, None
+    now = worker.clock.micros()
+    verdict = worker.runner.judge(what, end, from_micros(now))
+    data["error"] = verdict.error
+    if verdict.retry_at is not None:
+        data["retry_at"] = verdict.retry_at.isoformat()
+        events.append(Event(EventType.STEP_RETRYING, _OBSERVATION, data, what.op))
+        delay = verdict.retry_at - from_micros(now)
+        return events, now + max(delay, timedelta(0)) // timedelta(microseconds=1)
+    data["digest"] = what.digest
+    data["kind"] = end.kind
+    events.append(
+        Event(EventType.STEP_FAILED, _INPUT, data, what.op, f"step:{what.op}")
+    )
+    return events, None

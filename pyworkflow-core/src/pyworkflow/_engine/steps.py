@@ -1,0 +1,225 @@
+"""Running the body of a step: one try, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pyworkflow import _plugins
+from pyworkflow._clock import utcnow
+from pyworkflow._context import StepContext, running_step
+from pyworkflow._definitions import Step
+from pyworkflow._failures import encode_error
+from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
+from pyworkflow._serialization import decode_arguments
+from pyworkflow.errors import (
+    ArgumentError,
+    PayloadTooLarge,
+    RetryableError,
+    SerializationError,
+    StepTimeout,
+)
+from pyworkflow.events import Json
+
+__all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+
+@dataclass(slots=True)
+class StepTry:
+    """What is to be run: one try of one step."""
+
+    run_id: str
+    workflow: str
+    op: str
+    step: Step[Any, Any]
+    args: str
+    digest: str
+    attempt: int
+    policy: RetryPolicy
+    timeout: timedelta | None
+    began: datetime | None = None
+    """When the body began, by this machine's clock; for people."""
+
+    def payload(self, attempt: int | None = None) -> dict[str, Json]:
+        """The payload of the work item that owes this step."""
+        return {
+            "v": 1,
+            "op": self.op,
+            "name": self.step.name,
+            "args": self.args,
+            "digest": self.digest,
+            "attempt": self.attempt if attempt is None else attempt,
+            "policy": dict(self.policy.to_json()),
+            "timeout": None if self.timeout is None else self.timeout.total_seconds(),
+            "semantics": self.step.semantics,
+        }
+
+
+@dataclass(slots=True)
+class StepEnd:
+    """How a try ended. ``result`` is payload text; without it, ``error`` says why."""
+
+    result: str | None = None
+    error: BaseException | None = None
+    kind: str = "error"
+    """``error`` or ``timeout``."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What follows the end of a try: an input for the workflow, or another try."""
+
+    retry_at: datetime | None
+    error: dict[str, Json]
+
+
+class StepRunner:
+    """Runs step bodies: async ones on this loop, sync ones in threads, each kind bounded."""
+
+    def __init__(self, *, concurrency: int, threads: int, max_payload: int) -> None:
+        self._slots = asyncio.Semaphore(concurrency)
+        self._threads = threads
+        self._max_payload = max_payload
+        self._pool: ThreadPoolExecutor | None = None
+        self._busy = asyncio.Semaphore(threads)
+
+    async def run(self, what: StepTry) -> StepEnd:
+        """One try. Raises ``CancelledError`` only when this task is cancelled."""
+        context = StepContext(
+            run_id=what.run_id,
+            step_id=what.op,
+            step_name=what.step.name,
+            workflow_name=what.workflow,
+            attempt=what.attempt,
+        )
+        running_step.set(context)
+        async with self._slots if what.step.is_async else self._busy:
+            what.began = utcnow()
+            end = StepEnd()
+            try:
+                args, kwargs = decode_arguments(what.args)
+                with _plugins.around(
+                    "pyworkflow_around_step",
+                    run_id=what.run_id,
+                    workflow=what.workflow,
+                    step_id=what.op,
+                    step_name=what.step.name,
+                    attempt=what.attempt,
+                ):
+                    if what.step.is_async:
+                        value = await self._async(what, args, kwargs)
+                    else:
+                        value = await self._sync(what, args, kwargs)
+                end.result = self._encode(what, value)
+            except asyncio.CancelledError as exc:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                end.error = exc  # raised by the body itself
+            except KeyboardInterrupt:
+                raise
+            except _TimedOut as exc:
+                end.error, end.kind = StepTimeout(str(exc)), "timeout"
+            except BaseException as exc:  # noqa: BLE001 - whatever a step raises is its result
+                end.error = exc
+            return end
+
+    async def _async(self, what: StepTry, args: Any, kwargs: Any) -> object:
+        if what.timeout is None:
+            return await what.step.fn(*args, **kwargs)
+        limit = asyncio.timeout(what.timeout.total_seconds())
+        try:
+            async with limit:
+                return await what.step.fn(*args, **kwargs)
+        except TimeoutError:
+            if limit.expired():
+                raise _TimedOut(_took_too_long(what)) from None
+            raise
+
+    async def _sync(self, what: StepTry, args: Any, kwargs: Any) -> object:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pyworkflow-step")
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+        body = loop.run_in_executor(self._pool, lambda: context.run(what.step.fn, *args, **kwargs))
+        if what.timeout is None:
+            return await asyncio.shield(body)
+        done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
+        if done:
+            return body.result()
+        message = _took_too_long(what)
+        if what.attempt > what.policy.max_retries:
+            body.add_done_callback(_forget)
+            raise _TimedOut(message + "; its thread is still running, for threads cannot be stopped")
+        # A thread cannot be stopped: the next try starts when this one has ended, never beside it.
+        await asyncio.wait({body})
+        _forget(body)
+        raise _TimedOut(message)
+
+    def _encode(self, what: StepTry, value: object) -> str:
+        try:
+            text = what.step.encode_result(value)
+        except SerializationError as exc:
+            raise SerializationError(
+                f"the result of step {what.step.name!r} cannot be stored: {exc}"
+            ) from exc
+        size = len(text) if text.isascii() else len(text.encode())
+        if size > self._max_payload:
+            raise PayloadTooLarge(f"the result of step {what.step.name!r}", size, self._max_payload)
+        return text
+
+    def judge(self, what: StepTry, end: StepEnd, now: datetime) -> Verdict:
+        """Whether a failed try is followed by another."""
+        error = end.error
+        assert error is not None
+        opinion = _plugins.error_class(error) if isinstance(error, Exception) else None
+        if isinstance(error, SerializationError | PayloadTooLarge | ArgumentError):
+            opinion = "fatal"  # the same again: trying again only repeats the effect
+        elif isinstance(error, asyncio.CancelledError | SystemExit):
+            error = RetryableError(f"the step raised {type(error).__name__}: {error}")
+        decision = decide(what.policy, what.attempt, error, now, opinion=opinion)
+        if what.attempt == 1 and is_programming_error(end.error, what.step.fn.__code__):  # type: ignore[arg-type]  # not None, see above
+            _log.warning(
+                "step %s failed with what looks like a mistake in its own code: %r run_id=%s; "
+                "it is tried again all the same, max_retries=%d",
+                what.step.name,
+                end.error,
+                what.run_id,
+                what.policy.max_retries,
+                exc_info=end.error,
+            )
+        encoded: Any = encode_error(end.error)  # type: ignore[arg-type]  # not None, see above
+        match decision:
+            case Retry(at):
+                return Verdict(at, encoded)
+            case GiveUp():
+                return Verdict(None, encoded)
+
+    def close(self) -> None:
+        """Let go of the threads; those that still run a step end by themselves."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _TimedOut(Exception):
+    """A try ran into its own ``timeout``, not into one of the body's."""
+
+
+def _took_too_long(what: StepTry) -> str:
+    assert what.timeout is not None
+    return (
+        f"step {what.step.name!r} took longer than timeout={what.timeout.total_seconds():g}s "
+        f"attempt={what.attempt}"
+    )
+
+
+def _forget(body: asyncio.Future[object]) -> None:
+    if not body.cancelled():
+        body.exception()

@@ -1,0 +1,105 @@
+"""What workflow code awaits and asks for: durable sleep, replayed time and randomness."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from random import Random
+from uuid import UUID
+
+from pyworkflow._clock import from_micros, to_micros
+from pyworkflow._context import StepContext, running_step
+from pyworkflow._duration import resolve_instant
+from pyworkflow._replay.context import RunContext, current_run
+from pyworkflow.errors import WorkflowContextError
+
+__all__ = [
+    "is_evicting",
+    "is_replaying",
+    "now",
+    "patched",
+    "random",
+    "sleep",
+    "step_context",
+    "uuid4",
+]
+
+
+def _run(what: str, remedy: str) -> RunContext:
+    run = current_run()
+    if run is None:
+        raise WorkflowContextError(f"{what} works in workflow code only; {remedy}")
+    return run
+
+
+async def sleep(until: str | float | timedelta | datetime) -> None:
+    """Wait for a duration, or until an instant, holding nothing: durable over restarts.
+
+    Never ends early. An instant that has passed returns at once; a naive datetime is taken as
+    UTC, with a warning.
+
+    Raises:
+        WorkflowContextError: called outside of workflow code.
+        ValueError: ``until`` is no duration; the message lists the formats.
+    """
+    run = _run("sleep()", "use asyncio.sleep() in steps and elsewhere")
+    target = to_micros(resolve_instant(until, from_micros(run.now)))
+    if target <= run.now:
+        await asyncio.sleep(0)
+        return
+    op = run.start_sleep(target)
+    future = run.ops[op].future
+    assert future is not None
+    try:
+        await future
+    except asyncio.CancelledError:
+        run.cancel_timer(op)
+        raise
+
+
+def now() -> datetime:
+    """The run's time: of the input being handled, the same on every replay. Aware UTC."""
+    return from_micros(_run("now()", "use datetime.now(timezone.utc) elsewhere").now)
+
+
+def uuid4() -> UUID:
+    """A random UUID, the same on every replay."""
+    return _run("uuid4()", "use uuid.uuid4() elsewhere").uuid4()
+
+
+def random() -> Random:
+    """The run's random numbers, the same on every replay."""
+    return _run("random()", "use the random module elsewhere").random
+
+
+def patched(id: str) -> bool:
+    """Whether this run takes the code that was changed under ``id``.
+
+    True for runs that reach this line for the first time now, False for those that passed it
+    before the change. The first call decides for the run and is remembered.
+    """
+    return _run("patched()", "it decides between versions of workflow code").patched(id)
+
+
+def is_replaying() -> bool:
+    """True while the workflow repeats what it did before. For diagnostics only."""
+    run = current_run()
+    return run is not None and run.is_replaying
+
+
+def is_evicting() -> bool:
+    """True while the coroutine is being closed to free memory: ``finally`` runs, nothing ends."""
+    run = current_run()
+    return run is not None and run.evicting
+
+
+def step_context() -> StepContext:
+    """The step that is running.
+
+    Raises:
+        WorkflowContextError: called outside of a step.
+    """
+    step = running_step.get()
+    if step is None:
+        raise WorkflowContextError("step_context() works in the body of a step that a run started")
+    return step

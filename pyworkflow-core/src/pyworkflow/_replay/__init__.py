@@ -1,0 +1,1 @@
+"""Replay: history in, commands out. Pure and sans-IO; nothing here knows storage or clocks."""

@@ -1,0 +1,497 @@
+"""Replay: feed a history to a workflow function, one event at a time, and take what it asks for.
+
+Never raises for what user code or a history does: ``problem`` says why it cannot go on. Inputs are
+delivered in order of seq, one by one; command events are checked against what the code emitted,
+by op and never by position. See ``transitions.py`` for the life of an op.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol, cast
+
+from pyworkflow._clock import to_micros
+from pyworkflow._replay._cpython import prepare
+from pyworkflow._replay.commands import (
+    CancelRun,
+    Command,
+    CompleteRun,
+    FailRun,
+    Outcome,
+    RunStep,
+    StartSleep,
+)
+from pyworkflow._replay.context import Op, RunContext
+from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
+from pyworkflow._replay.transitions import TABLE, Action, OpState
+from pyworkflow._serialization import decode_error
+from pyworkflow.errors import (
+    NonDeterminism,
+    SerializationError,
+    WorkflowContextError,
+    WorkflowError,
+    WorkflowTimeout,
+)
+from pyworkflow.events import EVENT_VERSION, Event, EventClass, EventType
+
+__all__ = ["DEADLINE_OP", "GRACE_OP", "Replay", "WorkflowSpec"]
+
+DEADLINE_OP = "0#deadline"
+GRACE_OP = "0#grace"
+
+
+class WorkflowSpec(Protocol):
+    """What replay needs of a workflow's definition."""
+
+    @property
+    def name(self) -> str:
+        """The name that runs record."""
+        ...
+
+    @property
+    def check_args(self) -> str:
+        """``stall`` or ``warn`` when a recorded argument digest differs."""
+        ...
+
+    def call(self, args: str) -> Coroutine[Any, Any, object]:
+        """The coroutine for these arguments (payload text). ``SerializationError``."""
+        ...
+
+    def encode_result(self, value: object) -> str:
+        """The result as payload text. ``SerializationError``."""
+        ...
+
+
+_CLOSING = frozenset(
+    {EventType.WORKFLOW_COMPLETED, EventType.WORKFLOW_FAILED, EventType.WORKFLOW_CANCELLED}
+)
+_KNOWN = frozenset(str(t) for t in EventType)
+
+
+class Replay:
+    """One live coroutine of a run and the position in its history.
+
+    ``fed`` is the seq of the last event fed, ``seen`` that of the last input delivered.
+    """
+
+    def __init__(self, workflow: WorkflowSpec, run_id: str, *, max_payload: int = 0) -> None:
+        prepare()
+        self._max_payload = max_payload
+        self.workflow = workflow
+        self.run_id = run_id
+        self.fed = 0
+        self.seen = 0
+        self.outcome: Outcome | None = None
+        self.problem: WorkflowError | None = None
+        self.leftover: list[str] = []
+        """Names of tasks that had not ended when the workflow returned."""
+        self._context: RunContext | None = None
+        self._root: asyncio.Task[object] | None = None
+        self._seen_seq = 0
+        self._markers: set[str] = set()
+        self._ending: str | None = None  # "cancel" or "deadline", whichever came first
+        self._reason = ""
+        self.deadline: int | None = None
+        """When the run must have ended (µs), or None; gone once delivered."""
+        self.grace: int | None = None
+        """When a run past its deadline is given up (µs)."""
+
+    # --- feeding --------------------------------------------------------------------------------
+
+    def acknowledge(self, seen_seq: int) -> None:
+        """A committed turn delivered the inputs up to ``seen_seq``: what they do is replay."""
+        self._seen_seq = seen_seq
+        if self._context is not None:
+            self._context.seen_seq = seen_seq
+
+    def feed(self, events: Iterable[Event]) -> None:
+        """Feed events in order of seq; those already fed are passed over. Stops at a problem."""
+        events = tuple(events)
+        self.know_markers(events)
+        for event in events:
+            if event.seq <= self.fed:
+                continue
+            if self.problem is not None:
+                return
+            self._feed(event)
+
+    def know_markers(self, events: Iterable[Event]) -> None:
+        """Look ahead for version markers: one anywhere in the history counts from the start."""
+        for event in events:
+            if event.type == EventType.VERSION_MARKED:
+                self._markers.add(str(event.data["id"]))
+
+    def skip_to(self, seq: int) -> None:
+        """Everything up to ``seq`` was fed, or is of no concern to replay."""
+        if self.problem is None and seq > self.fed:
+            self.fed = seq
+
+    def abandon(self, error: Exception) -> None:
+        """End the run with ``error``, whatever its code waits for."""
+        if self._context is not None and self.outcome is None:
+            self._finish(self._context, FailRun(error))
+
+    def _feed(self, event: Event) -> None:
+        if event.v > EVENT_VERSION or event.type not in _KNOWN:
+            self.problem = WorkflowError(
+                f"the history holds an event that this version does not know: seq={event.seq} "
+                f"type={event.type} v={event.v}; upgrade the worker"
+            )
+            return
+        self.fed = event.seq
+        if event.klass == EventClass.OBSERVATION:
+            return
+        if event.klass == EventClass.INPUT:
+            self._input(event)
+        elif event.type in _CLOSING:
+            self._closing(event)
+        elif event.type != EventType.VERSION_MARKED:
+            self._recorded(event)
+
+    def _recorded(self, event: Event) -> None:
+        """A command event: the code must have emitted it."""
+        op = self._match(event)
+        if op is None:
+            return
+        op.state, _ = TABLE[op.kind, op.state, event.type]
+        if event.type == EventType.STEP_SCHEDULED:
+            op.recorded = True
+        elif event.type == EventType.STEP_CANCELLED:
+            op.cancel_recorded = True
+        else:
+            op.until = _micros(event, "until")
+
+    def _input(self, event: Event) -> None:
+        self.seen = event.seq
+        if event.type == EventType.WORKFLOW_STARTED:
+            self._start(event)
+            return
+        context = self._context
+        if context is None:
+            self.problem = NonDeterminism("workflow.started", event.type, event.seq)
+            return
+        instant = to_micros(event.timestamp)
+        match event.type:
+            case EventType.CANCEL_REQUESTED:
+                self._advance(context, event.seq, instant)
+                self._cancel(context, "cancel", str(event.data.get("reason", "")))
+            case EventType.WORKFLOW_DEADLINE:
+                self._advance(context, event.seq, max(instant, self.deadline or 0))
+                self.deadline = None
+                if self._root is not None and not self._root.done():
+                    self.grace = context.now + 60_000_000
+                self._cancel(context, "deadline", "max_duration")
+            case EventType.TIMER_FIRED if event.op == GRACE_OP:
+                self._advance(context, event.seq, max(instant, self.grace or 0))
+                self.grace = None
+                if self.outcome is None:
+                    self._finish(context, FailRun(_timed_out(self.run_id)))
+            case _:
+                self._result(context, event, instant)
+
+    def _result(self, context: RunContext, event: Event, instant: int) -> None:
+        """The input of an op."""
+        op = self._match(event)
+        if op is None:
+            return
+        op.state, action = TABLE[op.kind, op.state, event.type]
+        if op.until:
+            context.waiting_timers.pop(event.op or "", None)
+            instant = max(instant, op.until) if action is Action.DELIVER else instant
+        self._advance(context, event.seq, instant)
+        if action is not Action.DELIVER or context.closed:
+            return
+        if op.timer is not None:
+            timer, op.timer = op.timer, None
+            self._spin(context, context.loop.call_fired, timer)
+            return
+        future, op.future = cast("asyncio.Future[Any]", op.future), None
+        step, op.step = op.step, None
+        try:
+            if event.type == EventType.STEP_FAILED:
+                error = decode_error(cast("dict[str, Any]", event.data["error"]))
+                self._spin(context, _set_exception, future, error)
+                return
+            value = None if step is None else step.decode_result(str(event.data["result"]))
+        except SerializationError as exc:
+            self.problem = WorkflowError(
+                f"a stored value can no longer be read: step={op.name} op={event.op} "
+                f"seq={event.seq}: {exc}"
+            )
+            return
+        self._spin(context, _set_result, future, value)
+
+    def _match(self, event: Event) -> Op | None:
+        """The op that an event belongs to; None and a problem when the code did not emit it."""
+        context = self._context
+        op = context.ops.get(event.op or "") if context is not None else None
+        name = event.data.get("name")
+        expected = f"{event.type} op={event.op}" + (f" name={name}" if name is not None else "")
+        if context is None or op is None:
+            found = "no such op"
+            if context is not None and (near := self._near(context, event.op or "")):
+                found += f"; the code emitted {near}"
+        elif (op.kind, op.state, event.type) not in TABLE:
+            found = f"{op.kind} op={event.op} that is {op.state}"
+        elif name is not None and name != op.name:
+            found = f"step op={event.op} name={op.name}"
+        elif (recorded := event.data.get("digest")) is not None and recorded != op.digest:
+            found = f"other arguments for step={op.name} op={event.op}: digest={op.digest}"
+            expected += f" digest={recorded}"
+            if self.workflow.check_args == "warn":
+                context.warnings.append(f"expected {expected}; found {found}")
+                return op
+        else:
+            return op
+        self.problem = NonDeterminism(expected, found, event.seq)
+        return None
+
+    @staticmethod
+    def _near(context: RunContext, name: str) -> str:
+        """What the code emitted at the same place, for the message."""
+        branch = name.partition("#")[0] + "#"
+        last = [n for n in context.ops if n.startswith(branch)][-3:]
+        return ", ".join(f"{n} {context.ops[n].name}".strip() for n in last)
+
+    def _closing(self, event: Event) -> None:
+        """The run's end is recorded: the code must have come to the same."""
+        found = self.outcome
+        expected = {
+            EventType.WORKFLOW_COMPLETED: CompleteRun,
+            EventType.WORKFLOW_FAILED: FailRun,
+            EventType.WORKFLOW_CANCELLED: CancelRun,
+        }[EventType(event.type)]
+        if event.data.get("kind") == "control":
+            return  # closed from outside, without code
+        if not isinstance(found, expected):
+            self.problem = NonDeterminism(event.type, _describe(found), event.seq)
+        elif isinstance(found, CompleteRun) and found.result != event.data.get("result"):
+            self.problem = NonDeterminism(
+                f"{event.type} result={event.data.get('result')}", f"result={found.result}", event.seq
+            )
+
+    # --- running the code -----------------------------------------------------------------------
+
+    def _start(self, event: Event) -> None:
+        if self._context is not None:
+            self.problem = NonDeterminism("one workflow.started", "another", event.seq)
+            return
+        data = event.data
+        context = self._context = RunContext(
+            run_id=self.run_id,
+            workflow=str(data["workflow"]),
+            seed=str(data["seed"]),
+            start=to_micros(event.timestamp),
+        )
+        context.seen_seq = self._seen_seq
+        context.markers = self._markers
+        context.input_seq = event.seq
+        context.max_payload = self._max_payload
+        if data.get("deadline") is not None:
+            self.deadline = _micros(event, "deadline")
+        try:
+            coro = self.workflow.call(str(data["args"]))
+        except SerializationError as exc:
+            self.problem = WorkflowError(f"the stored arguments can no longer be read: {exc}")
+            return
+        self._guarded(context, self._launch, context, coro)
+
+    def _launch(self, context: RunContext, coro: Coroutine[Any, Any, object]) -> None:
+        self._root = context.loop.start(coro)
+
+    def _cancel(self, context: RunContext, cause: str, reason: str) -> None:
+        root = self._root
+        if root is None or root.done() or context.closed:
+            return
+        if self._ending is None:
+            self._ending, self._reason = cause, reason
+        self._spin(context, root.cancel, reason)
+
+    def _advance(self, context: RunContext, seq: int, instant: int) -> None:
+        context.input_seq = seq
+        if instant > context.now:
+            context.now = instant
+            context.loop.advance(instant - context.start)
+
+    def _spin(self, context: RunContext, callback: Any, *args: object) -> None:
+        self._guarded(context, context.loop.deliver, callback, *args)
+
+    def _guarded(self, context: RunContext, call: Any, *args: object) -> None:
+        try:
+            call(*args)
+        except BusyLoop as exc:
+            self.problem = WorkflowContextError(
+                f"busy loop: workflow code runs without waiting for anything ({exc}); "
+                "await a step, a sleep or an event instead of polling"
+            )
+        except WorkflowBlocked:
+            context.loop.interrupted = True
+        except SystemExit:
+            pass  # the root task holds it: the run fails, the worker goes on
+        if context.loop.interrupted:
+            self.problem = WorkflowContextError(
+                "workflow code blocked its worker for too long; move blocking calls and long "
+                "computations into a step"
+            )
+        elif context.misuse is not None:
+            self.problem = context.misuse
+        elif self.problem is None and self.outcome is None:
+            root = self._root
+            if root is not None and root.done():
+                self._finish(context, self._ended(root))
+
+    def _ended(self, root: asyncio.Task[object]) -> Outcome:
+        if root.cancelled():
+            if self._ending == "cancel":
+                return CancelRun(self._reason)
+            if self._ending == "deadline":
+                return FailRun(_timed_out(self.run_id))
+            return FailRun(asyncio.CancelledError("raised by the workflow, without a cancel"))
+        error = root.exception()
+        if error is not None:
+            return FailRun(error)
+        try:
+            return CompleteRun(self.workflow.encode_result(root.result()))
+        except SerializationError as exc:
+            return FailRun(exc)
+
+    def _finish(self, context: RunContext, outcome: Outcome) -> None:
+        self.outcome = outcome
+        context.closed = True
+        self.leftover = [n for n in context.loop.unfinished() if n != "1"]
+        context.waiting_timers.clear()
+        self.deadline = self.grace = None
+        context.evicting = True
+        context.loop.close_tasks()
+
+    # --- taking ---------------------------------------------------------------------------------
+
+    def take(self) -> list[Command]:
+        """The commands emitted since the last call that are still owed.
+
+        Left out is what a command event carries already, what is over, and a step that was
+        cancelled before anything of it was recorded.
+        """
+        context = self._context
+        if context is None or not context.commands:
+            return []
+        commands, context.commands = context.commands, []
+        ops = context.ops
+        return [
+            c
+            for c in commands
+            if not isinstance(c, RunStep | StartSleep) or ops[c.op].state is OpState.EMITTED
+        ]
+
+    def op(self, name: str) -> Op:
+        """The emitted op of this identity."""
+        assert self._context is not None
+        return self._context.ops[name]
+
+    def next_timer(self) -> int | None:
+        """When the next timer or deadline is due (µs), or None."""
+        context = self._context
+        if context is None:
+            return None
+        instants = [op.until for op in context.waiting_timers.values()]
+        instants.extend(t for t in (self.deadline, self.grace) if t is not None)
+        return min(instants, default=None)
+
+    def due_timers(self, now: int) -> list[tuple[str, str, int]]:
+        """(op, event type, until) of what is due at ``now``, ordered by (until, creation)."""
+        context = self._context
+        if context is None:
+            return []
+        due = [
+            (op.until, op.number, name, op.kind)
+            for name, op in context.waiting_timers.items()
+            if op.until <= now
+        ]
+        due.sort()
+        events = [
+            (name, "sleep.completed" if kind == "sleep" else "timer.fired", until)
+            for until, _, name, kind in due
+        ]
+        if self.deadline is not None and self.deadline <= now:
+            events.append((DEADLINE_OP, "workflow.deadline", self.deadline))
+        if self.grace is not None and self.grace <= now:
+            events.append((GRACE_OP, "timer.fired", self.grace))
+        return events
+
+    def waiting_for(self) -> list[str]:
+        """The ops that the run waits for, for people."""
+        if self._context is None:
+            return []
+        open_states = (OpState.EMITTED, OpState.RECORDED)
+        return [n for n, op in self._context.ops.items() if op.state in open_states]
+
+    def take_warnings(self) -> list[str]:
+        """Warnings for people since the last call."""
+        context = self._context
+        if context is None or not context.warnings:
+            return []
+        warnings, context.warnings = context.warnings, []
+        return warnings
+
+    @property
+    def context(self) -> RunContext | None:
+        """The run as its code sees it; None before ``workflow.started`` was fed."""
+        return self._context
+
+    def interrupt(self) -> bool:
+        """Called by the watchdog: end the spin, the code blocks. True when it was running."""
+        if self._context is None or self._context.loop.interrupted:
+            return False
+        self._context.loop.interrupted = True
+        return True
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the watchdog interrupted the code."""
+        return self._context is not None and self._context.loop.interrupted
+
+    def close(self) -> list[str]:
+        """Close the coroutine: eviction. The names of tasks that refused.
+
+        User code in ``finally`` runs, with every primitive refusing.
+        """
+        context = self._context
+        if context is None:
+            return []
+        context.closed = context.evicting = True
+        return context.loop.close_tasks()
+
+
+def _set_result(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        if isinstance(error, StopIteration):  # a future cannot carry it
+            error = RuntimeError(f"the step raised {error!r}")
+        future.set_exception(error)
+
+
+def _timed_out(run_id: str) -> WorkflowTimeout:
+    return WorkflowTimeout(f"the run did not end within its max_duration: run_id={run_id}")
+
+
+def _describe(outcome: Outcome | None) -> str:
+    match outcome:
+        case None:
+            return "the code still waits"
+        case CompleteRun(result):
+            return f"completed with {result[:200]}"
+        case FailRun(error):
+            return f"failed with {error!r}"
+        case CancelRun(reason):
+            return f"cancelled ({reason})"
+
+
+def _micros(event: Event, name: str) -> int:
+    from datetime import datetime
+
+    return to_micros(datetime.fromisoformat(str(event.data[name])))

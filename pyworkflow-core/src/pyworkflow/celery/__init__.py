@@ -1,0 +1,1 @@
+"""Doors to the Celery plugin; ``pyworkflow.celery.app`` is what `celery -A` names."""

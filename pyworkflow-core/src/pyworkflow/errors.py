@@ -1,0 +1,370 @@
+"""Every exception of the core, ordered by who must act.
+
+Each one says what happened, the facts, and the remedy; every fact is also an attribute, and every
+exception pickles and rebuilds from its ``args``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyworkflow.events import Event
+
+__all__ = [
+    "ArgumentError",
+    "ConfigurationError",
+    "DefinitionError",
+    "DuplicateName",
+    "FatalError",
+    "HistoryTooLong",
+    "IdempotencyConflict",
+    "NonDeterminism",
+    "PayloadTooLarge",
+    "PluginBroken",
+    "PluginNotFound",
+    "RetryableError",
+    "RunCancelled",
+    "RunClosed",
+    "RunNotFound",
+    "RunTerminated",
+    "SchemaTooNew",
+    "SerializationError",
+    "StepError",
+    "StepInterrupted",
+    "StepTimeout",
+    "StorageDamaged",
+    "StorageError",
+    "StorageFull",
+    "StorageUnavailable",
+    "WorkerLost",
+    "WorkflowContextError",
+    "WorkflowError",
+    "WorkflowTimeout",
+]
+
+
+class WorkflowError(Exception):
+    """Base of everything that PyWorkflow raises on purpose."""
+
+
+# --- for authors of workflows -----------------------------------------------------------------
+
+
+class FatalError(WorkflowError):
+    """Raised by a step that must not be tried again."""
+
+
+class RetryableError(WorkflowError):
+    """Raised by a step that should be tried again.
+
+    ``retry_after`` (a duration or an instant) overrides the step's ``retry_delay`` for this try.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        retry_after: str | float | timedelta | datetime | None = None,
+    ) -> None:
+        super().__init__(message, retry_after)
+        self.message = message
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StepError(WorkflowError):
+    """A step failed with an exception whose type other workers may not have.
+
+    ``type`` is ``module:qualname`` as raised, ``message`` its text, ``traceback`` the formatted
+    traceback of the worker that ran the step.
+    """
+
+    def __init__(self, type: str, message: str, traceback: str = "") -> None:
+        super().__init__(type, message, traceback)
+        self.type = type
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
+
+class StepTimeout(WorkflowError, TimeoutError):
+    """A try of a step took longer than its ``timeout``."""
+
+
+class StepInterrupted(WorkflowError):
+    """An at-most-once step was begun and its worker disappeared: it may or may not have run."""
+
+
+class WorkerLost(WorkflowError):
+    """A step took its worker down with it, several times."""
+
+
+class WorkflowTimeout(WorkflowError):
+    """The run did not end within its ``max_duration``."""
+
+
+class WorkflowContextError(WorkflowError):
+    """Something was called where it must not be; the message names the remedy."""
+
+
+class DefinitionError(WorkflowError):
+    """A workflow or step cannot be defined like this."""
+
+
+class DuplicateName(DefinitionError):
+    """Two different functions claim one name."""
+
+    def __init__(self, kind: str, name: str, first: str, second: str) -> None:
+        super().__init__(kind, name, first, second)
+        self.kind, self.name, self.first, self.second = kind, name, first, second
+
+    def __str__(self) -> str:
+        return (
+            f"two {self.kind}s are called {self.name!r}: first={self.first} second={self.second}; "
+            f"give one of them another name with @{self.kind}(name=...)"
+        )
+
+
+class ArgumentError(WorkflowError, ValueError):
+    """The arguments do not fit the signature or the annotations; nothing was started."""
+
+
+class SerializationError(WorkflowError, TypeError):
+    """A value cannot be stored as it is, or a stored value cannot be read back."""
+
+
+class PayloadTooLarge(WorkflowError):
+    """An encoded value is larger than the store or the settings allow."""
+
+    def __init__(self, what: str, size: int, limit: int) -> None:
+        super().__init__(what, size, limit)
+        self.what, self.size, self.limit = what, size, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} is too large: size={self.size} limit={self.limit} bytes; "
+            "store the data elsewhere and pass a reference, or raise the setting max_payload"
+        )
+
+
+class HistoryTooLong(WorkflowError):
+    """The run's history reached ``max_history`` events."""
+
+    def __init__(self, length: int, limit: int) -> None:
+        super().__init__(length, limit)
+        self.length, self.limit = length, limit
+
+    def __str__(self) -> str:
+        return (
+            f"the history is too long: events={self.length} limit={self.limit}; split the work "
+            "over several runs, or raise the setting max_history"
+        )
+
+
+class NonDeterminism(WorkflowError):
+    """The workflow's code does not produce what its history records.
+
+    ``expected`` is what the history holds at ``seq``, ``found`` what the code did instead.
+    """
+
+    def __init__(self, expected: str, found: str, seq: int) -> None:
+        super().__init__(expected, found, seq)
+        self.expected, self.found, self.seq = expected, found, seq
+
+    def __str__(self) -> str:
+        return (
+            f"the code does not match the history at event {self.seq}: expected {self.expected}; "
+            f"found {self.found}. Put the old code back, or guard the change with patched()"
+        )
+
+
+# --- for callers ------------------------------------------------------------------------------
+
+
+class RunNotFound(WorkflowError, KeyError):
+    """No run has this id in this store and namespace."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return (
+            f"no such run: run_id={self.run_id}; is this the storage and namespace it started in?"
+        )
+
+
+class RunClosed(WorkflowError):
+    """The run has ended, and what was asked needs an open one."""
+
+    def __init__(self, run_id: str, status: str) -> None:
+        super().__init__(run_id, status)
+        self.run_id, self.status = run_id, status
+
+    def __str__(self) -> str:
+        return f"the run has ended: run_id={self.run_id} status={self.status}"
+
+
+class RunCancelled(WorkflowError):
+    """The run was cancelled; there is no result."""
+
+    def __init__(self, run_id: str, reason: str = "") -> None:
+        super().__init__(run_id, reason)
+        self.run_id, self.reason = run_id, reason
+
+    def __str__(self) -> str:
+        return f"the run was cancelled: run_id={self.run_id} reason={self.reason!r}"
+
+
+class RunTerminated(WorkflowError):
+    """The run was terminated by an operator; there is no result."""
+
+    def __init__(self, run_id: str, reason: str = "") -> None:
+        super().__init__(run_id, reason)
+        self.run_id, self.reason = run_id, reason
+
+    def __str__(self) -> str:
+        return f"the run was terminated: run_id={self.run_id} reason={self.reason!r}"
+
+
+class IdempotencyConflict(WorkflowError):
+    """The idempotency key belongs to a run that was started with something else.
+
+    ``differences`` maps ``workflow`` or an argument's name to (standing, asked for) as text.
+    """
+
+    def __init__(self, key: str, run_id: str, differences: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(key, run_id, differences)
+        self.key, self.run_id, self.differences = key, run_id, differences
+
+    def __str__(self) -> str:
+        shown = "; ".join(
+            f"{name}: standing {old}, asked for {new}"
+            for name, (old, new) in self.differences.items()
+        )
+        return (
+            f"the idempotency key is taken by another start: key={self.key!r} "
+            f"run_id={self.run_id} ({shown}); use another key, or the same arguments"
+        )
+
+
+# --- for operators ----------------------------------------------------------------------------
+
+
+class ConfigurationError(WorkflowError):
+    """A setting, URL or module is wrong."""
+
+
+class PluginNotFound(ConfigurationError):
+    """No installed plugin serves this URL scheme."""
+
+    def __init__(self, kind: str, scheme: str, distribution: str | None = None) -> None:
+        super().__init__(kind, scheme, distribution)
+        self.kind, self.scheme, self.distribution = kind, scheme, distribution
+
+    def __str__(self) -> str:
+        remedy = (
+            f"pip install {self.distribution}"
+            if self.distribution
+            else "`pyworkflow plugins` lists what is installed"
+        )
+        return f"no installed plugin serves {self.kind} URLs with {self.scheme}: ; {remedy}"
+
+
+class PluginBroken(ConfigurationError):
+    """A plugin is installed and cannot be loaded."""
+
+    def __init__(self, name: str, distribution: str, cause: str) -> None:
+        super().__init__(name, distribution, cause)
+        self.name, self.distribution, self.cause = name, distribution, cause
+
+    def __str__(self) -> str:
+        return (
+            f"the plugin {self.name!r} of {self.distribution} does not load: {self.cause}; "
+            "repair or uninstall it, or name it in PYWORKFLOW_DISABLE_PLUGINS"
+        )
+
+
+class StorageError(WorkflowError):
+    """The store cannot do what was asked."""
+
+
+class StorageUnavailable(StorageError):
+    """The store does not answer now; asking again later is right."""
+
+
+class StorageDamaged(StorageError):
+    """The store holds bytes that were not written like this."""
+
+    def __init__(self, file: str, offset: int, detail: str) -> None:
+        super().__init__(file, offset, detail)
+        self.file, self.offset, self.detail = file, offset, detail
+
+    def __str__(self) -> str:
+        return (
+            f"the store is damaged: file={self.file} offset={self.offset}: {self.detail}; "
+            "nothing was changed. Restore the file from a copy, or move it aside"
+        )
+
+
+class StorageFull(StorageError):
+    """No room is left; nothing of the change was written."""
+
+
+class SchemaTooNew(StorageError):
+    """The store was written by a newer version."""
+
+    def __init__(self, where: str, found: int, supported: int) -> None:
+        super().__init__(where, found, supported)
+        self.where, self.found, self.supported = where, found, supported
+
+    def __str__(self) -> str:
+        return (
+            f"the store is newer than this code: {self.where} version={self.found} "
+            f"supported={self.supported}; upgrade pyworkflow and its storage plugin"
+        )
+
+
+# --- refusals of the storage contract (pyworkflow.spi) ------------------------------------------
+
+
+class Refusal(WorkflowError):
+    """A change was refused and nothing of it was written."""
+
+
+class RunExists(Refusal):
+    """``create`` names a run id that another change created."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+
+class Fenced(Refusal):
+    """The claim under which the change was made is over: another may hold the item."""
+
+    def __init__(self, run_id: str, item_id: str) -> None:
+        super().__init__(run_id, item_id)
+        self.run_id, self.item_id = run_id, item_id
+
+
+class UnseenInput(Refusal):
+    """A final change does not know these inputs yet; deliver ``inputs`` and try again."""
+
+    def __init__(self, run_id: str, inputs: Sequence[Event]) -> None:
+        super().__init__(run_id, inputs)
+        self.run_id, self.inputs = run_id, tuple(inputs)
+
+
+class KeyTaken(Refusal):
+    """The idempotency key belongs to run ``owner`` (which may have been purged)."""
+
+    def __init__(self, key: str, owner: str) -> None:
+        super().__init__(key, owner)
+        self.key, self.owner = key, owner

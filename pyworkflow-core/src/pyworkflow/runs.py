@@ -1,0 +1,201 @@
+"""Runs and work items: what a store keeps beside the histories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from pyworkflow.events import Json
+
+__all__ = [
+    "ErrorInfo",
+    "ItemKind",
+    "Lease",
+    "ParentRef",
+    "Run",
+    "RunStatus",
+    "WorkItem",
+    "derive_status",
+]
+
+
+class RunStatus(StrEnum):
+    """Where a run stands. Derived by the storage, never written by two parties."""
+
+    PENDING = "pending"
+    """No input was delivered yet, and no worker holds the run."""
+    RUNNING = "running"
+    """A turn or step is claimed, or due."""
+    SUSPENDED = "suspended"
+    """Everything it owns lies in the future, or it waits for the outside."""
+    PAUSED = "paused"
+    STALLED = "stalled"
+    """The code does not fit the history, or cannot go on; a fixed worker heals it."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TERMINATED = "terminated"
+    CONTINUED = "continued"
+
+    @property
+    def is_terminal(self) -> bool:
+        """True when the run has ended and never changes again."""
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset(
+    {
+        RunStatus.COMPLETED,
+        RunStatus.FAILED,
+        RunStatus.CANCELLED,
+        RunStatus.TERMINATED,
+        RunStatus.CONTINUED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """An exception as it is stored. ``portable`` types come back as themselves."""
+
+    type: str
+    """``module:qualname`` of the exception's type."""
+    message: str
+    traceback: str = ""
+    portable: bool = False
+    details: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    """What rebuilding needs: args, attributes, notes, cause."""
+
+    def to_json(self) -> dict[str, Json]:
+        """The error as a JSON object."""
+        return {
+            "type": self.type,
+            "message": self.message,
+            "traceback": self.traceback,
+            "portable": self.portable,
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> ErrorInfo:
+        """Inverse of ``to_json``; unknown fields are ignored, absent ones take their default."""
+        details = data.get("details")
+        return cls(
+            type=str(data.get("type", "")),
+            message=str(data.get("message", "")),
+            traceback=str(data.get("traceback", "")),
+            portable=bool(data.get("portable", False)),
+            details=details if isinstance(details, dict) else {},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParentRef:
+    """The run and the op that started a run."""
+
+    run_id: str
+    op: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One execution of a workflow, as its store shows it."""
+
+    run_id: str
+    workflow: str
+    version: str
+    status: RunStatus
+    args: object = None
+    """Payload text when read from a storage; decoded by ``Client.get_run``."""
+    result: object = None
+    """Payload text when read from a storage; decoded by ``Client.get_run``."""
+    error: ErrorInfo | None = None
+    idempotency_key: str | None = None
+    parent: ParentRef | None = None
+    root: str | None = None
+    next: str | None = None
+    """The run that this one continued as."""
+    queue: str = "default"
+    priority: int = 0
+    tags: tuple[str, ...] = ()
+    attributes: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    created_at: datetime
+    started_at: datetime | None = None
+    """When the first input was delivered."""
+    updated_at: datetime
+    finished_at: datetime | None = None
+    deadline: datetime | None = None
+    history_length: int = 0
+    """``seq`` of the last event."""
+    seen_seq: int = 0
+    """``seq`` of the last input that a committed turn delivered to the workflow."""
+    paused: bool = False
+    stalled: str | None = None
+    """Why the run stalled; None when it did not."""
+
+
+class ItemKind(StrEnum):
+    """What a work item owes."""
+
+    TURN = "turn"
+    """Drive the run; at most one per run, with item id ``turn``."""
+    STEP = "step"
+    """One dispatched step; item id ``step:{op}``."""
+    DELIVER = "deliver"
+    """A message from this run to another; outlives the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Who holds an item, under which token, until when (on the storage's clock)."""
+
+    owner: str
+    token: str
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkItem:
+    """Something that is still owed."""
+
+    run_id: str
+    item_id: str
+    """Unique within the run."""
+    kind: ItemKind
+    queue: str
+    priority: int
+    """Higher is sooner."""
+    due_at: datetime
+    payload: Mapping[str, Json]
+    claims: int = 0
+    """Claims since progress: a commit under the claim that records a command or input resets it."""
+    lease: Lease | None = None
+    """None, or the last claim, which may be over: compare ``until`` with the storage's clock."""
+    rung_at: datetime | None = None
+    """When somebody was last told of it."""
+
+
+def derive_status(
+    *,
+    final: RunStatus | None,
+    stalled: str | None,
+    paused: bool,
+    seen_seq: int,
+    items: list[WorkItem],
+    now: datetime,
+) -> RunStatus:
+    """The status that a run's stored fields and items amount to at the storage's ``now``."""
+    if final is not None:
+        return final
+    if stalled is not None:
+        return RunStatus.STALLED
+    if paused:
+        return RunStatus.PAUSED
+    leased = any(i.lease is not None and i.lease.until > now for i in items)
+    if seen_seq == 0 and not leased and not any(i.claims for i in items):
+        return RunStatus.PENDING
+    if leased or any(i.due_at <= now for i in items if i.kind is not ItemKind.DELIVER):
+        return RunStatus.RUNNING
+    return RunStatus.SUSPENDED

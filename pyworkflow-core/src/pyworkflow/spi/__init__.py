@@ -1,0 +1,167 @@
+"""All that a plugin imports: the contracts, the values they pass, the refusals, the hook markers.
+
+pluggy, the reference store and ``fsck`` load on first use, so that a backend costs only itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyworkflow.errors import (
+    ConfigurationError,
+    Fenced,
+    KeyTaken,
+    PayloadTooLarge,
+    Refusal,
+    RunClosed,
+    RunExists,
+    RunNotFound,
+    SchemaTooNew,
+    SerializationError,
+    StorageDamaged,
+    StorageError,
+    StorageFull,
+    StorageUnavailable,
+    UnseenInput,
+)
+from pyworkflow.events import (
+    EVENT_VERSION,
+    Event,
+    EventClass,
+    EventType,
+    Json,
+    event_class,
+)
+from pyworkflow.runs import (
+    ErrorInfo,
+    ItemKind,
+    Lease,
+    ParentRef,
+    Run,
+    RunStatus,
+    WorkItem,
+    derive_status,
+)
+from pyworkflow.spi.capabilities import (
+    CONTRACT_VERSION,
+    Capabilities,
+    ExecutorCapabilities,
+    StorageInfo,
+)
+from pyworkflow.spi.executor import Doorbell, Executor, Outcome, Runtime
+from pyworkflow.spi.storage import (
+    Answer,
+    Change,
+    Claim,
+    Claimed,
+    ClaimRef,
+    ClaimRequest,
+    Committed,
+    Control,
+    ControlKind,
+    Held,
+    NewRun,
+    Page,
+    Put,
+    RunQuery,
+    Settle,
+    StorageBackend,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from pyworkflow.spi.fsck import fsck
+    from pyworkflow.spi.hookspecs import Codec, hookimpl, hookspec
+    from pyworkflow.spi.reference import Delta, ReferenceStore
+
+__all__ = [
+    # contract
+    "CONTRACT_VERSION",
+    "EVENT_VERSION",
+    "Answer",
+    "Capabilities",
+    "Change",
+    "Claim",
+    "ClaimRef",
+    "ClaimRequest",
+    "Claimed",
+    "Committed",
+    "Control",
+    "ControlKind",
+    "Held",
+    "NewRun",
+    "Page",
+    "Put",
+    "RunQuery",
+    "Settle",
+    "StorageBackend",
+    "StorageInfo",
+    "Update",
+    # values
+    "ErrorInfo",
+    "Event",
+    "EventClass",
+    "EventType",
+    "ItemKind",
+    "Json",
+    "Lease",
+    "ParentRef",
+    "Run",
+    "RunStatus",
+    "WorkItem",
+    "derive_status",
+    "event_class",
+    # refusals and errors
+    "ConfigurationError",
+    "Fenced",
+    "KeyTaken",
+    "PayloadTooLarge",
+    "Refusal",
+    "RunClosed",
+    "RunExists",
+    "RunNotFound",
+    "SchemaTooNew",
+    "SerializationError",
+    "StorageDamaged",
+    "StorageError",
+    "StorageFull",
+    "StorageUnavailable",
+    "UnseenInput",
+    # executors
+    "Doorbell",
+    "Executor",
+    "ExecutorCapabilities",
+    "Outcome",
+    "Runtime",
+    # on first use
+    "Codec",
+    "Delta",
+    "ReferenceStore",
+    "fsck",
+    "hookimpl",
+    "hookspec",
+]
+
+_LAZY = {
+    "Codec": "hookspecs",
+    "Delta": "reference",
+    "ReferenceStore": "reference",
+    "fsck": "fsck",
+    "hookimpl": "hookspecs",
+    "hookspec": "hookspecs",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    # `fsck` is also its module's name, which the import just bound here: the function must win.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,60 @@
+"""What a backend or an executor declares of itself. All false by default; the suite proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["CONTRACT_VERSION", "Capabilities", "ExecutorCapabilities", "StorageInfo"]
+
+#: Version of the storage contract. A backend states the one it was written for.
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a storage backend guarantees beyond the base contract."""
+
+    durable: bool = False
+    """An acknowledged commit survives power loss."""
+    multi_process: bool = False
+    """Several processes on one machine may use the store at once."""
+    multi_host: bool = False
+    server_clock: bool = False
+    """``now`` is one clock for all clients."""
+    watch: bool = False
+    """``watch`` is woken, not polled."""
+    batched: bool = False
+    """``commit_many`` costs one round trip."""
+    indexed_filters: bool = False
+    payload_offload: bool = False
+    purge_by_age: bool = False
+    large_history: bool = False
+    gaps: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Test id → reason, for parts of a level that the backend knowingly lacks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorCapabilities:
+    """What an executor can do."""
+
+    distributed: bool = False
+    """Doorbells reach other processes: parallel branches are dispatched."""
+    priority: bool = False
+    hard_time_limit: bool = False
+    kill_detection: bool = False
+    graceful_drain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageInfo:
+    """Name and limits of a store."""
+
+    name: str
+    location: str
+    """Where the data lies, absolute and without credentials."""
+    capabilities: Capabilities
+    contract_version: int = CONTRACT_VERSION
+    max_payload: int = 16 * 1024 * 1024
+    """Largest payload in bytes of UTF-8."""
+    max_events_per_commit: int = 10_000

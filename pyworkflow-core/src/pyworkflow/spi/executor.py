@@ -1,0 +1,99 @@
+"""The executor contract: how doorbells reach workers, and what a worker process may ask of the core.
+
+A doorbell is a hint. A lost one costs time, a doubled one costs nothing; storage is the queue of
+record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Protocol
+
+from pyworkflow.spi.capabilities import ExecutorCapabilities
+
+__all__ = ["Doorbell", "Executor", "Outcome", "Runtime"]
+
+
+@dataclass(frozen=True, slots=True)
+class Doorbell:
+    """Says that a work item is due: all that ever crosses a broker."""
+
+    run_id: str
+    item_id: str
+    v: int = 1
+    """Version of the message. A worker drops one that it does not know: sweeps ring again."""
+
+
+class Outcome(StrEnum):
+    """What became of a doorbell. None of them is an error, and none is to be rung again."""
+
+    HANDLED = "handled"
+    """The item was claimed here, and worked on until nothing was left to do."""
+    BUSY = "busy"
+    """Another worker holds the item."""
+    GONE = "gone"
+    """The item is settled, or not due."""
+    UNKNOWN_WORKFLOW = "unknown_workflow"
+    """This worker lacks the workflow; the item was released without moving its due."""
+
+
+class Runtime(Protocol):
+    """What the core gives to a worker process (``pyworkflow.worker.create_runtime()``)."""
+
+    async def handle(self, bell: Doorbell) -> Outcome:
+        """Claim the item and work on it. Never raises for a run or step that fails."""
+        ...
+
+    async def sweep(self, limit: int = 100) -> int:
+        """Ring for up to ``limit`` due items that nobody rang for, and say how many.
+
+        Any number of workers may sweep at once: that doubles no effect.
+        """
+        ...
+
+    async def next_due(self) -> datetime | None:
+        """When to sweep again, on the storage's clock; None when nothing is owed."""
+        ...
+
+    async def drain(self, grace: str | float | timedelta) -> None:
+        """Take nothing more; finish what is held within ``grace``, then release the rest."""
+        ...
+
+    def free(self, pid: int) -> None:
+        """End the leases of a pool child that is dead, so that its items are due at once."""
+        ...
+
+
+class Executor(Protocol):
+    """Decides how doorbells reach workers, and nothing else.
+
+    A constructor does no I/O. What a worker does with a claimed item is the core's
+    ``Runtime.handle``, the same for every executor.
+    """
+
+    name: str
+    """The URL scheme, for example ``celery``."""
+    capabilities: ExecutorCapabilities
+
+    async def open(self, config: Mapping[str, str]) -> None:
+        """Connect as far as ringing needs it. Idempotent; never raises for a broker that is down."""
+        ...
+
+    async def ring(self, bells: Sequence[Doorbell]) -> None:
+        """Tell workers.
+
+        Best effort: never raises for a broker that is down, since every item is durable and sweeps
+        announce it again.
+        """
+        ...
+
+    def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:
+        """Run a worker process (``pyworkflow worker``) and return after a drain."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything. Idempotent."""
+        ...

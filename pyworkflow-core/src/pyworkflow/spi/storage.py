@@ -1,0 +1,483 @@
+"""The storage contract: one atomic write path, claims with fencing tokens, and reads.
+
+Storage holds runs, events and work items, and changes them by one method, ``commit``. The
+invariants I1 to I12 of the architecture page are this contract; the conformance suite tests them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from pyworkflow.errors import RunClosed, RunNotFound, Refusal
+from pyworkflow.events import Event, Json
+from pyworkflow.runs import ErrorInfo, ItemKind, ParentRef, Run, RunStatus, WorkItem
+from pyworkflow.spi.capabilities import StorageInfo
+
+__all__ = [
+    "Answer",
+    "Change",
+    "Claim",
+    "ClaimRef",
+    "ClaimRequest",
+    "Claimed",
+    "Committed",
+    "Control",
+    "ControlKind",
+    "Held",
+    "NewRun",
+    "Page",
+    "Put",
+    "RunQuery",
+    "Settle",
+    "StorageBackend",
+    "Update",
+]
+
+T = TypeVar("T")
+TURN = "turn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """The run that a change creates. Its first event is ``workflow.started``."""
+
+    workflow: str
+    version: str
+    args: str
+    """Payload text."""
+    idempotency_key: str | None = None
+    """Unique per namespace; ``KeyTaken(owner)`` when another run has it."""
+    parent: ParentRef | None = None
+    root: str | None = None
+    queue: str = "default"
+    priority: int = 0
+    tags: tuple[str, ...] = ()
+    attributes: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    deadline: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRef:
+    """A claim as its holder names it."""
+
+    run_id: str
+    item_id: str
+    token: str
+
+
+class ControlKind(StrEnum):
+    """Changes of a run's condition that do not come from its code."""
+
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    STALL = "stall"
+    """By the turn's holder, with ``reason``."""
+    UNSTALL = "unstall"
+    CANCEL = "cancel"
+    """With ``final``: close without code a run that no turn has run or that is stalled.
+    ``Fenced`` when a turn has run and the run is not stalled, or when its turn is held."""
+    TERMINATE = "terminate"
+    """With ``final``: close without code, whatever the run is doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What a control change does, and why."""
+
+    kind: ControlKind
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """Fields of the run that a change sets; None leaves a field alone. ``attributes`` merge."""
+
+    result: str | None = None
+    error: ErrorInfo | None = None
+    attributes: Mapping[str, Json] | None = None
+    next: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """What becomes of the item under whose claim a change is made.
+
+    Nothing given: the item is gone. ``again_at``: given back, due exactly then (an unseen input
+    makes a turn due at once all the same, unless the change stalls the run). ``keep``: still held
+    by the sender. ``payload`` replaces the item's payload.
+    """
+
+    again_at: datetime | None = None
+    payload: Mapping[str, Json] | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A new item is born claimed by its writer: the storage gives it a token at once."""
+
+    owner: str
+    lease: timedelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Put:
+    """A new item of the change's run, or an existing one brought forward (and nothing else)."""
+
+    item_id: str
+    kind: ItemKind
+    due_at: datetime | None = None
+    """None: at once."""
+    queue: str | None = None
+    """None: the run's queue."""
+    priority: int | None = None
+    """None: the run's priority."""
+    payload: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    rung: bool = False
+    """The sender rings for it: ``announce`` stays silent for the mute time."""
+    claimed: Held | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Change:
+    """One transition of one run. Not frozen for speed: nobody changes it once it is sent.
+
+    Applied in this order: create, control, events, update, ``seen``, ``drop``, ``settle``,
+    ``put``, I5 (an unseen input makes the turn due), ``final`` (turn and steps go), ``take_turn``.
+    """
+
+    run_id: str
+    key: str
+    """Identity of the change: ``{token}:{n}`` under a claim (one in flight at a time, the storage
+    keeps the last of each of at least the run's last 64 tokens), the key of its input from
+    outside (kept as long as the run). A change sent again is answered as it was."""
+    create: NewRun | None = None
+    claim: ClaimRef | None = None
+    seen: int | None = None
+    """Last input *delivered* to the workflow; only under the turn's claim."""
+    final: RunStatus | None = None
+    control: Control | None = None
+    events: Sequence[Event] = ()
+    update: Update | None = None
+    drop: Sequence[str] = ()
+    """Step items given up by the holder of the turn; whoever holds one is fenced from then on."""
+    settle: Settle | None = None
+    put: Sequence[Put] = ()
+    take_turn: Held | None = None
+    """When after this change the run has a due turn that nobody holds (and is not paused), it is
+    claimed for the sender in the same commit."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Committed:
+    """The answer to an accepted change."""
+
+    last_seq: int
+    seen_seq: int
+    paused: bool
+    timestamp: datetime
+    """The timestamp of the change's own events."""
+    now: datetime
+    """The storage's clock at the commit."""
+    seqs: Sequence[int] = ()
+    """For each event of the change its seq; for a skipped one the seq of the standing event."""
+    skipped: frozenset[int] = frozenset()
+    """Indices of events that were skipped because their key stood."""
+    others: Sequence[Event] = ()
+    """All events after the run's ``seen_seq`` as it stands after this change, except the change's
+    own, in order of seq. Only for changes under a claim; empty for others."""
+    claims: Sequence[WorkItem] = ()
+    """Items now held by the sender: born claimed, and the turn taken."""
+    duplicate: bool = False
+    """The change had been applied before; this is its answer again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimRequest:
+    """Which work to take. Without ``items``: whatever is due, highest priority, then oldest due."""
+
+    owner: str
+    lease: timedelta
+    limit: int = 1
+    items: Sequence[tuple[str, str]] | None = None
+    """(run_id, item_id): only these, if due and free."""
+    queues: frozenset[str] | None = None
+    """None: every queue."""
+    kinds: frozenset[ItemKind] | None = None
+    workflows: frozenset[str] | None = None
+    """Names of the workflows that the claimer has; None: any."""
+    known: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Run id → seq up to which the claimer has the history; a backend may look at 100 of them."""
+    max_bytes: int = 1024 * 1024
+    """Bound on the events returned in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A work item taken. A turn brings its run and the events after what the claimer knows."""
+
+    item: WorkItem
+    run: Run
+    events: Sequence[Event] = ()
+    after: int = 0
+    """``events`` start after this seq."""
+    cut: bool = False
+    """The history was cut at ``max_bytes``: ``get_events`` brings the rest."""
+
+    @property
+    def ref(self) -> ClaimRef:
+        """How the holder names this claim in changes."""
+        assert self.item.lease is not None
+        return ClaimRef(self.item.run_id, self.item.item_id, self.item.lease.token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """What a claim brought, and the storage's clock then."""
+
+    claims: Sequence[Claim]
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunQuery:
+    """Filters of ``list_runs``; they compose. Newest first, stable while runs are added."""
+
+    status: frozenset[RunStatus] | None = None
+    workflow: str | None = None
+    limit: int = 100
+    """1 to 1,000."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
+    """One page of a listing; ``cursor`` is opaque and None at the end."""
+
+    items: list[T]
+    cursor: str | None = None
+
+
+Answer = Committed | Refusal | RunNotFound | RunClosed
+
+
+class StorageBackend(ABC):
+    """A store of runs, events and work items. Constructing one does no I/O; the first call opens.
+
+    Refusals of ``commit``, in this order, with nothing written: ``RunExists`` (a create whose change key is
+    the standing create's is a duplicate, hence success) or ``RunNotFound``; a duplicate is answered
+    as it was; ``RunClosed`` (not for changes made of observations alone, nor under the claim of a
+    ``deliver`` item); ``Fenced``; ``UnseenInput`` (a final change with inputs after ``seen``; not
+    for control changes); ``KeyTaken`` (create).
+    """
+
+    # --- required -----------------------------------------------------------------------------
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect and ``migrate``. Idempotent."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of everything. Idempotent; later calls raise ``StorageError``."""
+
+    @abstractmethod
+    def info(self) -> StorageInfo:
+        """Name, location, capabilities and limits. Does no I/O."""
+
+    @abstractmethod
+    async def migrate(self) -> None:
+        """Bring the schema forward; safe when several processes race. ``SchemaTooNew``."""
+
+    @abstractmethod
+    async def now(self) -> datetime:
+        """The storage's clock, which alone decides due times, leases and timestamps."""
+
+    @abstractmethod
+    async def shift_clock(self, by: timedelta) -> None:
+        """For tests: move the storage's clock by an offset that the store keeps for all clients."""
+
+    @abstractmethod
+    async def commit(self, change: Change) -> Committed:
+        """Apply a change, all or nothing; on return it is durable.
+
+        Raises:
+            RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: nothing was written.
+            StorageUnavailable: unknown whether it was written; send the same change again.
+            PayloadTooLarge, SerializationError: what cannot be stored; nothing was written.
+        """
+
+    @abstractmethod
+    async def claim(self, request: ClaimRequest) -> Claimed:
+        """Take due, free items of runs that are not paused. Writes nothing but the items."""
+
+    @abstractmethod
+    async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+        """Extend leases to now + ``lease``; False for each claim that is over."""
+
+    @abstractmethod
+    async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
+        """Give an item back uncounted. ``delay`` None keeps its due; else due at now + ``delay``.
+        False, and nothing done, when the claim is over."""
+
+    @abstractmethod
+    async def next_due(
+        self,
+        *,
+        queues: frozenset[str] | None = None,
+        workflows: frozenset[str] | None = None,
+    ) -> datetime | None:
+        """When an item that can be claimed is due next (a held one: when its lease ends)."""
+
+    @abstractmethod
+    async def get_run(self, run_id: str) -> Run | None:
+        """The run, or None."""
+
+    @abstractmethod
+    async def find_run(self, idempotency_key: str) -> str | None:
+        """The id of the run that has the key, even when that run was purged; or None."""
+
+    @abstractmethod
+    async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
+        """Runs, newest first. ``ValueError`` for a cursor that is none of ours or a bad limit."""
+
+    @abstractmethod
+    async def get_events(
+        self, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[Event]:
+        """Events with seq > ``after`` in order of seq; empty for a run that is not there."""
+
+    @abstractmethod
+    async def list_work(self, run_id: str) -> list[WorkItem]:
+        """The run's work items, ordered by item id."""
+
+    @abstractmethod
+    async def purge(
+        self,
+        *,
+        before: datetime,
+        limit: int = 1000,
+        key_retention: timedelta = timedelta(days=30),
+    ) -> int:
+        """Remove up to ``limit`` runs that ended before ``before``, own no items and whose parent
+        is terminal or gone. Their idempotency keys stay taken until ``key_retention`` after their
+        end. Returns how many were removed; 0 when nothing is left to do."""
+
+    @abstractmethod
+    def twin(self) -> StorageBackend:
+        """Another object on the same store and namespace, for use in another event loop."""
+
+    # --- with working defaults ----------------------------------------------------------------
+
+    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+        """Independent changes, each accepted or refused alone; order within a run is kept."""
+        answers: list[Answer] = []
+        for change in changes:
+            try:
+                answers.append(await self.commit(change))
+            except (Refusal, RunNotFound, RunClosed) as refusal:
+                answers.append(refusal)
+        return answers
+
+    async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
+        """Due, free items that nobody rang for within ``mute``, which starts anew for them.
+
+        The default remembers nothing: it lists due items of open runs.
+        """
+        now = await self.now()
+        due: list[WorkItem] = []
+        cursor: str | None = None
+        open_runs = frozenset(s for s in RunStatus if not s.is_terminal)
+        while len(due) < limit:
+            page = await self.list_runs(RunQuery(status=open_runs, limit=1000), cursor)
+            for run in page.items:
+                for item in await self.list_work(run.run_id):
+                    held = item.lease is not None and item.lease.until > now
+                    if item.due_at <= now and not held and not run.paused:
+                        due.append(item)
+            cursor = page.cursor
+            if cursor is None:
+                break
+        return due[:limit]
+
+    async def holders(self) -> list[str]:
+        """The owners of leases that have not ended."""
+        now = await self.now()
+        owners: set[str] = set()
+        cursor: str | None = None
+        while True:
+            page = await self.list_runs(RunQuery(limit=1000), cursor)
+            for run in page.items:
+                for item in await self.list_work(run.run_id):
+                    if item.lease is not None and item.lease.until > now:
+                        owners.add(item.lease.owner)
+            cursor = page.cursor
+            if cursor is None:
+                return sorted(owners)
+
+    async def free(self, owner: str) -> int:
+        """End every lease of ``owner``, a process known to be gone: its items are due at once and
+        its claims stay counted. Returns how many."""
+        freed = 0
+        cursor: str | None = None
+        while True:
+            page = await self.list_runs(RunQuery(limit=1000), cursor)
+            for run in page.items:
+                for item in await self.list_work(run.run_id):
+                    lease = item.lease
+                    if lease is not None and lease.owner == owner:
+                        ref = ClaimRef(item.run_id, item.item_id, lease.token)
+                        freed += (await self.renew([ref], timedelta(0)))[0]
+            cursor = page.cursor
+            if cursor is None:
+                return freed
+
+    async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
+        """Wait until ``run_id`` has an event after seq ``after``; with None, until the store may
+        hold news for a worker. False on timeout. The default polls."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout.total_seconds()
+        pause = 0.02
+        while True:
+            if run_id is not None:
+                run = await self.get_run(run_id)
+                if run is not None and (run.history_length > after or run.status.is_terminal):
+                    return True
+            left = end - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.sleep(min(pause, left))
+            if run_id is None:
+                return True
+            pause = min(pause * 1.5, 0.5)
+
+    async def stats(self) -> Mapping[str, int]:
+        """Numbers about the store; at least ``runs`` and one count per status."""
+        counts: dict[str, int] = {"runs": 0}
+        cursor: str | None = None
+        while True:
+            page = await self.list_runs(RunQuery(limit=1000), cursor)
+            for run in page.items:
+                counts["runs"] += 1
+                counts[run.status.value] = counts.get(run.status.value, 0) + 1
+            cursor = page.cursor
+            if cursor is None:
+                return counts
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()

@@ -1,0 +1,1 @@
+"""Doors to the storage backends; each module re-exports one plugin's public names."""

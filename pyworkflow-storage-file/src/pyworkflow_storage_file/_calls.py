@@ -1,0 +1,47 @@
+"""The few operating-system calls whose failure the journal must survive: the seam of its tests.
+
+Everything else (opening, locking, reading) goes to ``os`` directly.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """Writes and flushes, as the operating system does them. Tests override single methods."""
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        """Write at ``offset``; returns how many bytes were taken."""
+        return os.pwrite(fd, data, offset)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut the file off."""
+        os.ftruncate(fd, length)
+
+    def flush(self, fd: int) -> None:
+        """Return when the file's bytes and length survive power loss."""
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's cache
+        elif hasattr(os, "fdatasync"):
+            os.fdatasync(fd)
+        else:
+            os.fsync(fd)
+
+    def flush_directory(self, path: Path) -> None:
+        """Return when the names in a directory survive power loss."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file the name of another, in one step."""
+        os.replace(source, target)

@@ -1,0 +1,148 @@
+"""The lock of one namespace, and the marker in its file that says how the last holder left.
+
+Two locks, so that waiting is fair: who wants the store takes the *gate* (on the directory), then
+the *lock* (on the file ``lock``), then lets go of the gate. A holder that comes back at once finds
+the gate taken by whoever waits. Both are ``flock`` on files of their own opening, so that several
+objects in one process exclude each other, and both end with their process.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+from pyworkflow.spi import ConfigurationError, StorageError
+
+__all__ = ["CLEAN", "DIRTY", "POISONED", "Marker", "StoreLock", "boot_id", "clocks"]
+
+CLEAN, DIRTY, POISONED = 0, 1, 2
+_LAYOUT = struct.Struct("<4sB3x16sQQQQQIqq")
+_CHECK = struct.Struct("<I")
+_MAGIC = b"pwf1"
+_SIZE = _LAYOUT.size + _CHECK.size
+
+
+class Marker(NamedTuple):
+    """What the last holder of the lock left behind.
+
+    Never flushed: it speaks to processes of the same boot. After a restart of the machine its
+    ``boot`` is another and only ``synced`` still counts, which is true whenever it was written.
+    """
+
+    state: int
+    """``CLEAN``; ``DIRTY`` while files change in ways their length does not show; ``POISONED``."""
+    boot: bytes
+    generation: int
+    segments: int
+    """How many segments the generation had."""
+    cuts: int
+    """Grows each time bytes were cut off that others may have read."""
+    end: int
+    """Length of the last segment. Another length there: a holder died before it was done."""
+    synced: int
+    """Up to here the last segment was durable."""
+    pid: int
+    wall: int
+    """Wall clock of the last release, ns."""
+    boottime: int
+    """Time since boot then, ns: it goes on while the machine sleeps and nobody can set it."""
+
+    def pack(self) -> bytes:
+        """The bytes of the marker."""
+        data = _LAYOUT.pack(_MAGIC, *self)
+        return data + _CHECK.pack(crc32(data))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Marker | None:
+        """Inverse of ``pack``; None for anything else."""
+        if len(data) != _SIZE or _CHECK.unpack_from(data, _LAYOUT.size)[0] != crc32(
+            data[: _LAYOUT.size]
+        ):
+            return None
+        magic, *fields = _LAYOUT.unpack_from(data)
+        return cls(*fields) if magic == _MAGIC else None
+
+
+class StoreLock:
+    """The exclusive lock of one namespace. Used by one thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.path = directory / "lock"
+        self._gate = -1
+        self._fd = -1
+        self.waiting_since: float | None = None
+        """Monotonic time since when ``acquire`` waits; None when it does not. Read by others."""
+
+    def open(self) -> None:
+        """Open the files. The directory exists."""
+        if fcntl is None:
+            raise ConfigurationError(
+                "the file backend needs POSIX file locks, which this system lacks; use sqlite"
+            )
+        self._gate = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def close(self) -> None:
+        """Close the files, which also gives the lock up. Idempotent."""
+        gate, fd, self._gate, self._fd = self._gate, self._fd, -1, -1
+        for each in (gate, fd):
+            if each >= 0:
+                os.close(each)
+
+    def acquire(self) -> None:
+        """Wait until nobody else has the lock."""
+        self.waiting_since = time.monotonic()
+        fcntl.flock(self._gate, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            self.waiting_since = None
+        if os.fstat(self._fd).st_nlink == 0:
+            self.release()
+            raise StorageError(
+                f"the store was deleted or moved while in use: path={self.path}; "
+                "close this object and open the store again"
+            )
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def read(self) -> Marker | None:
+        """The marker; None when there is none yet, or when it is half written or foreign.
+
+        Without the lock the answer may be out of date at once.
+        """
+        return Marker.unpack(os.pread(self._fd, _SIZE, 0))
+
+    def write(self, marker: Marker) -> None:
+        """Leave the marker. Only with the lock held."""
+        os.pwrite(self._fd, marker.pack(), 0)
+
+
+def clocks() -> tuple[int, int]:
+    """The wall clock and the time since boot, ns."""
+    return time.time_ns(), time.clock_gettime_ns(_SINCE_BOOT)
+
+
+def boot_id() -> bytes:
+    """Sixteen bytes that change when the machine starts anew; zeros where that is not known."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+_SINCE_BOOT: int = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))

@@ -1,0 +1,136 @@
+"""What the journal amounts to: the reference store of one namespace, and its clock's offset.
+
+Also keeps count of what is garbage in the journal, and of what is news to those who watch.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+from pydantic_core import from_json, to_json
+
+from pyworkflow.spi import Delta, Json, ReferenceStore, SerializationError
+from pyworkflow_storage_file._journal import Record
+
+__all__ = ["CLOCK", "DELTA", "State", "encode"]
+
+DELTA = b"delta"
+CLOCK = b"clock"
+#: A guess at what a line has beside its body.
+_OVERHEAD = 80
+
+
+class State:
+    """The state of one namespace. Used by the thread of its journal alone."""
+
+    def __init__(self) -> None:
+        self.store = ReferenceStore()
+        self.shift = timedelta(0)
+        """What ``now`` adds to the machine's clock."""
+        self.touched: set[str] = set()
+        """Runs that changed since ``take_news``."""
+        self.work = False
+        """An item that nobody holds came or changed since ``take_news``."""
+        self.bytes = 0
+        """Of all records applied."""
+        self.garbage = 0
+        """Of records that nothing needs any more: claims, and runs that were purged."""
+        self._run_bytes: dict[str, int] = {}
+
+    def reset(self) -> None:
+        """Forget everything but the news."""
+        self.store = ReferenceStore()
+        self.shift = timedelta(0)
+        self.bytes = self.garbage = 0
+        self._run_bytes = {}
+
+    def load(self, kind: bytes, body: bytes) -> None:
+        """Apply a record of the journal."""
+        if kind == DELTA:
+            delta = Delta.from_json(_decode(body))
+            self.store.apply(delta)
+            self.note(delta, len(body))
+        elif kind == CLOCK:
+            data = _decode(body)
+            self.shift = timedelta(microseconds=int(data["shift"]))
+            self.bytes += len(body)
+        else:
+            raise ValueError(f"unknown kind of record: {kind!r}")
+
+    def note(self, delta: Delta, size: int) -> None:
+        """Count a change that the store has applied, of ``size`` bytes as a record."""
+        for part in delta.parts:
+            self.touched.add(part.run_id)
+            for item in part.items:
+                if item.lease is None:
+                    self.work = True
+        self._count(delta, size)
+
+    def _count(self, delta: Delta, size: int) -> None:
+        size += _OVERHEAD
+        self.bytes += size
+        kept = False
+        run_id = ""
+        for part in delta.parts:
+            if part.run is not None or part.events:
+                kept = True
+                run_id = part.run_id
+        if kept:
+            self._run_bytes[run_id] = self._run_bytes.get(run_id, 0) + size
+        else:
+            self.garbage += size
+        for run_id in delta.removed:
+            self.garbage += self._run_bytes.pop(run_id, 0)
+
+    def take_news(self) -> tuple[set[str], bool]:
+        """The runs that changed since the last call, and whether there may be work."""
+        news = self.touched, self.work
+        self.touched, self.work = set(), False
+        return news
+
+    def compact(self) -> list[Record]:
+        """Records that make an equal state from nothing; from now on they are what is counted."""
+        records = [self.clock_record()]
+        self.bytes = self.garbage = 0
+        self._run_bytes = {}
+        for delta in self.store.snapshot():
+            body = encode(delta.to_json())
+            self._count(delta, len(body))
+            records.append(Record(DELTA, body))
+        return records
+
+    def clock_record(self) -> Record:
+        """The record that sets the offset of the clock."""
+        return Record(CLOCK, b'{"shift":%d}' % (self.shift // timedelta(microseconds=1)))
+
+
+def encode(data: Json) -> bytes:
+    """JSON text in UTF-8 without a raw newline; ``_decode`` gives back an equal value.
+
+    Raises:
+        SerializationError: no JSON can hold it as it is.
+    """
+    try:
+        body = to_json(data, inf_nan_mode="constants")
+    except Exception:  # noqa: BLE001  what pydantic refuses (deep nesting), json may still take
+        body = b""
+    if not body or b"NaN" in body or b"Infinity" in body:
+        try:
+            text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            body = text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SerializationError(
+                f"the change cannot be stored as JSON: {error}; encode its values first"
+            ) from error
+    return body
+
+
+def _decode(body: bytes) -> dict[str, Json]:
+    try:
+        value = from_json(body)
+    except ValueError:  # nested deeper than pydantic reads
+        value = json.loads(body)
+    if not isinstance(value, dict):
+        raise TypeError("the record is no JSON object")
+    return value

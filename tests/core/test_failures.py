@@ -1,0 +1,304 @@
+"""Exceptions come back as themselves where every worker has their type, else as StepError."""
+
+import asyncio
+import json
+import pickle
+import sqlite3
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyworkflow import errors
+from pyworkflow._failures import TRACEBACK, decode_error, encode_error
+from pyworkflow._portable import register_portable
+from pyworkflow._serialization import NotSerializable, StoredValueInvalid
+from pyworkflow.errors import FatalError, RetryableError, SerializationError, StepError
+
+
+class Unregistered(Exception):
+    pass
+
+
+def raised(exc):
+    try:
+        raise exc
+    except BaseException as caught:
+        return caught
+
+
+def round_trip(exc):
+    info = json.loads(json.dumps(encode_error(exc)))
+    return decode_error(info)
+
+
+class Portable:
+    """Stands for a package of a registered module: its classes are looked up here."""
+
+    class TakesTwo(Exception):
+        def __init__(self, code, detail):
+            super().__init__(f"{code}: {detail}")
+            self.code = code
+            self.detail = detail
+
+    class MakesItsMessage(Exception):
+        def __init__(self, code):
+            super().__init__(f"code {code}")
+            self.code = code
+
+    class Slotted(Exception):
+        __slots__ = ("hidden",)
+
+        def __init__(self, *, hidden):
+            super().__init__()
+            self.hidden = hidden
+
+    class Guarded(FatalError):
+        @property
+        def fixed(self):
+            return 1
+
+    class Group(ExceptionGroup):
+        def derive(self, excs):
+            return Portable.Group(self.message, excs)
+
+    class Silent(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+        __repr__ = __str__
+
+    class Stubborn(Exception):
+        def __new__(cls, *args):
+            if args:
+                raise RuntimeError("never again")
+            return super().__new__(cls)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    from pyworkflow import _portable
+
+    monkeypatch.setattr(_portable, "_registered", set(_portable._registered))
+    register_portable(__name__)
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        ValueError("bad"), ValueError(), ValueError("a", 1, (2, 3), {"k": b"v"}), KeyError("k"),
+        FileNotFoundError(2, "gone", "/some/file"), OSError(5, "io", "a", None, "b"), TimeoutError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), sqlite3.IntegrityError("UNIQUE"),
+        json.JSONDecodeError("Expecting value", "doc", 1), ZeroDivisionError("x"), AssertionError(),
+        subprocess.CalledProcessError(3, ["ls"], b"out"), ModuleNotFoundError("no x", name="x"),
+        FatalError("final"), RetryableError("later", retry_after="30s"),
+        RetryableError("later", retry_after=timedelta(seconds=3)), StepError("m:T", "msg", "tb"),
+        errors.StepTimeout("slow"), errors.NonDeterminism("a", "b", 3), errors.RunNotFound("r1"),
+        errors.IdempotencyConflict("k", "r", {"workflow": ("a", "b")}),
+        StoredValueInvalid("m:T", "why"), NotSerializable("result", "T", "why", "remedy"),
+    ],
+    ids=lambda exc: type(exc).__name__,
+)  # fmt: skip
+def test_m05_portable_exceptions_come_back_as_themselves(exc):
+    exc.add_note("seen by a step")
+    again = round_trip(raised(exc))
+    assert type(again) is type(exc)
+    assert again.args == exc.args
+    assert str(again) == str(exc)
+    assert {k: v for k, v in vars(again).items()} == vars(exc)
+    for name in ("errno", "filename", "filename2", "name", "reason", "object", "pos", "doc"):
+        assert getattr(again, name, None) == getattr(exc, name, None)
+
+
+def every_error():
+    made = {
+        "DuplicateName": ("step", "a", "b", "c"), "IdempotencyConflict": ("k", "r", {"a": ["b", "c"]}),
+        "NonDeterminism": ("a", "b", 1), "PayloadTooLarge": ("x", 1, 2), "HistoryTooLong": (1, 2),
+        "RunNotFound": ("r",), "RunClosed": ("r", "s"), "PluginNotFound": ("k", "s", None),
+        "PluginBroken": ("a", "b", "c"), "StorageDamaged": ("f", 1, "d"), "SchemaTooNew": ("w", 2, 1),
+        "StepError": ("m:T", "msg"),
+    }  # fmt: skip
+    for name in errors.__all__:
+        yield getattr(errors, name)(*made.get(name, ("message",)))
+
+
+@pytest.mark.parametrize("exc", list(every_error()), ids=lambda exc: type(exc).__name__)
+def test_every_error_of_ours_survives_storage_and_pickle(exc):
+    for again in (round_trip(exc), pickle.loads(pickle.dumps(exc))):
+        assert type(again) is type(exc)
+        assert (again.args, str(again)) == (exc.args, str(exc))
+
+
+def test_h07_a_type_that_other_workers_may_lack_is_a_step_error_from_the_first_time():
+    info = encode_error(raised(Unregistered("boom")))
+    assert info["portable"] is False
+    again = decode_error(info)
+    assert type(again) is StepError
+    assert again.type == f"{__name__}:Unregistered"
+    assert again.message == "boom"
+    assert 'raise exc' in again.traceback
+    assert str(again) == f"{__name__}:Unregistered: boom"
+
+
+def test_h07_what_is_decided_at_the_first_time_holds_whatever_is_registered_later(registered):
+    info = encode_error(Portable.TakesTwo(1, "a"))
+    assert info["portable"] is True
+    info = {**info, "portable": False}
+    assert type(decode_error(info)) is StepError
+
+
+def test_h07_a_portable_type_that_is_missing_is_an_error_of_serialization_not_of_the_step():
+    info = encode_error(sqlite3.IntegrityError("x"))
+    with pytest.raises(SerializationError, match="import it in the module"):
+        decode_error({**info, "type": "not_here_at_all:Error"})
+    with pytest.raises(SerializationError, match="keep an alias"):
+        decode_error({**info, "type": "sqlite3:RemovedError"})
+
+
+@pytest.mark.parametrize("name", ["subprocess:Popen", "builtins:SystemExit", "os:system", "builtins:eval"])
+def test_only_exceptions_are_ever_made(name):
+    with pytest.raises(SerializationError):
+        decode_error({**encode_error(ValueError("ls")), "type": name})
+
+
+def test_constructors_of_other_shapes(registered):
+    two = round_trip(Portable.TakesTwo(404, "missing"))
+    assert (type(two), two.code, two.detail) == (Portable.TakesTwo, 404, "missing")
+    assert str(two) == "404: missing"
+    made = round_trip(Portable.MakesItsMessage(5))
+    assert (type(made), made.code, made.args, str(made)) == (
+        Portable.MakesItsMessage, 5, ("code 5",), "code 5",
+    )  # fmt: skip
+    assert type(round_trip(Portable.Slotted(hidden=1))) is Portable.Slotted
+    assert type(round_trip(Portable.Guarded("no"))) is Portable.Guarded
+
+
+def test_attributes_and_arguments_that_cannot_be_stored_do_not_lose_the_rest():
+    exc = ValueError("a", object())
+    exc.kept = {1: (2,)}
+    exc.lost = object()
+    again = round_trip(exc)
+    assert again.kept == {1: (2,)}
+    assert not hasattr(again, "lost")
+    assert again.args[0] == "a"
+    assert again.args[1].startswith("<object object at")
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        SystemExit(3), KeyboardInterrupt(), GeneratorExit(), StopIteration(1), StopAsyncIteration(),
+        asyncio.CancelledError(), BaseExceptionGroup("g", [SystemExit(1)]),
+    ],
+    ids=lambda exc: type(exc).__name__,
+)  # fmt: skip
+def test_what_would_end_the_worker_or_confuse_coroutines_comes_back_as_a_step_error(exc):
+    again = round_trip(exc)
+    assert type(again) is StepError
+    assert again.type.endswith(f":{type(exc).__name__}")
+
+
+def test_groups_come_back_with_each_member_by_its_own_rule(registered):
+    group = ExceptionGroup("both", [ValueError(1), Portable.Group("in", [KeyError("k")])])
+    again = round_trip(raised(group))
+    assert type(again) is ExceptionGroup
+    assert str(again) == str(group)
+    assert [type(member) for member in again.exceptions] == [ValueError, Portable.Group]
+    assert again.exceptions[1].exceptions[0].args == ("k",)
+
+
+def test_a_group_keeps_foreign_members_as_step_errors():
+    again = round_trip(ExceptionGroup("g", [Unregistered("x"), ValueError("y")]))
+    assert [type(member) for member in again.exceptions] == [StepError, ValueError]
+
+
+def test_very_deep_groups_come_back_as_step_errors_inside():
+    exc: Exception = ValueError("x")
+    for _ in range(60):
+        exc = ExceptionGroup("g", [exc])
+    assert type(round_trip(exc)) is ExceptionGroup
+
+
+def test_notes_and_the_cause_are_kept():
+    try:
+        try:
+            raise KeyError("inner")
+        except KeyError as inner:
+            raise ValueError("outer") from inner
+    except ValueError as outer:
+        outer.add_note("first")
+        outer.add_note("second")
+        again = round_trip(outer)
+    assert again.__notes__ == ["first", "second"]
+    assert isinstance(again.__cause__, StepError)
+    assert (again.__cause__.type, again.__cause__.message) == ("builtins:KeyError", "'inner'")
+    assert round_trip(ValueError("alone")).__cause__ is None
+
+
+def test_encoding_never_raises_and_is_bounded(registered):
+    for exc in (
+        Portable.Silent("x"),
+        ValueError("\ud800" * 3),
+        ValueError("x" * 100_000, Portable.Silent()),
+        ExceptionGroup("\udfff", [Portable.Silent()]),
+    ):
+        info = json.loads(json.dumps(encode_error(raised(exc)), ensure_ascii=False).encode())
+        assert len(info["traceback"]) <= TRACEBACK
+        assert len(info["message"]) <= 9000
+        assert type(decode_error(info)) is type(exc)
+
+
+def test_a_class_that_cannot_be_made_again_is_an_error_of_serialization(registered):
+    exc = Portable.Stubborn()
+    exc.args = ("later",)
+    with pytest.raises(SerializationError, match="cannot be made again"):
+        round_trip(exc)
+
+
+def test_an_exception_of_a_function_body_is_a_step_error(registered):
+    class Local(Exception):
+        pass
+
+    assert type(round_trip(Local("x"))) is StepError
+
+
+@given(st.lists(st.text() | st.integers() | st.binary() | st.tuples(st.integers()), max_size=3))
+def test_any_plain_arguments_survive(args):
+    args = [a if not isinstance(a, str) else a.encode("utf-8", "replace").decode() for a in args]
+    for kind in (ValueError, RuntimeError, LookupError):
+        again = round_trip(kind(*args))
+        assert (type(again), again.args) == (kind, tuple(args))
+
+
+def test_tracebacks_keep_both_ends():
+    def deep(n):
+        return deep(n - 1) if n else 1 / 0
+
+    try:
+        exec(compile("\n".join(["def f(n):", *[f"    x{i} = {i}" for i in range(5)], "    return g(n)"]), "f", "exec"), scope := {})
+        def g(n):
+            return scope["f"](n - 1) if n % 2 else h(n)
+        def h(n):
+            return g(n - 1) if n else 1 / 0
+        scope["g"] = g
+        g(300)
+    except ZeroDivisionError as exc:
+        info = encode_error(exc)
+    assert info["traceback"].startswith("Traceback")
+    assert info["traceback"].rstrip().endswith("ZeroDivisionError: division by zero")
+    assert len(info["traceback"]) <= TRACEBACK
+
+
+def test_nothing_of_this_needs_the_module_of_the_step(tmp_path):
+    info = encode_error(raised(ValueError("x")))
+    code = (
+        "import json, sys; from pyworkflow._failures import decode_error;"
+        "assert type(decode_error(json.loads(sys.argv[1]))) is ValueError"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, json.dumps(info)],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        check=True,
+    )

@@ -1,0 +1,119 @@
+"""Doors keep users' import paths, name the remedy when closed, and hide no other error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repo.clone import ROOT
+
+CORE = ROOT / "pyworkflow-core" / "src" / "pyworkflow"
+HIDE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def python(code: str, *, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own: an import can be tried only once in each."""
+    prologue = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
+    return subprocess.run(
+        [sys.executable, "-c", prologue + code], capture_output=True, text=True, check=False
+    )
+
+
+def doors() -> list[Path]:
+    return sorted([*(CORE / "storage").glob("*.py"), *(CORE / "celery").glob("*.py")])
+
+
+def test_the_memory_door_needs_no_plugin() -> None:
+    from pyworkflow._memory import MemoryStorageBackend as own
+
+    from pyworkflow.storage.memory import MemoryStorageBackend as through_the_door
+
+    assert through_the_door is own
+
+
+def test_the_file_door_gives_the_plugins_own_class() -> None:
+    from pyworkflow.storage.file import FileStorageBackend as through_the_door
+    from pyworkflow_storage_file import FileStorageBackend as own
+
+    assert through_the_door is own
+
+
+def test_without_the_plugin_the_file_door_names_the_pip_command() -> None:
+    hidden = HIDE.format(package="pyworkflow_storage_file")
+    done = python(hidden + "import pyworkflow.storage.file")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: the file backend is not installed")
+    assert "pip install pyworkflow-storage-file" in last
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("import a_library_that_is_missing", "No module named 'a_library_that_is_missing'"),
+        ("raise RuntimeError('half installed')", "RuntimeError: half installed"),
+    ],
+)
+def test_a_broken_plugin_is_reported_with_its_own_error(
+    tmp_path: Path, body: str, error: str
+) -> None:
+    package = tmp_path / "pyworkflow_storage_file"
+    package.mkdir()
+    (package / "__init__.py").write_text(body)
+    done = python("import pyworkflow.storage.file", path=tmp_path)
+    assert done.returncode == 1
+    assert error in done.stderr.strip().splitlines()[-1]
+    assert "pip install" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("door", "distribution"),
+    [
+        ("pyworkflow.storage.redis", "pyworkflow-storage-redis"),
+        ("pyworkflow.storage.sql", "pyworkflow-storage-sql"),
+        ("pyworkflow.celery.app", "pyworkflow-celery"),
+    ],
+)
+def test_the_door_of_a_plugin_that_is_not_built_says_so(door: str, distribution: str) -> None:
+    done = python(f"import {door}")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError")
+    assert "not built yet" in last
+    assert distribution in last
+
+
+@pytest.mark.parametrize(
+    ("module", "hook", "url"),
+    [
+        ("pyworkflow_celery", "pyworkflow_make_executor", "celery://"),
+        ("pyworkflow_storage_redis", "pyworkflow_make_storage", "rediss://u:secret@host:6379/0"),
+        ("pyworkflow_storage_sql", "pyworkflow_make_storage", "postgresql://u:secret@host/db"),
+    ],
+)
+def test_a_placeholder_refuses_its_urls_and_repeats_no_secret(
+    module: str, hook: str, url: str
+) -> None:
+    from importlib import import_module
+
+    from pyworkflow.errors import ConfigurationError
+
+    plugin = import_module(f"{module}._plugin")
+    with pytest.raises(ConfigurationError, match="not built yet") as caught:
+        getattr(plugin, hook)(url=url, options={})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("door", doors(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_door_holds_no_logic(door: Path) -> None:
+    assert len(door.read_text("utf-8").splitlines()) <= 20

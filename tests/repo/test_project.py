@@ -1,0 +1,150 @@
+"""What holds for the repository as a whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from typing import Any
+
+from tests.repo.clone import ROOT, files
+
+DISTRIBUTIONS = (
+    "pyworkflow-celery",
+    "pyworkflow-core",
+    "pyworkflow-storage-file",
+    "pyworkflow-storage-redis",
+    "pyworkflow-storage-sql",
+)
+FOLDERS = (".", *DISTRIBUTIONS)
+
+
+def project(folder: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))
+
+
+def test_one_version_everywhere() -> None:
+    versions = {folder: project(folder)["project"]["version"] for folder in FOLDERS}
+    assert len(set(versions.values())) == 1, versions
+    version = versions["."]
+    for init in ROOT.glob("pyworkflow-*/src/*/__init__.py"):
+        match = re.search(r'^__version__ = "(.+)"$', init.read_text("utf-8"), re.MULTILINE)
+        assert match is None or match[1] == version, init
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_workspace_has_every_distribution() -> None:
+    assert tuple(project(".")["tool"]["uv"]["workspace"]["members"]) == DISTRIBUTIONS
+    assert sorted(path.parent.name for path in ROOT.glob("*/pyproject.toml")) == list(DISTRIBUTIONS)
+
+
+def test_distributions_share_what_must_be_equal() -> None:
+    for folder in FOLDERS:
+        settings = project(folder)
+        assert settings["build-system"] == project(".")["build-system"], folder
+        for key in ("requires-python", "license", "license-files", "classifiers"):
+            assert settings["project"][key] == project(".")["project"][key], (folder, key)
+        licence = (ROOT / folder / "LICENSE").read_text("utf-8")
+        assert licence == (ROOT / "LICENSE").read_text("utf-8"), folder
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_the_core_needs_pluggy_and_pydantic_only() -> None:
+    names = {
+        re.split(r"[^\w-]", line)[0]
+        for line in project("pyworkflow-core")["project"]["dependencies"]
+    }
+    assert names == {"pluggy", "pydantic"}
+
+
+def test_one_distribution_owns_one_top_level_package() -> None:
+    owners = {
+        path.name: folder
+        for folder in DISTRIBUTIONS
+        for path in (ROOT / folder / "src").iterdir()
+        if path.is_dir() and not path.name.endswith(".egg-info")
+    }
+    assert len(owners) == len(DISTRIBUTIONS)
+    for package, folder in owners.items():
+        expected = "pyworkflow" if folder == "pyworkflow-core" else folder.replace("-", "_")
+        assert package == expected
+        assert (ROOT / folder / "src" / package / "py.typed").is_file(), package
+
+
+def test_entry_points_are_url_schemes_and_each_has_one_owner() -> None:
+    schemes = [
+        scheme
+        for folder in DISTRIBUTIONS
+        for scheme in project(folder)["project"]["entry-points"]["pyworkflow"]
+    ]
+    assert sorted(schemes) == [
+        *("celery", "file", "local", "memory", "postgres", "postgresql", "redis", "rediss"),
+        "sqlite",
+    ]
+
+
+def test_the_running_python_is_one_that_tox_tests() -> None:
+    env = f"py3{sys.version_info.minor}"
+    listed = re.search(r"py3\{([\d,]+)\}", (ROOT / "tox.ini").read_text("utf-8"))
+    assert listed is not None
+    assert str(sys.version_info.minor) in listed[1].split(","), (
+        f"this Python is not tested: found={env}; add it to env_list in tox.ini, and see that the "
+        "replay loop's self-test passes on it"
+    )
+
+
+def test_no_lock_file_and_no_hosts_are_committed() -> None:
+    assert not [path for path in files() if path.name == "uv.lock"]
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    assert "://" not in constraints
+    pins = [line for line in constraints.splitlines() if line and not line.startswith("#")]
+    assert all(re.match(r"[a-z0-9-]+==[\w.]+( ;.*)?$", line) for line in pins)
+    assert not [line for line in pins if line.startswith("pyworkflow")]
+
+
+def test_no_file_names_a_machine() -> None:
+    # Spelled in pieces, so that this file does not name one itself.
+    paths = re.compile(
+        "|".join(["/ro" + "ot/", "/ho" + r"me/\w", "/Us" + r"ers/\w", "/wo" + "rk/"])
+    )
+    found: list[str] = []
+    for path in files():
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if paths.search(line)
+        ]
+    assert not found, "\n".join(found)
+
+
+def test_every_lint_exception_ends_with_its_reason() -> None:
+    lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+    start = lines.index("ignore = [")
+    end = lines.index("[tool.ruff.lint.pydocstyle]")
+    rule = re.compile(r'^\s*"[A-Z]+\d*",|= \["[A-Z]+\d*"\]')
+    bare = [line for line in lines[start:end] if rule.search(line) and "#" not in line]
+    assert bare == ['"!pyworkflow-core/src/pyworkflow/_replay/**" = ["TID251"]'], bare
+    ignore = re.compile(
+        r"# (?:noqa|type: ignore|pyright: ignore)(?:: ?[A-Z]\w+(?:, ?[A-Z]\w+)*|\[[^]]*\])?(.*)"
+    )
+    silent = [
+        f"{source.relative_to(ROOT)}:{number}"
+        for source in ROOT.glob("pyworkflow-*/src/**/*.py")
+        for number, line in enumerate(source.read_text("utf-8").splitlines(), 1)
+        if (match := ignore.search(line)) and len(match[1].strip(" #-")) < 3
+    ]
+    assert not silent, f"end these with their reason (`# noqa: X  # why`): {silent}"
+
+
+def test_ci_runs_the_readmes_test_command_to_the_letter() -> None:
+    command = (
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt tox && .venv/bin/tox"
+    )
+    assert f"({command})" in (ROOT / ".ci" / "run").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert command in readme.replace("\\\n", " ").replace("  ", " ")
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
