@@ -117,7 +117,7 @@ def test_unknown_settings_name_the_close_ones(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="setting=zzz"):
         configure(zzz=None)
     monkeypatch.setenv("PYWORKFLOW_STORGE", "memory://")
-    with pytest.raises(ConfigurationError, match="PYWORKFLOW_STORGE.*did you mean storage"):
+    with pytest.raises(ConfigurationError, match=r"PYWORKFLOW_STORGE.*did you mean storage"):
         settings()
     monkeypatch.delenv("PYWORKFLOW_STORGE")
     monkeypatch.setenv("PYWORKFLOW_TEST_SERVER_OF_OURS", "1")
@@ -262,6 +262,17 @@ def test_relative_paths_are_resolved_once(tmp_path, url, resolved):
     expected = parent if ".." in url else inside
     assert resolve_url(url, base) == expected
     assert resolve_url(expected, base / "elsewhere") == expected
+
+
+def test_a_current_directory_that_is_gone_needs_an_absolute_path(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigurationError, match="current directory does not exist"):
+        settings()
+    configure(storage="file:///data")
+    assert settings().storage == "file:///data"
 
 
 def test_a_home_directory_that_only_a_shell_expands_is_refused():

@@ -158,7 +158,7 @@ def test_two_distributions_for_one_scheme_are_both_named_and_one_can_be_chosen(
 
 def test_a_stranger_cannot_take_the_scheme_of_the_core(install):
     install("shelf", ["memory"], STORAGE)
-    with pytest.raises(ConfigurationError, match="pyworkflow-core.*shelf"):
+    with pytest.raises(ConfigurationError, match=r"pyworkflow-core.*shelf"):
         make_storage("memory://")
 
 
@@ -248,7 +248,7 @@ def test_what_a_factory_raises_reaches_the_caller_without_credentials(install):
     )
     with pytest.raises(PluginBroken, match="no driver"):
         make_storage("shelf://?driver=1")
-    with pytest.raises(ConfigurationError, match="^mine$"):
+    with pytest.raises(ConfigurationError, match=r"^mine$"):
         make_storage("shelf://?wrong=1")
     with pytest.raises(ConfigurationError, match="type=object"):
         make_storage("shelf://?other=1")
@@ -262,6 +262,11 @@ def test_a_namespace_is_checked_and_no_option():
         make_storage("memory://", "../other")
     with pytest.raises(ConfigurationError, match="setting namespace"):
         make_storage("memory://?namespace=x")
+
+
+def test_a_plugin_gets_an_absolute_path(install, tmp_path):
+    install("shelf", ["sqlite"], STORAGE)
+    assert make_storage("sqlite:///a.db").url == f"sqlite:///{tmp_path}/a.db"
 
 
 def test_executors_get_the_configuration_overridden_by_the_query(install):
@@ -299,7 +304,6 @@ def test_the_plugins_of_the_core_work_without_installed_entry_points():
 
 
 def test_memory_urls_are_private_or_shared_by_name_and_namespace():
-    pytest.importorskip("pyworkflow._memory")
     assert make_storage("memory://") is not make_storage("memory://")
     with pytest.raises(ConfigurationError, match="options=speed"):
         make_storage("memory://?speed=1")

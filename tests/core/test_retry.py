@@ -41,7 +41,7 @@ def test_a_wrong_number_of_retries_is_refused(wrong):
 
 
 def test_a_wrong_delay_is_refused_with_every_form():
-    with pytest.raises(ValueError, match='"5s".*"fixed", or "exponential"'):
+    with pytest.raises(ValueError, match=r'"5s".*"fixed", or "exponential"'):
         RetryPolicy.of(1, "linear")
 
 
@@ -122,7 +122,7 @@ def test_the_opinion_of_a_plugin_beats_the_type():
 def _raised(fn):
     try:
         fn()
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001
         return exc
     raise AssertionError
 

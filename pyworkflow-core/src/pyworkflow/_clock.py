@@ -49,7 +49,7 @@ def ensure_utc(instant: datetime, *, stacklevel: int = 2) -> datetime:
             f"the naive datetime {instant.isoformat(sep=' ')} is taken as UTC; give it a "
             "timezone, for example datetime(..., tzinfo=timezone.utc)",
             UserWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=stacklevel,
         )
         return instant.replace(tzinfo=UTC)
     return instant.astimezone(UTC)

@@ -25,6 +25,7 @@ __all__ = ["Settings", "check_namespace", "configure", "settings"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?", re.IGNORECASE)
+_HERE = Path()
 _UNITS = {"": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 
 
@@ -91,7 +92,7 @@ def configure(
         **settings,
     }
     parsed = {
-        name: _parse(name, value, f"configure({name}=...)", _working_directory)
+        name: _parse(name, value, f"configure({name}=...)", _HERE)
         for name, value in given.items()
         if value is not None or name not in _PARSERS
     }
@@ -166,27 +167,26 @@ def _read(configured: Mapping[str, object], environ: Mapping[str, str]) -> Setti
         unknown = [name for name in table if name not in _PARSERS]
         if unknown:
             raise _unknown(unknown[0], f"[tool.pyworkflow] of {path}")
-        folder = path.parent
         for name, value in table.items():
             source = f"{name} in [tool.pyworkflow] of {path}"
-            values[name] = _parse(name, value, source, lambda: folder)
+            values[name] = _parse(name, value, source, path.parent)
     if "broker_url" not in values and environ.get("CELERY_BROKER_URL"):
         values["broker_url"] = _parse(
-            "broker_url", environ["CELERY_BROKER_URL"], "CELERY_BROKER_URL", _working_directory
+            "broker_url", environ["CELERY_BROKER_URL"], "CELERY_BROKER_URL", _HERE
         )
     for variable, value in environ.items():
         if not variable.startswith("PYWORKFLOW_"):
             continue
         name = variable.removeprefix("PYWORKFLOW_").lower()
         if name in _PARSERS:
-            values[name] = _parse(name, value, variable, _working_directory)
+            values[name] = _parse(name, value, variable, _HERE)
         elif _close(name, cutoff=0.85):
             # Other tools may own variables with this prefix; a misspelt setting is no such thing,
             # and overlooking it could mean another store.
             raise _unknown(name, f"the environment ({variable})")
     values.update(configured)
     if "storage" not in values:
-        values["storage"] = _parse("storage", "file:.pyworkflow", "the default", _working_directory)
+        values["storage"] = _parse("storage", "file:.pyworkflow", "the default", _HERE)
     _check_together(values)
     if "lease" in values and "renew_every" not in values:
         values["renew_every"] = cast("timedelta", values["lease"]) / 3
@@ -222,16 +222,6 @@ def _project_table() -> tuple[Path | None, Mapping[str, object]]:
     return None, {}
 
 
-def _working_directory() -> Path:
-    try:
-        return Path.cwd()
-    except OSError as error:
-        raise ConfigurationError(
-            "the current directory does not exist any more, and the storage path is relative; "
-            "give an absolute one: file:///DIRECTORY"
-        ) from error
-
-
 def _check_together(values: Mapping[str, object]) -> None:
     lease, renew = values.get("lease"), values.get("renew_every")
     if renew is None:
@@ -247,7 +237,7 @@ def _check_together(values: Mapping[str, object]) -> None:
 # --- parsing ----------------------------------------------------------------------------------
 
 
-def _parse(name: str, value: object, source: str, base: Callable[[], Path]) -> object:
+def _parse(name: str, value: object, source: str, base: Path) -> object:
     if name not in _PARSERS:
         raise _unknown(name, "configure()")
     if isinstance(value, str) and not value.strip() and name not in {"modules", "disable_plugins"}:
@@ -257,7 +247,7 @@ def _parse(name: str, value: object, source: str, base: Callable[[], Path]) -> o
     return _PARSERS[name](name, value, source, base)
 
 
-def _url(name: str, value: object, source: str, base: Callable[[], Path]) -> object:
+def _url(name: str, value: object, source: str, base: Path) -> object:
     if not isinstance(value, str):
         methods = {"storage": "commit", "executor": "ring"}
         if name in methods and callable(getattr(value, methods[name], None)):
@@ -267,23 +257,21 @@ def _url(name: str, value: object, source: str, base: Callable[[], Path]) -> obj
         parse_url(value, "executor" if name == "executor" else "storage")
     except ConfigurationError as error:
         raise ConfigurationError(f"{error} (setting={name} source={source})") from error
-    if name == "storage" and resolve_url(value, Path("/")) != value:
-        return resolve_url(value, base())
-    return value
+    return resolve_url(value, base) if name == "storage" else value
 
 
-def _broker(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _broker(name: str, value: object, source: str, _base: Path) -> object:
     if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value):
         return value
     raise _bad(name, value, source, "a URL like redis://HOST:6379/0")
 
 
-def _name(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _name(name: str, value: object, source: str, _base: Path) -> object:
     del name
     return check_namespace(value, source)
 
 
-def _list(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _list(name: str, value: object, source: str, _base: Path) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     given = value  # the type checkers narrow `value` to lists of unknown things
@@ -293,7 +281,7 @@ def _list(name: str, value: object, source: str, _base: Callable[[], Path]) -> o
     return names
 
 
-def _duration(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _duration(name: str, value: object, source: str, _base: Path) -> object:
     from pyworkflow._duration import parse_duration
 
     form = "a duration like '60s', '1h30m', seconds, or a timedelta, above zero"
@@ -308,7 +296,7 @@ def _duration(name: str, value: object, source: str, _base: Callable[[], Path]) 
     return parsed
 
 
-def _count(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _count(name: str, value: object, source: str, _base: Path) -> object:
     if isinstance(value, str) and re.fullmatch(r"[0-9][0-9_]{0,17}", value.strip()):
         value = int(value.strip().replace("_", ""))
     least = 0 if name == "sessions" else 1
@@ -317,7 +305,7 @@ def _count(name: str, value: object, source: str, _base: Callable[[], Path]) -> 
     return value
 
 
-def _bytes(name: str, value: object, source: str, _base: Callable[[], Path]) -> object:
+def _bytes(name: str, value: object, source: str, _base: Path) -> object:
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip().replace("_", ""))
         if match is not None and len(match[1]) < 19:
@@ -327,7 +315,7 @@ def _bytes(name: str, value: object, source: str, _base: Callable[[], Path]) -> 
     return value
 
 
-_PARSERS: Mapping[str, Callable[[str, object, str, Callable[[], Path]], object]] = {
+_PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "storage": _url,
     "executor": _url,
     "namespace": _name,

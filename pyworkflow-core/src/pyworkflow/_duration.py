@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
-from decimal import ROUND_CEILING, Decimal
+from fractions import Fraction
 from functools import lru_cache
+from math import ceil
 
 from pyworkflow._clock import ensure_utc
 
@@ -32,7 +33,7 @@ _UNITS = {
 }
 _RANK = {unit: rank for rank, unit in enumerate(_UNITS)}
 _NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_]+)\s*")
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_]+)\s*", re.ASCII)
 _ZERO = timedelta()
 
 
@@ -60,7 +61,7 @@ def parse_duration(value: D) -> timedelta:
     if not value < float("inf"):
         raise _bad(value, "is not a finite number")
     # The shortest decimal that names the float, not its binary value: 0.1 is 100000 us, not 100001.
-    return _from_micros(_ceil(Decimal(repr(float(value))) * 1_000_000), value)
+    return _from_micros(ceil(Fraction(repr(float(value))) * 1_000_000), value)
 
 
 def resolve_instant(value: D | datetime, now: datetime, *, stacklevel: int = 2) -> datetime:
@@ -101,12 +102,12 @@ def _parse_text(text: str) -> timedelta:
     stripped = text.strip()
     if _NUMBER.fullmatch(stripped):
         # As in an HTTP Retry-After header or an environment variable.
-        return _from_micros(_ceil(Decimal(stripped) * 1_000_000), text)
+        return _from_micros(ceil(Fraction(stripped) * 1_000_000), text)
     if not stripped:
         raise _bad(text, "is empty")
     if stripped.startswith("-"):
         raise _bad(text, "is negative")
-    total = Decimal(0)
+    total = Fraction(0)
     rank, position = -1, 0
     while position < len(stripped):
         part = _PART.match(stripped, position)
@@ -118,12 +119,8 @@ def _parse_text(text: str) -> timedelta:
         if _RANK[unit] <= rank:
             raise _bad(text, f"has {unit!r} out of order")
         rank, position = _RANK[unit], part.end()
-        total += Decimal(number) * _UNITS[unit]
-    return _from_micros(_ceil(total), text)
-
-
-def _ceil(micros: Decimal) -> int:
-    return int(micros.to_integral_value(ROUND_CEILING))
+        total += Fraction(number) * _UNITS[unit]
+    return _from_micros(ceil(total), text)
 
 
 def _from_micros(micros: int, value: object) -> timedelta:

@@ -11,12 +11,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from pyworkflow import _hooks
 from pyworkflow._config import check_namespace, settings
 from pyworkflow._hooks import around, ask, error_class, hooks_active, observe, observer_errors
-from pyworkflow._urls import ParsedUrl, parse_url, redact_url
+from pyworkflow._urls import ParsedUrl, parse_url, redact_url, resolve_url
 from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound, WorkflowError
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class PluginInfo:
 def make_storage(url: str, namespace: str = "default") -> StorageBackend:
     """Make the backend for a storage URL. Does no I/O; every call makes a new object.
 
+    A relative path is relative to the current directory of this call.
+
     Raises:
         PluginNotFound: No installed plugin serves the scheme; names the ``pip install`` line.
         PluginBroken: Its plugin does not load.
@@ -92,7 +95,8 @@ def make_storage(url: str, namespace: str = "default") -> StorageBackend:
     """
     from pyworkflow.spi.storage import StorageBackend
 
-    parsed = parse_url(url, "storage")
+    parse_url(url, "storage")
+    parsed = parse_url(resolve_url(url, Path()), "storage")
     if "namespace" in parsed.options:
         raise ConfigurationError(
             f"the namespace is no part of the storage URL: storage={redact_url(url)!r}; "

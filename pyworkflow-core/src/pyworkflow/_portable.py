@@ -44,7 +44,7 @@ def main_name() -> str:
     """The name under which other processes import what is ``__main__`` here."""
     main = sys.modules.get("__main__")
     spec: ModuleSpec | None = getattr(main, "__spec__", None)
-    return _main_name(spec and spec.name, getattr(main, "__file__", None))
+    return _main_name(spec.name if spec else None, getattr(main, "__file__", None))
 
 
 @lru_cache(maxsize=4)

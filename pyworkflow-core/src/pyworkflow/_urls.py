@@ -101,11 +101,14 @@ def redact_url(url: str) -> str:
 
 
 def resolve_url(url: str, base: Path) -> str:
-    """Make a relative path of a ``file:`` or ``sqlite:`` URL absolute, below ``base``.
+    """Make a relative path of a ``file:`` or ``sqlite:`` URL absolute, from ``base`` on.
 
     ``file:data`` becomes ``file:///base/data``, ``sqlite:///a.db`` ``sqlite:////base/a.db``;
     every other URL stays as it is. Paths in URLs are percent-encoded where they hold ``%``, ``?``
     or ``#``; plugins decode them.
+
+    Raises:
+        ConfigurationError: The path starts with ``~``, or the current directory is gone.
     """
     match = _SCHEME.match(url)
     if match is None:
@@ -123,7 +126,13 @@ def resolve_url(url: str, base: Path) -> str:
             f"the storage URL starts with ~, which only a shell expands: storage={url!r}; "
             "write the path out"
         )
-    folder = base.absolute().as_posix()
+    try:
+        folder = base.absolute().as_posix()
+    except OSError as error:
+        raise ConfigurationError(
+            "the current directory does not exist any more, and the storage path is relative: "
+            f"storage={url!r}; give an absolute one, file:///DIRECTORY"
+        ) from error
     for char, code in (("%", "%25"), ("?", "%3F"), ("#", "%23")):
         folder = folder.replace(char, code)
     parts = [part for part in path.split("/") if part not in {"", "."}]

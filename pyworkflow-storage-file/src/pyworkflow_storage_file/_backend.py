@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pyworkflow.spi import (
     Answer,
@@ -33,12 +33,16 @@ from pyworkflow.spi import (
     StorageInfo,
     WorkItem,
 )
+from pyworkflow.spi.reference import check_change
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._journal import Journal
 from pyworkflow_storage_file._state import State
 from pyworkflow_storage_file._writer import Batch, Writer
 
 __all__ = ["FileStorageBackend"]
+
+MAX_PAYLOAD: Final = 16 * 1024 * 1024
+MAX_EVENTS: Final = 10_000
 
 _SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _LONGEST_NAME = 150
@@ -65,7 +69,7 @@ class FileStorageBackend(StorageBackend):
         namespace: str = "default",
         fsync: bool = True,
     ) -> None:
-        self.path = Path(os.path.abspath(path))  # noqa: PTH100  Path.absolute keeps ".."
+        self.path = Path(os.path.abspath(path))
         self.namespace = namespace
         self._directory = self.path / _directory_name(namespace)
         self._fsync = fsync
@@ -109,6 +113,8 @@ class FileStorageBackend(StorageBackend):
                 purge_by_age=True,
                 large_history=True,
             ),
+            max_payload=MAX_PAYLOAD,
+            max_events_per_commit=MAX_EVENTS,
         )
 
     async def migrate(self) -> None:
@@ -137,11 +143,14 @@ class FileStorageBackend(StorageBackend):
 
     async def commit(self, change: Change) -> Committed:
         """Apply a change; durable on return."""
+        self._check(change)
         committed: Committed = await self._write(partial(_commit, change))
         return committed
 
     async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
         """Apply independent changes with one write."""
+        for change in changes:
+            self._check(change)
         answers: list[Answer] = await self._write(partial(_commit_many, changes))
         return answers
 
@@ -195,26 +204,26 @@ class FileStorageBackend(StorageBackend):
     ) -> datetime | None:
         """When an item can be claimed next."""
         due: datetime | None = await self._read(
-            lambda batch: batch.store.next_due(queues, workflows)
+            lambda batch: batch.store.next_due(queues=queues, workflows=workflows, now=batch.now)
         )
         return due
 
     async def get_run(self, run_id: str) -> Run | None:
         """The run, or None."""
-        run: Run | None = await self._read(lambda batch: batch.store.get_run(run_id, batch.now))
+        run: Run | None = await self._read(lambda batch: batch.store.get_run(run_id, now=batch.now))
         return run
 
     async def find_run(self, idempotency_key: str) -> str | None:
         """The run that has the key, or had it and was purged; or None."""
         run_id: str | None = await self._read(
-            lambda batch: batch.store.find_run(idempotency_key, batch.now)
+            lambda batch: batch.store.find_run(idempotency_key, now=batch.now)
         )
         return run_id
 
     async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
         """Runs, newest first."""
         page: Page[Run] = await self._read(
-            lambda batch: batch.store.list_runs(query, cursor, batch.now)
+            lambda batch: batch.store.list_runs(query, cursor, now=batch.now)
         )
         return page
 
@@ -234,12 +243,12 @@ class FileStorageBackend(StorageBackend):
 
     async def holders(self) -> list[str]:
         """The owners of leases that have not ended."""
-        owners: list[str] = await self._read(lambda batch: batch.store.holders(batch.now))
+        owners: list[str] = await self._read(lambda batch: batch.store.holders(now=batch.now))
         return owners
 
     async def stats(self) -> Mapping[str, int]:
         """Counts of runs by status."""
-        counts: Mapping[str, int] = await self._read(lambda batch: batch.store.stats(batch.now))
+        counts: Mapping[str, int] = await self._read(lambda batch: batch.store.stats(now=batch.now))
         return counts
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
@@ -284,12 +293,16 @@ class FileStorageBackend(StorageBackend):
             )
         # The first use, or the first one in a forked child.
         self._writer = writer = Writer(
-            self._make_journal, loop, lock_timeout=self._lock_timeout
+            self._make_journal, loop, calls=self._calls, lock_timeout=self._lock_timeout
         )
         weakref.finalize(self, writer.stop).atexit = False
         self._loop = loop
         self._pid = os.getpid()
         return writer
+
+    @staticmethod
+    def _check(change: Change) -> None:
+        check_change(change, max_payload=MAX_PAYLOAD, max_events=MAX_EVENTS)
 
     def _make_journal(self, state: State) -> Journal:
         return Journal(
@@ -339,9 +352,8 @@ def _commit_many(changes: Sequence[Change], batch: Batch) -> list[Answer]:
 
 
 def _claim(request: ClaimRequest, batch: Batch) -> Claimed:
-    claims, deltas = batch.store.claim(request, now=batch.now, token=batch.token)
-    for delta in deltas:
-        batch.write(delta, durable=False)
+    claims, delta = batch.store.claim(request, now=batch.now, token=batch.token)
+    batch.write(delta, durable=False)
     return Claimed(claims=claims, now=batch.now)
 
 

@@ -1,4 +1,4 @@
-"""The few operating-system calls whose failure the journal must survive: the seam of its tests.
+"""The few operating-system calls whose failures the journal must survive: the seam of its tests.
 
 Everything else (opening, locking, reading) goes to ``os`` directly.
 """
@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 __all__ = ["Calls"]
 
 
+#: Goes on while the machine sleeps, and nobody can set it.
+_SINCE_BOOT: int = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
+
+
 class Calls:
-    """Writes and flushes, as the operating system does them. Tests override single methods."""
+    """Writes, flushes and clocks of the operating system. Tests override single methods."""
+
+    def clocks(self) -> tuple[int, int]:
+        """The wall clock and the time since boot, ns."""
+        return time.time_ns(), time.clock_gettime_ns(_SINCE_BOOT)
 
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """Write at ``offset``; returns how many bytes were taken."""

@@ -35,7 +35,6 @@ from pyworkflow_storage_file._lock import (
     Marker,
     StoreLock,
     boot_id,
-    clocks,
 )
 
 __all__ = ["Journal", "Record", "Sink", "storage_error"]
@@ -209,6 +208,10 @@ class Journal:
 
     # --- writing, with the lock held ----------------------------------------------------------
 
+    def touch(self) -> None:
+        """Leave a new marker, with the clocks as they are."""
+        self._mark(CLEAN)
+
     def reload(self) -> None:
         """Read everything anew."""
         self._loaded = False
@@ -375,8 +378,10 @@ class Journal:
         self._number = 1
 
     def _read_segment(self, floor: int | None) -> None:
-        """Apply the rest of the open segment. ``floor``: below it the *last* segment was durable;
-        None: this is not the last one, and all of it was."""
+        """Apply the rest of the open segment.
+
+        Below ``floor`` the last segment was durable; None: this is another one, and all of it was.
+        """
         path = self.directory / self._segments[self._reading]
         base = self._offset
         data = _read_all(self._fd, base)
@@ -586,7 +591,7 @@ class Journal:
             self._poison(error)
 
     def _mark(self, state: int) -> None:
-        wall, boottime = clocks()
+        wall, boottime = self._calls.clocks()
         self.lock.write(
             Marker(
                 state,

@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # not a POSIX system
 
 from pyworkflow.spi import ConfigurationError, StorageError
 
-__all__ = ["CLEAN", "DIRTY", "POISONED", "Marker", "StoreLock", "boot_id", "clocks"]
+__all__ = ["CLEAN", "DIRTY", "POISONED", "Marker", "StoreLock", "boot_id"]
 
 CLEAN, DIRTY, POISONED = 0, 1, 2
 _LAYOUT = struct.Struct("<4sB3x16sQQQQQIqq")
@@ -131,11 +131,6 @@ class StoreLock:
         os.pwrite(self._fd, marker.pack(), 0)
 
 
-def clocks() -> tuple[int, int]:
-    """The wall clock and the time since boot, ns."""
-    return time.time_ns(), time.clock_gettime_ns(_SINCE_BOOT)
-
-
 def boot_id() -> bytes:
     """Sixteen bytes that change when the machine starts anew; zeros where that is not known."""
     try:
@@ -143,6 +138,3 @@ def boot_id() -> bytes:
         return bytes.fromhex(text.strip().replace("-", ""))
     except (OSError, ValueError):
         return bytes(16)
-
-
-_SINCE_BOOT: int = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))

@@ -6,11 +6,13 @@ Also keeps count of what is garbage in the journal, and of what is news to those
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 
 from pydantic_core import from_json, to_json
 
 from pyworkflow.spi import Delta, Json, ReferenceStore, SerializationError
+from pyworkflow.spi.reference import RunDelta
 from pyworkflow_storage_file._journal import Record
 
 __all__ = ["CLOCK", "DELTA", "State", "encode"]
@@ -53,7 +55,10 @@ class State:
             self.note(delta, len(body))
         elif kind == CLOCK:
             data = _decode(body)
-            self.shift = timedelta(microseconds=int(data["shift"]))
+            shift = data["shift"]
+            if not isinstance(shift, int):
+                raise TypeError("shift")
+            self.shift = timedelta(microseconds=shift)
             self.bytes += len(body)
         else:
             raise ValueError(f"unknown kind of record: {kind!r}")
@@ -70,18 +75,15 @@ class State:
     def _count(self, delta: Delta, size: int) -> None:
         size += _OVERHEAD
         self.bytes += size
-        kept = False
-        run_id = ""
+        needed = False
         for part in delta.parts:
-            if part.run is not None or part.events:
-                kept = True
-                run_id = part.run_id
-        if kept:
-            self._run_bytes[run_id] = self._run_bytes.get(run_id, 0) + size
-        else:
+            if part.removed:
+                self.garbage += self._run_bytes.pop(part.run_id, 0)
+            elif part.events or part.fields:
+                needed = True
+                self._run_bytes[part.run_id] = self._run_bytes.get(part.run_id, 0) + size
+        if not needed:
             self.garbage += size
-        for run_id in delta.removed:
-            self.garbage += self._run_bytes.pop(run_id, 0)
 
     def take_news(self) -> tuple[set[str], bool]:
         """The runs that changed since the last call, and whether there may be work."""
@@ -99,6 +101,24 @@ class State:
             self._count(delta, len(body))
             records.append(Record(DELTA, body))
         return records
+
+    def shift_leases(self, by: timedelta) -> Delta | None:
+        """Move the end of every lease, and apply that; None when there is none."""
+        parts: list[RunDelta] = []
+        for delta in self.store.snapshot():
+            for part in delta.parts:
+                items = [
+                    replace(item, lease=replace(item.lease, until=item.lease.until + by))
+                    for item in part.items
+                    if item.lease is not None
+                ]
+                if items:
+                    parts.append(RunDelta(part.run_id, items=items))
+        if not parts:
+            return None
+        delta = Delta(parts=parts)
+        self.store.apply(delta)
+        return delta
 
     def clock_record(self) -> Record:
         """The record that sets the offset of the clock."""

@@ -25,12 +25,11 @@ from pyworkflow.spi import (
     Refusal,
     RunClosed,
     RunNotFound,
-    SerializationError,
     StorageError,
     StorageUnavailable,
 )
-from pyworkflow_storage_file._journal import Journal, Record
-from pyworkflow_storage_file._lock import clocks
+from pyworkflow_storage_file._calls import Calls
+from pyworkflow_storage_file._journal import Journal, Record, storage_error
 from pyworkflow_storage_file._state import DELTA, State, encode
 
 __all__ = ["Batch", "Operation", "Writer"]
@@ -48,6 +47,8 @@ _JUMP: Final = 1_000_000_000
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
 #: Polls of the journal for what other processes wrote, in seconds.
 _POLL_FIRST, _POLL_LAST = 0.02, 0.1
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _live: weakref.WeakSet[Writer] = weakref.WeakSet()
 
@@ -113,6 +114,7 @@ class Writer:
         make_journal: Callable[[State], Journal],
         loop: asyncio.AbstractEventLoop,
         *,
+        calls: Calls,
         lock_timeout: float,
     ) -> None:
         self._loop = loop
@@ -123,7 +125,8 @@ class Writer:
         self._inbox: SimpleQueue[Operation | None] = SimpleQueue()
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
-        self._last_clocks: tuple[int, int] | None = None
+        self._calls = calls
+        self._last_clocks = calls.clocks()
         self._rewrite_at = _REWRITE_BYTES
         # The rest belongs to the loop.
         self._pending: set[Operation] = set()
@@ -304,6 +307,8 @@ class Writer:
             else:
                 taken = self._read(waiting, answers)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
+            if isinstance(error, OSError):
+                error = storage_error("cannot use the store", self._journal.directory, error)
             taken = len(waiting)
             answers = [(operation, None, _copy(error)) for operation in waiting]
         touched, work = self._state.take_news()
@@ -366,13 +371,38 @@ class Writer:
         batch.store = self._state.store
 
     def _acquire(self) -> None:
-        self._journal.acquire()
+        """Take the lock; if somebody set the wall clock, leases keep the time they had left."""
+        journal = self._journal
+        journal.acquire()
+        try:
+            marker = journal.last_marker
+            if marker is None:
+                return
+            wall, boottime = self._calls.clocks()
+            jump = (wall - marker.wall) - (boottime - marker.boottime)
+            if abs(jump) > _JUMP:
+                _log.warning("the wall clock was set: seconds=%.3f", jump / 1e9)
+                delta = self._state.shift_leases(timedelta(microseconds=jump // 1000))
+                if delta is None:
+                    journal.touch()
+                else:
+                    body = encode(delta.to_json())
+                    self._state.note(delta, len(body))
+                    journal.append([Record(DELTA, body)], durable=False)
+        except BaseException:
+            journal.invalidate()
+            journal.release()
+            raise
 
     def _has_jumped(self) -> bool:
-        return False
+        wall, boottime = self._calls.clocks()
+        last_wall, last_boottime = self._last_clocks
+        self._last_clocks = wall, boottime
+        return abs((wall - last_wall) - (boottime - last_boottime)) > _JUMP
 
     def _now(self) -> datetime:
-        return datetime.now(UTC) + self._state.shift
+        wall = self._calls.clocks()[0]
+        return _EPOCH + timedelta(microseconds=wall // 1000) + self._state.shift
 
     def _token(self) -> str:
         self._tokens += 1
@@ -390,7 +420,7 @@ class Writer:
             finally:
                 journal.release()
         except StorageError as error:
-            self._rewrite_at = state.garbage * 2
+            self._rewrite_at = max(_REWRITE_BYTES, journal.size)
             _log.warning("the journal was not rewritten: %s", error)
 
     # --- after a fork -------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Store:
         self.journal.close()
 
     def segment(self):
-        return sorted(self.journal.directory.glob("*.jsonl"))[-1]
+        return max(self.journal.directory.glob("*.jsonl"))
 
 
 @pytest.fixture
@@ -387,7 +387,13 @@ def test_segments_without_a_manifest_are_no_empty_store(tmp_path):
 def test_a_manifest_that_is_none_is_damage(tmp_path):
     store = Store(tmp_path).open()
     store.close()
-    for content in (b"", b"{", b"[]", b'{"format":1}', b'{"format":1,"generation":1,"segments":[]}'):
+    for content in (
+        b"",
+        b"{",
+        b"[]",
+        b'{"format":1}',
+        b'{"format":1,"generation":1,"segments":[]}',
+    ):
         (store.journal.directory / "manifest.json").write_bytes(content)
         with pytest.raises(StorageDamaged):
             Store(tmp_path).open()

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pyworkflow.spi import StorageError
-from pyworkflow_storage_file._lock import CLEAN, Marker, StoreLock, boot_id, clocks
+from pyworkflow_storage_file._lock import CLEAN, Marker, StoreLock, boot_id
 
 HOLD = """
 import sys, time
@@ -40,8 +40,8 @@ def marker(**changes):
         "end": 2**40,
         "synced": 5,
         "pid": 4_000_000,
-        "wall": clocks()[0],
-        "boottime": clocks()[1],
+        "wall": 1,
+        "boottime": 2,
     }
     return Marker(**(values | changes))
 

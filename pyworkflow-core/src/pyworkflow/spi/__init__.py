@@ -70,9 +70,17 @@ from pyworkflow.spi.storage import (
 )
 
 if TYPE_CHECKING:
+    from pyworkflow.spi._state import RunState
     from pyworkflow.spi.fsck import fsck
     from pyworkflow.spi.hookspecs import Codec, hookimpl, hookspec
-    from pyworkflow.spi.reference import Delta, ReferenceStore
+    from pyworkflow.spi.reference import (
+        Delta,
+        KeyMark,
+        Record,
+        ReferenceStore,
+        RunDelta,
+        check_change,
+    )
 
 __all__ = [
     # contract
@@ -136,7 +144,12 @@ __all__ = [
     # on first use
     "Codec",
     "Delta",
+    "KeyMark",
+    "Record",
     "ReferenceStore",
+    "RunDelta",
+    "RunState",
+    "check_change",
     "fsck",
     "hookimpl",
     "hookspec",
@@ -145,7 +158,12 @@ __all__ = [
 _LAZY = {
     "Codec": "hookspecs",
     "Delta": "reference",
+    "KeyMark": "reference",
+    "Record": "reference",
     "ReferenceStore": "reference",
+    "RunDelta": "reference",
+    "RunState": "_state",
+    "check_change": "reference",
     "fsck": "fsck",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",

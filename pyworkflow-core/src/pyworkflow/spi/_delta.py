@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from pyworkflow._clock import from_micros, to_micros
 from pyworkflow.errors import SchemaTooNew
-from pyworkflow.events import EVENT_VERSION, Event, Json
+from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ItemKind, Lease, ParentRef, RunStatus, WorkItem
 
 __all__ = ["DELTA_VERSION", "Delta", "KeyMark", "Record", "RunDelta"]
@@ -188,7 +188,7 @@ def _event_out(event: Event) -> dict[str, Json]:
         data["op"] = event.op
     if event.key is not None:
         data["key"] = event.key
-    if event.v != EVENT_VERSION:
+    if event.v != 1:
         data["v"] = event.v
     return data
 
@@ -203,7 +203,7 @@ def _event_in(run_id: str, data: Mapping[str, Any]) -> Event:
         run_id,
         data["seq"],
         from_micros(data["at"]),
-        # An absent version is 1, not whatever this code writes: old journals keep their meaning.
+        # 1, not EVENT_VERSION: what an old journal leaves out keeps its meaning.
         data.get("v", 1),
     )
 

@@ -1,96 +1,480 @@
-"""The reference store: the rules of the storage contract, without clock, randomness or I/O.
+"""The reference store: the storage contract without clock, randomness or I/O.
 
-One object holds one namespace. Signatures are final; bodies follow.
+One object holds one namespace. The memory backend wraps it, the file backend journals its deltas,
+and every other backend is compared with it. Instants and tokens come from the caller, so that the
+same calls always give the same store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import chain
 
+from pyworkflow.errors import KeyTaken, RunExists, RunNotFound
 from pyworkflow.events import Event
-from pyworkflow.runs import Run, WorkItem
-from pyworkflow.spi._delta import Delta, KeyMark, Record, RunDelta
-from pyworkflow.spi.storage import Change, Claim, ClaimRef, ClaimRequest, Committed, Page, RunQuery
+from pyworkflow.runs import ItemKind, Lease, Run, RunStatus, WorkItem
+from pyworkflow.spi._check import check_change
+from pyworkflow.spi._delta import DELTA_VERSION, Delta, KeyMark, Record, RunDelta
+from pyworkflow.spi._due import DueIndex
+from pyworkflow.spi._plan import Plan, altered, refuse
+from pyworkflow.spi._state import RunState
+from pyworkflow.spi.storage import (
+    Change,
+    Claim,
+    ClaimRef,
+    ClaimRequest,
+    Committed,
+    Page,
+    RunQuery,
+)
 
-__all__ = ["Delta", "KeyMark", "Record", "ReferenceStore", "RunDelta", "check_change"]
+__all__ = [
+    "DELTA_VERSION",
+    "Delta",
+    "KeyMark",
+    "Record",
+    "ReferenceStore",
+    "RunDelta",
+    "check_change",
+]
 
 Token = Callable[[], str]
-
-
-def check_change(change: Change, *, max_payload: int, max_events: int) -> None:
-    """Refuse what cannot be stored. A backend calls it before ``ReferenceStore.commit``.
-
-    Raises:
-        PayloadTooLarge: a text longer than ``max_payload`` bytes, or too many events.
-        SerializationError: something that is not JSON, or no Unicode.
-        ValueError: fields of the change that do not go together.
-    """
-    raise NotImplementedError
+_SNAPSHOT_BYTES = 256 * 1024
+_SNAPSHOT_ROWS = 1000
 
 
 class ReferenceStore:
+    """Runs, events, items and keys of one namespace.
+
+    Methods that change something return the delta that did it, already applied; None when nothing
+    was to do. ``apply`` alone changes state.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[str, RunState] = {}
+        self._keys: dict[str, KeyMark] = {}
+        self._index = DueIndex()
+        self._parked: dict[tuple[str, str], None] = {}  # items that a pause hides
+        self._next_number = 1
+
+    # --- changes ------------------------------------------------------------------------------
+
     def commit(
         self, change: Change, *, now: datetime, token: Token
     ) -> tuple[Committed, Delta | None]:
-        raise NotImplementedError
+        """Accept or refuse a change that ``check_change`` has passed.
+
+        Raises:
+            RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: Nothing has changed.
+        """
+        run = self._runs.get(change.run_id)
+        if change.create is not None:
+            if run is not None:
+                if run.create_key != change.key:
+                    raise RunExists(change.run_id)
+                return _answer_again(run, run.outside[change.key], change), None
+            return self._create(change, now, token)
+        if run is None:
+            raise RunNotFound(change.run_id)
+        claim = change.claim
+        record = run.outside.get(change.key) if claim is None else run.recent.get(claim.token)
+        if record is not None and record.key == change.key:
+            return _answer_again(run, record, change), None
+        refuse(run, change, now)
+        plan = Plan(run, change, now, token)
+        plan.work_out()
+        committed = plan.answer()
+        part = plan.part()
+        if part is None:
+            return committed, None
+        delta = Delta([part])
+        self.apply(delta)
+        return committed, delta
+
+    def _create(self, change: Change, now: datetime, token: Token) -> tuple[Committed, Delta]:
+        new = change.create
+        assert new is not None
+        fields: dict[str, object] = {
+            "number": self._next_number,
+            "create_key": change.key,
+            "workflow": new.workflow,
+            "version": new.version,
+            "args": new.args,
+            "created_at": now,
+        }
+        for name, value, default in (
+            ("idempotency_key", new.idempotency_key, None),
+            ("parent", new.parent, None),
+            ("root", new.root, None),
+            ("queue", new.queue, "default"),
+            ("priority", new.priority, 0),
+            ("tags", new.tags, ()),
+            ("attributes", new.attributes, {}),
+            ("deadline", new.deadline, None),
+        ):
+            if value != default:
+                fields[name] = value
+        run = RunState(change.run_id)
+        run.apply(RunDelta(change.run_id, fields))
+        plan = Plan(run, change, now, token)
+        plan.work_out()
+        key = new.idempotency_key
+        if key is not None:
+            owner = self.find_run(key, now=now)
+            if owner is not None:
+                raise KeyTaken(key, owner)
+        plan.fields = {**fields, **plan.fields}
+        committed = plan.answer()
+        part = plan.part()
+        assert part is not None
+        delta = Delta([part], {} if key is None else {key: KeyMark(change.run_id)})
+        self.apply(delta)
+        return committed, delta
 
     def claim(
         self, request: ClaimRequest, *, now: datetime, token: Token
     ) -> tuple[list[Claim], Delta | None]:
-        raise NotImplementedError
+        """Take due, free items; ``limit`` bounds claims by reference, too."""
+        if request.items is None:
+            refs = self._index.pop(
+                request.limit, now, request.queues, request.workflows, request.kinds
+            )
+        else:
+            refs = self._claimable(request, now)
+        if not refs:
+            return [], None
+        until = now + request.lease
+        parts: dict[str, RunDelta] = {}
+        taken: list[WorkItem] = []
+        for run_id, item_id in refs:
+            item = self._runs[run_id].items[item_id]
+            lease = Lease(owner=request.owner, token=token(), until=until)
+            item = altered(item, lease=lease, claims=item.claims + 1)
+            taken.append(item)
+            _part(parts, run_id).items.append(item)
+        delta = Delta(list(parts.values()))
+        self.apply(delta)
+        return self._with_events(taken, request, now), delta
+
+    def _claimable(self, request: ClaimRequest, now: datetime) -> list[tuple[str, str]]:
+        found: dict[tuple[str, str], None] = {}
+        for run_id, item_id in request.items or ():
+            if len(found) >= request.limit:
+                break
+            run = self._runs.get(run_id)
+            item = None if run is None else run.items.get(item_id)
+            if (
+                run is not None
+                and item is not None
+                and item.due_at <= now
+                and (item.lease is None or item.lease.until <= now)
+                and (not run.paused or item.kind is ItemKind.DELIVER)
+                and (request.queues is None or item.queue in request.queues)
+                and (request.kinds is None or item.kind in request.kinds)
+                and (request.workflows is None or run.workflow in request.workflows)
+            ):
+                found[run_id, item_id] = None
+        return list(found)
+
+    def _with_events(
+        self, items: list[WorkItem], request: ClaimRequest, now: datetime
+    ) -> list[Claim]:
+        budget = request.max_bytes
+        claims: list[Claim] = []
+        for item in items:
+            run = self._runs[item.run_id]
+            if item.kind is not ItemKind.TURN:
+                claims.append(Claim(item=item, run=run.view(now)))
+                continue
+            after = request.known.get(item.run_id, 0)
+            if not 0 <= after <= len(run.events):
+                after = 0
+            events, size = run.within(after, budget)
+            budget -= size
+            cut = after + len(events) < len(run.events)
+            claims.append(
+                Claim(item=item, run=run.view(now), events=events, after=after, cut=cut)
+            )
+        return claims
+
+    def _held(self, ref: ClaimRef) -> WorkItem | None:
+        run = self._runs.get(ref.run_id)
+        item = None if run is None else run.items.get(ref.item_id)
+        if item is None or item.lease is None or item.lease.token != ref.token:
+            return None
+        return item
 
     def renew(
         self, refs: Sequence[ClaimRef], lease: timedelta, *, now: datetime
     ) -> tuple[list[bool], Delta | None]:
-        raise NotImplementedError
+        """Extend leases. One that ended and was not taken over by anybody is extended as well."""
+        kept: list[bool] = []
+        parts: dict[str, RunDelta] = {}
+        for ref in refs:
+            item = self._held(ref)
+            kept.append(item is not None)
+            if item is not None and item.lease is not None:
+                until = Lease(owner=item.lease.owner, token=item.lease.token, until=now + lease)
+                _part(parts, ref.run_id).items.append(
+                    altered(item, lease=until, rung_at=item.rung_at)
+                )
+        return kept, self._applied(parts)
 
     def release(
         self, ref: ClaimRef, delay: timedelta | None, *, now: datetime
     ) -> tuple[bool, Delta | None]:
-        raise NotImplementedError
+        """Give an item back as if it had not been claimed, or later."""
+        item = self._held(ref)
+        if item is None:
+            return False, None
+        given = altered(
+            item,
+            lease=None,
+            due_at=None if delay is None else now + delay,
+            claims=max(0, item.claims - 1),
+        )
+        return True, self._applied({ref.run_id: RunDelta(ref.run_id, items=[given])})
 
     def announce(
         self, limit: int, mute: timedelta, *, now: datetime
     ) -> tuple[list[WorkItem], Delta | None]:
-        raise NotImplementedError
+        """Due, free items that nobody rang for within ``mute``, in the order of claims."""
+        parts: dict[str, RunDelta] = {}
+        rung: list[WorkItem] = []
+        for run_id, item_id in self._index.due(now):
+            if len(rung) >= limit:
+                break
+            item = self._runs[run_id].items[item_id]
+            if item.rung_at is None or item.rung_at + mute <= now:
+                item = altered(item, lease=item.lease, rung_at=now)
+                rung.append(item)
+                _part(parts, run_id).items.append(item)
+        return rung, self._applied(parts)
 
     def free(self, owner: str, *, now: datetime) -> tuple[int, Delta | None]:
-        raise NotImplementedError
+        """End the leases of ``owner``; the claims stay counted, and valid until taken over."""
+        parts: dict[str, RunDelta] = {}
+        freed = 0
+        for item in self._leased(now):
+            if item.lease is not None and item.lease.owner == owner:
+                freed += 1
+                lease = Lease(owner=owner, token=item.lease.token, until=now)
+                _part(parts, item.run_id).items.append(
+                    altered(item, lease=lease, due_at=min(item.due_at, now))
+                )
+        return freed, self._applied(parts)
 
     def purge(
         self, *, before: datetime, limit: int, key_retention: timedelta, now: datetime
     ) -> tuple[int, Delta | None]:
-        raise NotImplementedError
+        """Remove ended runs; lets go of keys whose time is over."""
+        delta = Delta()
+        delta.freed = [
+            key for key, mark in self._keys.items() if mark.until is not None and mark.until <= now
+        ]
+        for run in self._runs.values():
+            if len(delta.parts) >= limit:
+                break
+            if run.finished_at is None or run.finished_at >= before or run.items:
+                continue
+            parent = None if run.parent is None else self._runs.get(run.parent.run_id)
+            if parent is not None and parent.final is None:
+                continue
+            delta.parts.append(RunDelta(run.run_id, removed=True))
+            key = run.idempotency_key
+            if key is not None:
+                until = run.finished_at + key_retention
+                if until > now:
+                    delta.taken[key] = KeyMark(run.run_id, until)
+                else:
+                    delta.freed.append(key)
+        if not delta.parts and not delta.freed:
+            return 0, None
+        self.apply(delta)
+        return len(delta.parts), delta
+
+    # --- effects ------------------------------------------------------------------------------
 
     def apply(self, delta: Delta) -> None:
-        raise NotImplementedError
+        """Take over effects; nothing else changes the store."""
+        for part in delta.parts:
+            if part.removed:
+                del self._runs[part.run_id]
+            else:
+                self._apply(part)
+        for key in delta.freed:
+            del self._keys[key]
+        self._keys.update(delta.taken)
+
+    def _apply(self, part: RunDelta) -> None:
+        run = self._runs.get(part.run_id)
+        if run is None:
+            run = self._runs[part.run_id] = RunState(part.run_id)
+        run.apply(part)
+        if run.number >= self._next_number:
+            self._next_number = run.number + 1
+        items = run.items
+        for item_id in part.gone:
+            del items[item_id]
+            ref = (part.run_id, item_id)
+            self._index.drop(ref)
+            self._parked.pop(ref, None)
+        for item in part.items:
+            items[item.item_id] = item
+            self._place(run, item)
+        if "paused" in part.fields:
+            for item in items.values():
+                self._place(run, item)
+
+    def _place(self, run: RunState, item: WorkItem) -> None:
+        ref = (item.run_id, item.item_id)
+        if run.paused and item.kind is not ItemKind.DELIVER:
+            self._index.drop(ref)
+            self._parked[ref] = None
+        else:
+            if self._parked:
+                self._parked.pop(ref, None)
+            self._index.put(item, run.workflow)
+
+    def _applied(self, parts: Mapping[str, RunDelta]) -> Delta | None:
+        if not parts:
+            return None
+        delta = Delta(list(parts.values()))
+        self.apply(delta)
+        return delta
 
     def snapshot(self) -> Iterator[Delta]:
-        raise NotImplementedError
+        """Deltas that make an equal store of an empty one, each of bounded size.
+
+        The store must not change while they are taken.
+        """
+        for run in self._runs.values():
+            events, _ = run.within(0, _SNAPSHOT_BYTES)
+            yield Delta([RunDelta(run.run_id, run.row(), events)])
+            done = len(events)
+            while done < len(run.events):
+                # One event may be larger than the bound.
+                events = run.within(done, _SNAPSHOT_BYTES)[0] or run.events[done : done + 1]
+                yield Delta([RunDelta(run.run_id, events=events)])
+                done += len(events)
+            items = list(run.items.values())
+            records = [*run.outside.values(), *run.recent.values()]
+            for start in range(0, max(len(items), len(records)), _SNAPSHOT_ROWS):
+                rows = slice(start, start + _SNAPSHOT_ROWS)
+                yield Delta([RunDelta(run.run_id, items=items[rows], records=records[rows])])
+        keys = list(self._keys.items())
+        for start in range(0, len(keys), _SNAPSHOT_ROWS):
+            yield Delta(taken=dict(keys[start : start + _SNAPSHOT_ROWS]))
+
+    # --- reads --------------------------------------------------------------------------------
 
     def get_run(self, run_id: str, *, now: datetime) -> Run | None:
-        raise NotImplementedError
+        """The run, or None."""
+        run = self._runs.get(run_id)
+        return None if run is None else run.view(now)
 
     def find_run(self, idempotency_key: str, *, now: datetime) -> str | None:
-        raise NotImplementedError
+        """Who owns the key."""
+        mark = self._keys.get(idempotency_key)
+        if mark is None or (mark.until is not None and mark.until <= now):
+            return None
+        return mark.owner
 
     def list_runs(self, query: RunQuery, cursor: str | None, *, now: datetime) -> Page[Run]:
-        raise NotImplementedError
+        """Newest first; the cursor names the last run shown."""
+        if not 1 <= query.limit <= 1000:
+            raise ValueError(f"the limit is 1 to 1000: limit={query.limit}")
+        below = self._next_number if cursor is None else _parse_cursor(cursor)
+        found: list[Run] = []
+        last = 0
+        for run in reversed(self._runs.values()):
+            if run.number >= below or (
+                query.workflow is not None and run.workflow != query.workflow
+            ):
+                continue
+            view = run.view(now)
+            if query.status is not None and view.status not in query.status:
+                continue
+            if len(found) == query.limit:
+                return Page(items=found, cursor=f"run-{last}")
+            found.append(view)
+            last = run.number
+        return Page(items=found)
 
     def get_events(self, run_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
-        raise NotImplementedError
+        """Events after ``after``."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return []
+        start = max(0, after)
+        return run.events[start : None if limit is None else start + max(0, limit)]
 
     def list_work(self, run_id: str) -> list[WorkItem]:
-        raise NotImplementedError
+        """The run's items, ordered by id."""
+        run = self._runs.get(run_id)
+        return [] if run is None else [item for _, item in sorted(run.items.items())]
 
     def next_due(
         self, *, queues: frozenset[str] | None, workflows: frozenset[str] | None, now: datetime
     ) -> datetime | None:
-        raise NotImplementedError
+        """When an item can be claimed next; in the past when one can be claimed now."""
+        return self._index.next_due(now, queues, workflows)
 
     def holders(self, *, now: datetime) -> list[str]:
-        raise NotImplementedError
+        """Owners of leases that have not ended."""
+        return sorted({i.lease.owner for i in self._leased(now) if i.lease is not None})
+
+    def _leased(self, now: datetime) -> list[WorkItem]:
+        items = (self._runs[run].items[item] for run, item in chain(self._index, self._parked))
+        return [i for i in items if i.lease is not None and i.lease.until > now]
 
     def stats(self, *, now: datetime) -> Mapping[str, int]:
-        raise NotImplementedError
+        """Numbers of runs, per status, of events and of items."""
+        counts = {"runs": len(self._runs), "events": 0, "items": 0}
+        counts |= {status.value: 0 for status in RunStatus}
+        for run in self._runs.values():
+            counts["events"] += len(run.events)
+            counts["items"] += len(run.items)
+            counts[run.view(now).status.value] += 1
+        return counts
+
+
+def _part(parts: dict[str, RunDelta], run_id: str) -> RunDelta:
+    part = parts.get(run_id)
+    if part is None:
+        part = parts[run_id] = RunDelta(run_id)
+    return part
+
+
+def _parse_cursor(cursor: str) -> int:
+    number = cursor.removeprefix("run-")
+    if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 18:
+        raise ValueError(f"not a cursor of this store: cursor={cursor!r}; start without one")
+    return int(number)
+
+
+def _answer_again(run: RunState, record: Record, change: Change) -> Committed:
+    others: list[Event] = []
+    if change.claim is not None:
+        skipped = set(record.skipped)
+        own = {seq for index, seq in enumerate(record.seqs) if index not in skipped}
+        later = run.events[record.seen_seq : record.last_seq]
+        others = [event for event in later if event.seq not in own]
+    held: list[WorkItem] = []
+    for item_id, token in record.held:
+        item = run.items.get(item_id)
+        if item is not None and item.lease is not None and item.lease.token == token:
+            held.append(item)
+    return Committed(
+        last_seq=record.last_seq,
+        seen_seq=record.seen_seq,
+        paused=record.paused,
+        timestamp=record.timestamp,
+        now=record.now,
+        seqs=record.seqs,
+        skipped=frozenset(record.skipped),
+        others=others,
+        claims=held,
+        duplicate=True,
+    )

@@ -1,0 +1,174 @@
+"""Durable workflows for Python: plain async functions that survive crashes, deploys and sleep.
+
+Public names load on first use, so that importing this package loads neither pydantic nor asyncio
+nor a plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyworkflow._client import (
+        Client,
+        cancel,
+        get_events,
+        get_run,
+        list_runs,
+        result,
+        run,
+        start,
+        start_async,
+    )
+    from pyworkflow._config import configure
+    from pyworkflow._context import StepContext
+    from pyworkflow._definitions import BoundWorkflow, Step, Workflow, step, workflow
+    from pyworkflow._logging import configure_logging, logger
+    from pyworkflow._primitives import (
+        is_evicting,
+        is_replaying,
+        now,
+        patched,
+        random,
+        sleep,
+        step_context,
+        uuid4,
+    )
+    from pyworkflow.errors import (
+        ArgumentError,
+        ConfigurationError,
+        DefinitionError,
+        DuplicateName,
+        FatalError,
+        HistoryTooLong,
+        IdempotencyConflict,
+        NonDeterminism,
+        PayloadTooLarge,
+        PluginBroken,
+        PluginNotFound,
+        RetryableError,
+        RunCancelled,
+        RunClosed,
+        RunNotFound,
+        RunTerminated,
+        SchemaTooNew,
+        SerializationError,
+        StepError,
+        StepInterrupted,
+        StepTimeout,
+        StorageDamaged,
+        StorageError,
+        StorageFull,
+        StorageUnavailable,
+        WorkerLost,
+        WorkflowContextError,
+        WorkflowError,
+        WorkflowTimeout,
+    )
+    from pyworkflow.events import Event
+    from pyworkflow.runs import Run, RunStatus
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pyworkflow._client": (
+        "Client", "cancel", "get_events", "get_run", "list_runs", "result", "run", "start",
+        "start_async",
+    ),
+    "pyworkflow._config": ("configure",),
+    "pyworkflow._context": ("StepContext",),
+    "pyworkflow._definitions": ("BoundWorkflow", "Step", "Workflow", "step", "workflow"),
+    "pyworkflow._logging": ("configure_logging", "logger"),
+    "pyworkflow._primitives": (
+        "is_evicting", "is_replaying", "now", "patched", "random", "sleep", "step_context",
+        "uuid4",
+    ),
+    "pyworkflow.errors": (
+        "ArgumentError", "ConfigurationError", "DefinitionError", "DuplicateName", "FatalError",
+        "HistoryTooLong", "IdempotencyConflict", "NonDeterminism", "PayloadTooLarge",
+        "PluginBroken", "PluginNotFound", "RetryableError", "RunCancelled", "RunClosed",
+        "RunNotFound", "RunTerminated", "SchemaTooNew", "SerializationError", "StepError",
+        "StepInterrupted", "StepTimeout", "StorageDamaged", "StorageError", "StorageFull",
+        "StorageUnavailable", "WorkerLost", "WorkflowContextError", "WorkflowError",
+        "WorkflowTimeout",
+    ),
+    "pyworkflow.events": ("Event",),
+    "pyworkflow.runs": ("Run", "RunStatus"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArgumentError",
+    "BoundWorkflow",
+    "Client",
+    "ConfigurationError",
+    "DefinitionError",
+    "DuplicateName",
+    "Event",
+    "FatalError",
+    "HistoryTooLong",
+    "IdempotencyConflict",
+    "NonDeterminism",
+    "PayloadTooLarge",
+    "PluginBroken",
+    "PluginNotFound",
+    "RetryableError",
+    "Run",
+    "RunCancelled",
+    "RunClosed",
+    "RunNotFound",
+    "RunStatus",
+    "RunTerminated",
+    "SchemaTooNew",
+    "SerializationError",
+    "Step",
+    "StepContext",
+    "StepError",
+    "StepInterrupted",
+    "StepTimeout",
+    "StorageDamaged",
+    "StorageError",
+    "StorageFull",
+    "StorageUnavailable",
+    "WorkerLost",
+    "Workflow",
+    "WorkflowContextError",
+    "WorkflowError",
+    "WorkflowTimeout",
+    "cancel",
+    "configure",
+    "configure_logging",
+    "get_events",
+    "get_run",
+    "is_evicting",
+    "is_replaying",
+    "list_runs",
+    "logger",
+    "now",
+    "patched",
+    "random",
+    "result",
+    "run",
+    "sleep",
+    "start",
+    "start_async",
+    "step",
+    "step_context",
+    "uuid4",
+    "workflow",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

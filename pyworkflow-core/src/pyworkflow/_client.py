@@ -1,0 +1,655 @@
+"""Starting runs and asking about them: the functions of the module, and the async ``Client``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar, cast
+
+from pyworkflow import _plugins
+from pyworkflow._config import settings
+from pyworkflow._definitions import RunOptions, Workflow, find_workflow, set_starter
+from pyworkflow._duration import parse_duration
+from pyworkflow._engine.pipeline import Pipeline, StorageClock
+from pyworkflow._engine.worker import Worker
+from pyworkflow._failures import decode_error
+from pyworkflow._local import EmbeddedHost, configured_executor, host, refuse_in_host
+from pyworkflow._plugins import make_storage
+from pyworkflow._replay._cpython import ASYNCIO_PROFILE
+from pyworkflow._replay.context import current_run
+from pyworkflow._serialization import decode, decode_arguments, digest_arguments
+from pyworkflow.errors import (
+    ArgumentError,
+    Fenced,
+    IdempotencyConflict,
+    KeyTaken,
+    PayloadTooLarge,
+    RunCancelled,
+    RunClosed,
+    RunExists,
+    RunNotFound,
+    RunTerminated,
+    SerializationError,
+)
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.runs import ItemKind, Run, RunStatus
+from pyworkflow.spi.executor import Doorbell, Executor
+from pyworkflow.spi.storage import (
+    TURN,
+    Change,
+    Claim,
+    Control,
+    ControlKind,
+    NewRun,
+    Page,
+    Put,
+    RunQuery,
+    StorageBackend,
+)
+
+__all__ = [
+    "Client",
+    "Starter",
+    "cancel",
+    "get_events",
+    "get_run",
+    "list_runs",
+    "result",
+    "run",
+    "start",
+    "start_async",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+D = str | int | float | timedelta
+
+_POLL = timedelta(seconds=5)
+
+
+class Operations:
+    """What a client does, in the loop of one storage object."""
+
+    def __init__(
+        self, storage: StorageBackend, worker: Worker | None, executor: Executor | None
+    ) -> None:
+        self.storage = storage
+        self._worker = worker
+        self._executor = executor
+        self._settings = settings()
+        if worker is not None:
+            self._pipeline = worker.pipeline
+        else:
+            self._pipeline = Pipeline(storage, StorageClock(), 10.0)
+
+    async def start(
+        self,
+        workflow: Workflow[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: RunOptions,
+    ) -> str:
+        """Make a run durable and have it begun; its id."""
+        text = workflow.encode_call(args, kwargs)
+        await self.storage.open()
+        limit = min(self._settings.max_payload, self.storage.info().max_payload)
+        if len(text) > limit:
+            raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", len(text), limit)
+        run_id = options.run_id or _new_id()
+        change, started = await self._creation(run_id, workflow, text, options)
+        try:
+            answer = await self._pipeline.commit(change)
+        except KeyTaken as refusal:
+            return await self._standing(refusal, workflow, text)
+        except RunExists:
+            raise ArgumentError(
+                f"a run of this id exists: run_id={run_id}; leave run_id out, or take another"
+            ) from None
+        _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
+        turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        if self._worker is not None and turn is not None and not answer.duplicate:
+            created = cast("NewRun", change.create)
+            event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
+            fresh = _fresh_run(run_id, created, answer.timestamp)
+            self._worker.begin_turn(Claim(item=turn, run=fresh, events=(event,)))
+        elif self._executor is not None:
+            await self._executor.ring([Doorbell(run_id, TURN)])
+        return run_id
+
+    async def _creation(
+        self, run_id: str, workflow: Workflow[Any, Any], text: str, options: RunOptions
+    ) -> tuple[Change, Event]:
+        longest = options.max_duration or workflow.max_duration
+        deadline = None if longest is None else await self.storage.now() + longest
+        priority = workflow.priority if options.priority is None else options.priority
+        new = NewRun(
+            workflow=workflow.name,
+            version=workflow.version,
+            args=text,
+            idempotency_key=options.idempotency_key,
+            root=run_id,
+            queue=options.queue or workflow.queue or "default",
+            priority=priority,
+            tags=tuple(dict.fromkeys((*workflow.tags, *options.tags))),
+            attributes=options.attributes,
+            deadline=deadline,
+        )
+        data: dict[str, Any] = {
+            "workflow": workflow.name,
+            "version": workflow.version,
+            "args": text,
+            "seed": secrets.token_hex(16),
+            "idempotency_key": options.idempotency_key,
+            "parent": None,
+            "deadline": None if deadline is None else deadline.isoformat(),
+            "attributes": options.attributes,
+            "profile": ASYNCIO_PROFILE,
+        }
+        started = Event(EventType.WORKFLOW_STARTED, EventClass.INPUT, data, None, "started")
+        held = None
+        if self._worker is not None and find_workflow(workflow.name) is not None:
+            held = self._worker.held()
+        put = Put(item_id=TURN, kind=ItemKind.TURN, rung=self._executor is not None, claimed=held)
+        key = f"start:{secrets.token_hex(8)}"
+        return Change(run_id=run_id, key=key, create=new, events=[started], put=[put]), started
+
+    async def _standing(self, refusal: KeyTaken, workflow: Workflow[Any, Any], text: str) -> str:
+        """The run that has the key, if it was started with the same."""
+        standing = await self.storage.get_run(refusal.owner)
+        if standing is None:
+            return refusal.owner  # purged: its key is kept so that nothing happens again
+        differences: dict[str, tuple[str, str]] = {}
+        if standing.workflow != workflow.name:
+            differences["workflow"] = (standing.workflow, workflow.name)
+        elif digest_arguments(str(standing.args)) != digest_arguments(text):
+            old, new = _named(workflow, str(standing.args)), _named(workflow, text)
+            for name in dict.fromkeys((*old, *new)):
+                if old.get(name, "—") != new.get(name, "—"):
+                    differences[name] = (old.get(name, "—"), new.get(name, "—"))
+        if differences:
+            raise IdempotencyConflict(refusal.key, refusal.owner, differences)
+        return refusal.owner
+
+    async def get_run(self, run_id: str) -> Run:
+        """The run, decoded."""
+        found = await self.storage.get_run(run_id)
+        if found is None:
+            raise RunNotFound(run_id)
+        return _decoded(found)
+
+    async def result(self, run_id: str, timeout: D | None) -> Any:
+        """Wait for the run's end; its result, or its error raised."""
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + parse_duration(timeout).total_seconds()
+        while True:
+            found = await self.storage.get_run(run_id)
+            if found is None:
+                raise RunNotFound(run_id)
+            if found.status.is_terminal:
+                if found.next is None:
+                    return _outcome(found)
+                run_id = found.next
+                continue
+            left = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
+            if end is not None and left <= timedelta(0):
+                raise TimeoutError(
+                    f"the run has not ended within timeout={timeout}: run_id={run_id} "
+                    f"status={found.status}; it goes on, ask again later"
+                )
+            await self.storage.watch(run_id, after=found.history_length, timeout=min(left, _POLL))
+
+    async def list_runs(
+        self,
+        status: str | Iterable[str] | None,
+        workflow: str | None,
+        limit: int,
+        cursor: str | None,
+    ) -> Page[Run]:
+        """A page of runs, decoded."""
+        query = RunQuery(status=_statuses(status), workflow=workflow, limit=limit)
+        page = await self.storage.list_runs(query, cursor)
+        return Page(items=[_decoded(found) for found in page.items], cursor=page.cursor)
+
+    async def get_events(self, run_id: str, after: int, limit: int | None) -> list[Event]:
+        """Events of a run that exists."""
+        events = await self.storage.get_events(run_id, after=after, limit=limit)
+        if not events and await self.storage.get_run(run_id) is None:
+            raise RunNotFound(run_id)
+        return events
+
+    async def cancel(self, run_id: str, reason: str) -> None:
+        """Make a request to cancel durable, or close a run that no code has to end."""
+        found = await self.storage.get_run(run_id)
+        if found is None:
+            raise RunNotFound(run_id)
+        if found.status == RunStatus.CANCELLED:
+            return
+        if found.status.is_terminal:
+            raise RunClosed(run_id, str(found.status))
+        key = f"cancel:{secrets.token_hex(8)}"
+        try:
+            if found.status in (RunStatus.PENDING, RunStatus.STALLED):
+                try:
+                    await self._pipeline.commit(_closed_without_code(run_id, key, reason))
+                except Fenced:
+                    key += "+"  # a worker took it meanwhile: ask its code
+                else:
+                    return
+            data: dict[str, Any] = {"reason": reason}
+            event = Event(EventType.CANCEL_REQUESTED, EventClass.INPUT, data, None, key)
+            await self._pipeline.commit(Change(run_id=run_id, key=key, events=[event]))
+        except RunClosed as closed:
+            if closed.status != RunStatus.CANCELLED:
+                raise
+        if self._worker is not None:
+            self._worker.wake()
+        elif self._executor is not None:
+            await self._executor.ring([Doorbell(run_id, TURN)])
+
+
+def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
+    data: dict[str, Any] = {"reason": reason, "kind": "control"}
+    return Change(
+        run_id=run_id,
+        key=key,
+        control=Control(ControlKind.CANCEL, reason),
+        final=RunStatus.CANCELLED,
+        events=[Event(EventType.WORKFLOW_CANCELLED, EventClass.COMMAND, data)],
+    )
+
+
+def _new_id() -> str:
+    return f"run_{secrets.token_hex(12)}"
+
+
+def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
+    return Run(
+        run_id=run_id,
+        workflow=new.workflow,
+        version=new.version,
+        status=RunStatus.RUNNING,
+        args=new.args,
+        queue=new.queue,
+        priority=new.priority,
+        created_at=at,
+        updated_at=at,
+        deadline=new.deadline,
+        history_length=1,
+    )
+
+
+def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
+    args, kwargs = decode_arguments(text)
+    return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
+
+
+def _decoded(found: Run) -> Run:
+    """The run with its values instead of payload text; what cannot be decoded here stays text."""
+    workflow = find_workflow(found.workflow)
+    args, value = found.args, found.result
+    try:
+        positional, named = decode_arguments(str(found.args))
+        args = (
+            workflow.argument_names(positional, named)
+            if workflow is not None
+            else {**{str(i): v for i, v in enumerate(positional)}, **named}
+        )
+        if isinstance(found.result, str):
+            value = (workflow.decode_result if workflow is not None else decode)(found.result)
+    except (SerializationError, TypeError):
+        pass
+    return dataclasses.replace(found, args=args, result=value)
+
+
+def _outcome(found: Run) -> Any:
+    match found.status:
+        case RunStatus.COMPLETED:
+            workflow = find_workflow(found.workflow)
+            text = str(found.result)
+            return (workflow.decode_result if workflow is not None else decode)(text)
+        case RunStatus.FAILED if found.error is not None:
+            raise decode_error(found.error.to_json())
+        case RunStatus.TERMINATED:
+            raise RunTerminated(found.run_id)
+        case _:
+            raise RunCancelled(found.run_id)
+
+
+def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:
+    if status is None:
+        return None
+    wanted = [status] if isinstance(status, str) else list(status)
+    try:
+        return frozenset(RunStatus(s) for s in wanted)
+    except ValueError:
+        known = ", ".join(s.value for s in RunStatus)
+        raise ArgumentError(f"not a status: {wanted!r}; there are {known}") from None
+
+
+# --- the functions of the module ------------------------------------------------------------------
+
+
+class Starter:
+    """How definitions start runs: ``Workflow.start`` and its relatives."""
+
+    def start(
+        self,
+        workflow: Workflow[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: RunOptions,
+    ) -> str:
+        """Start in the process's host; blocks until the run is durable."""
+        _not_in_workflow("start()")
+        workflow.encode_call(args, kwargs)  # wrong arguments need no store
+        embedded = host()
+        if embedded.is_here:
+            run_id = _aside(embedded, lambda ops: ops.start(workflow, args, kwargs, options))
+            if embedded.worker is not None:
+                embedded.worker.wake()
+        else:
+            run_id = embedded.call(_operations(embedded).start(workflow, args, kwargs, options))
+        embedded.started.add(run_id)
+        return run_id
+
+    async def start_async(
+        self,
+        workflow: Workflow[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: RunOptions,
+    ) -> str:
+        """Start in the process's host."""
+        _not_in_workflow("start_async()")
+        workflow.encode_call(args, kwargs)
+        embedded = await asyncio.to_thread(host)
+        coro = _operations(embedded).start(workflow, args, kwargs, options)
+        run_id = await _on(embedded, coro)
+        embedded.started.add(run_id)
+        return run_id
+
+    def run(
+        self,
+        workflow: Workflow[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: RunOptions,
+        timeout: D | None = None,
+    ) -> Any:
+        """Start and wait for the result."""
+        refuse_in_host("run()")
+        return result(self.start(workflow, args, kwargs, options), timeout=timeout)
+
+
+_starter = Starter()
+set_starter(_starter)
+
+
+def _not_in_workflow(what: str) -> None:
+    running = current_run()
+    if running is not None:
+        running.refuse(f"{what} cannot be called in workflow code; call it in a step")
+
+
+def _check(workflow: object) -> None:
+    if not isinstance(workflow, Workflow):
+        raise ArgumentError(
+            f"start() takes a workflow, not {workflow!r}; decorate the function with @workflow"
+        )
+
+
+def _operations(embedded: EmbeddedHost) -> Operations:
+    executor = embedded.executor if embedded.executor.capabilities.distributed else None
+    return Operations(embedded.storage, embedded.worker, executor)
+
+
+async def _on(embedded: EmbeddedHost, coro: Coroutine[Any, Any, T]) -> T:
+    """Run on the host's loop, from any loop."""
+    if embedded.is_here:
+        return await coro
+    return await asyncio.wrap_future(embedded.submit(coro))
+
+
+def _aside(embedded: EmbeddedHost, call: Callable[[Operations], Awaitable[T]]) -> T:
+    """Run on a twin of the store in a thread of its own: the caller holds the host's loop."""
+    box: list[T | BaseException] = []
+
+    async def main() -> T:
+        async with embedded.storage.twin() as storage:
+            return await call(Operations(storage, None, None))
+
+    def body() -> None:
+        try:
+            box.append(asyncio.run(main()))
+        except BaseException as exc:  # noqa: BLE001 - handed to the caller
+            box.append(exc)
+
+    thread = threading.Thread(target=body, name="pyworkflow-aside")
+    thread.start()
+    thread.join()
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]
+
+
+def _sync(what: str, call: Callable[[Operations], Coroutine[Any, Any, T]]) -> T:
+    _not_in_workflow(what)
+    embedded = host()
+    if embedded.is_here:
+        return _aside(embedded, call)
+    return embedded.call(call(_operations(embedded)))
+
+
+def start(
+    workflow: Workflow[..., Any], /, *args: Any, idempotency_key: str | None = None, **kwargs: Any
+) -> str:
+    """Begin a run of ``workflow``; returns its id once the run is durable.
+
+    With an ``idempotency_key``, a run that has the key and was started with the same is returned
+    instead of a new one.
+
+    Raises:
+        ArgumentError: the arguments do not fit; nothing was started.
+        IdempotencyConflict: the key belongs to a run that was started with something else.
+        PayloadTooLarge, SerializationError: the arguments cannot be stored.
+        StorageError: the store cannot be used.
+    """
+    _check(workflow)
+    return _starter.start(workflow, args, kwargs, RunOptions(idempotency_key=idempotency_key))
+
+
+async def start_async(
+    workflow: Workflow[..., Any], /, *args: Any, idempotency_key: str | None = None, **kwargs: Any
+) -> str:
+    """``start`` as a coroutine."""
+    _check(workflow)
+    options = RunOptions(idempotency_key=idempotency_key)
+    return await _starter.start_async(workflow, args, kwargs, options)
+
+
+def run(workflow: Workflow[..., R], /, *args: Any, timeout: D | None = None, **kwargs: Any) -> R:
+    """Start a run, wait for its end, and return its result. Raises as ``start`` and ``result``."""
+    _check(workflow)
+    found: R = _starter.run(workflow, args, kwargs, RunOptions(), timeout)
+    return found
+
+
+def result(run_id: str, *, timeout: D | None = None) -> Any:
+    """Wait for the end of a run and return its result.
+
+    Raises:
+        RunNotFound: no run has this id.
+        RunCancelled, RunTerminated, WorkflowTimeout: it ended without a result.
+        TimeoutError: it has not ended within ``timeout``; it goes on.
+        Exception: what the workflow raised.
+    """
+    refuse_in_host("result()")
+    return _sync("result()", lambda ops: ops.result(run_id, timeout))
+
+
+def get_run(run_id: str) -> Run:
+    """The run as it stands, its values decoded. Raises ``RunNotFound``."""
+    return _sync("get_run()", lambda ops: ops.get_run(run_id))
+
+
+def list_runs(
+    *,
+    status: str | Iterable[str] | None = None,
+    workflow: str | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> Page[Run]:
+    """Runs, newest first: ``.items``, and ``.cursor`` for the next page (None at the end)."""
+    return _sync("list_runs()", lambda ops: ops.list_runs(status, workflow, limit, cursor))
+
+
+def get_events(run_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
+    """The run's events with seq above ``after``, in order. Raises ``RunNotFound``."""
+    return _sync("get_events()", lambda ops: ops.get_events(run_id, after, limit))
+
+
+def cancel(run_id: str, *, reason: str = "") -> None:
+    """Ask a run to end; returns when the request is durable.
+
+    The workflow gets ``CancelledError`` where it waits and may clean up. A run that no code has
+    begun, or that is stalled, is closed at once. No-op on a cancelled run.
+
+    Raises:
+        RunNotFound: no run has this id.
+        RunClosed: it has ended otherwise.
+    """
+    _sync("cancel()", lambda ops: ops.cancel(run_id, reason))
+
+
+class Client:
+    """The functions of the module as coroutines, on the configured store or on another.
+
+    ``async with Client(storage=…) as client`` has a worker of its own in this loop (when the
+    executor is local); without a store of its own it shares the process's embedded worker.
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: str | StorageBackend | None = None,
+        executor: str | Executor | None = None,
+        namespace: str | None = None,
+    ) -> None:
+        self._storage = storage
+        self._executor = executor
+        self._namespace = namespace
+        self._own: Operations | None = None
+        self._worker: Worker | None = None
+        self._opened: StorageBackend | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._operations()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Drain the client's own worker, and close the store if the client opened it."""
+        if self._worker is not None:
+            await self._worker.drain(10)
+            await self._worker.close()
+        if self._opened is not None:
+            await self._opened.close()
+        self._own = self._worker = self._opened = None
+
+    async def _operations(self) -> Operations:
+        if self._own is not None:
+            return self._own
+        config = settings()
+        if self._storage is None and self._executor is None and self._namespace is None:
+            embedded = await asyncio.to_thread(host)
+            return _operations(embedded)
+        source = config.storage if self._storage is None else self._storage
+        if isinstance(source, str):
+            storage = make_storage(source, self._namespace or config.namespace)
+            self._opened = storage
+        else:
+            storage = source
+        executor = self._executor
+        if executor is None or isinstance(executor, str):
+            wanted = config if executor is None else dataclasses.replace(config, executor=executor)
+            executor = configured_executor(wanted)
+        await storage.open()
+        if executor.capabilities.distributed:
+            await executor.open({})
+            self._own = Operations(storage, None, executor)
+        else:
+            self._worker = Worker(storage, config)
+            await self._worker.open()
+            self._worker.serve()
+            self._own = Operations(storage, self._worker, None)
+        return self._own
+
+    async def _call(self, call: Callable[[Operations], Coroutine[Any, Any, T]]) -> T:
+        _not_in_workflow("Client")
+        ops = await self._operations()
+        if ops is self._own:
+            return await call(ops)
+        return await _on(host(), call(ops))
+
+    async def start(
+        self,
+        workflow: Workflow[..., Any],
+        /,
+        *args: Any,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """As ``pyworkflow.start``."""
+        _check(workflow)
+        options = RunOptions(idempotency_key=idempotency_key)
+        return await self._call(lambda ops: ops.start(workflow, args, kwargs, options))
+
+    async def run(
+        self, workflow: Workflow[..., R], /, *args: Any, timeout: D | None = None, **kwargs: Any
+    ) -> R:
+        """As ``pyworkflow.run``."""
+        run_id = await self.start(workflow, *args, **kwargs)
+        found: R = await self.result(run_id, timeout=timeout)
+        return found
+
+    async def result(self, run_id: str, *, timeout: D | None = None) -> Any:
+        """As ``pyworkflow.result``."""
+        return await self._call(lambda ops: ops.result(run_id, timeout))
+
+    async def get_run(self, run_id: str) -> Run:
+        """As ``pyworkflow.get_run``."""
+        return await self._call(lambda ops: ops.get_run(run_id))
+
+    async def list_runs(
+        self,
+        *,
+        status: str | Iterable[str] | None = None,
+        workflow: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page[Run]:
+        """As ``pyworkflow.list_runs``."""
+        return await self._call(lambda ops: ops.list_runs(status, workflow, limit, cursor))
+
+    async def get_events(
+        self, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[Event]:
+        """As ``pyworkflow.get_events``."""
+        return await self._call(lambda ops: ops.get_events(run_id, after, limit))
+
+    async def cancel(self, run_id: str, *, reason: str = "") -> None:
+        """As ``pyworkflow.cancel``."""
+        await self._call(lambda ops: ops.cancel(run_id, reason))

@@ -1,0 +1,230 @@
+"""Dispatched steps: tries that have a work item of their own, under its claim."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Any, cast
+
+from pyworkflow._clock import from_micros
+from pyworkflow._definitions import Step, find_step
+from pyworkflow._engine.session import FLUSH, end_events, started_event
+from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow._failures import encode_error
+from pyworkflow._retry import RetryPolicy
+from pyworkflow.errors import StepInterrupted, WorkerLost
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.runs import WorkItem
+from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
+
+if TYPE_CHECKING:
+    from pyworkflow._engine.worker import Worker
+
+__all__ = ["DispatchedSteps"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+KILLS = 3
+"""Claims of a step without progress after which it is taken to kill its worker."""
+
+
+class DispatchedSteps:
+    """The dispatched steps that run in one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._changes: dict[ClaimRef, int] = {}
+
+    def room(self) -> int:
+        """How many more may begin."""
+        settings = self._worker.settings
+        return settings.concurrency + settings.threads - len(self._running)
+
+    def begin(self, claim: Claim) -> None:
+        """Work on a step item that was claimed."""
+        ref = claim.ref
+        self._worker.leases.add(ref)
+        task = self._worker.spawn(
+            self._worker.contained(self._work(claim), ref.run_id)
+        )
+        self._track(ref, task)
+
+    def adopt(
+        self, what: StepTry, item: WorkItem, task: asyncio.Task[None] | None, end: StepEnd | None
+    ) -> None:
+        """Go on with a step that a session handed off."""
+        ref = _ref(item)
+        worker = self._worker
+        worker.leases.add(ref)
+        if end is not None:
+            task = worker.spawn(worker.finish_step(what, end, item, started=True))
+        elif task is None:
+            task = worker.spawn(worker.contained(self._run(what, item, started=True), ref.run_id))
+        else:
+            worker.keep_task(task)
+        self._track(ref, task)
+
+    def _track(self, ref: ClaimRef, task: asyncio.Task[Any]) -> None:
+        key = (ref.run_id, ref.item_id)
+        self._running[key] = task
+
+        def done(ended: asyncio.Task[Any]) -> None:
+            if self._running.get(key) is ended:
+                del self._running[key]
+            self._changes.pop(ref, None)
+            self._worker.leases.discard(ref)
+            if self.room() == 1:
+                self._worker.wake()
+
+        task.add_done_callback(done)
+
+    def cancel(self, run_id: str, item_id: str) -> None:
+        """End a step that nobody waits for, if it runs here."""
+        task = self._running.get((run_id, item_id))
+        if task is not None:
+            task.cancel()
+
+    # --- one try --------------------------------------------------------------------------------
+
+    async def _work(self, claim: Claim) -> None:
+        item, payload = claim.item, cast("dict[str, Any]", claim.item.payload)
+        step = find_step(str(payload["name"]))
+        if step is None:
+            _log.error(
+                "no step of this name is defined here: step=%s run_id=%s; import its module in "
+                "this worker", payload["name"], item.run_id,
+            )
+            await self._worker.storage.release(claim.ref, delay=timedelta(seconds=1))
+            return
+        what = _try_of(claim, step, payload)
+        if payload.get("begun") is not None:
+            message = (
+                f"at-most-once step {step.name!r} was begun, and its worker disappeared: it may "
+                "or may not have run"
+            )
+            end = StepEnd(error=StepInterrupted(message), kind="interrupted")
+            await self._give_up(what, end, item)
+            return
+        if item.claims > KILLS:
+            message = f"step {step.name!r} took its worker down {item.claims - 1} times"
+            await self._give_up(what, StepEnd(error=WorkerLost(message), kind="worker_lost"), item)
+            return
+        if step.semantics == "at_most_once" and not await self._mark_begun(what, item):
+            return
+        await self._run(what, item, started=step.semantics == "at_most_once")
+
+    async def _mark_begun(self, what: StepTry, item: WorkItem) -> bool:
+        """Record that the body is about to begin; False when it must not any more."""
+        sent = monotonic()
+        payload = dict(item.payload) | {"begun": _ref(item).token}
+        await self._commit(
+            item,
+            [started_event(what, self._worker.owner, dispatched=True)],
+            settle=Settle(keep=True, payload=payload),
+        )
+        # The lease was given at ``sent`` at the latest: begin only with half of it left.
+        return monotonic() - sent < self._worker.settings.lease.total_seconds() / 2
+
+    async def _run(self, what: StepTry, item: WorkItem, *, started: bool) -> None:
+        body = asyncio.ensure_future(self._worker.runner.run(what))
+        try:
+            if not started:
+                done, _ = await asyncio.wait({body}, timeout=FLUSH)
+                if not done and what.began is not None:
+                    # People see that a long step has started.
+                    event = started_event(what, self._worker.owner, dispatched=True)
+                    await self._commit(item, [event])
+                    started = True
+            end = await body
+        except BaseException:
+            body.cancel()
+            raise
+        await self.finish(what, end, item, started=started)
+
+    async def finish(self, what: StepTry, end: StepEnd, item: WorkItem, *, started: bool) -> None:
+        """Record the end of a try: the result and the turn that follows, or the next try."""
+        events, retry_us = end_events(self._worker, what, end, started=started, dispatched=True)
+        if retry_us is None:
+            await self._result(item, events)
+            return
+        payload = dict(item.payload) | {"attempt": what.attempt + 1}
+        await self._commit(
+            item, events, settle=Settle(again_at=from_micros(retry_us), payload=payload)
+        )
+        self._worker.wake()
+
+    async def _give_up(self, what: StepTry, end: StepEnd, item: WorkItem) -> None:
+        """Fail a step without running it."""
+        assert end.error is not None
+        data: dict[str, Any] = {
+            "name": what.step.name,
+            "digest": what.digest,
+            "attempt": what.attempt,
+            "error": encode_error(end.error),
+            "kind": end.kind,
+        }
+        key = f"step:{what.op}"
+        await self._result(
+            item, [Event(EventType.STEP_FAILED, EventClass.INPUT, data, what.op, key)]
+        )
+
+    async def _result(self, item: WorkItem, events: list[Event]) -> None:
+        worker = self._worker
+        answer = await self._commit(
+            item, events, settle=Settle(), take_turn=worker.held()
+        )
+        turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        if turn is None:
+            worker.wake()
+            return
+        at = answer.timestamp
+        own = [
+            Event(e.type, e.klass, e.data, e.op, e.key, item.run_id, answer.seqs[i], at)
+            for i, e in enumerate(events)
+            if i not in answer.skipped
+        ]
+        await worker.continue_turn(turn, answer, own)
+
+    async def _commit(
+        self,
+        item: WorkItem,
+        events: list[Event],
+        *,
+        settle: Settle | None = None,
+        take_turn: Held | None = None,
+    ) -> Committed:
+        ref = _ref(item)
+        number = self._changes[ref] = self._changes.get(ref, 0) + 1
+        return await self._worker.pipeline.commit(
+            Change(
+                run_id=ref.run_id,
+                key=f"{ref.token}:{number}",
+                claim=ref,
+                events=events,
+                settle=settle,
+                take_turn=take_turn,
+            )
+        )
+
+
+def _ref(item: WorkItem) -> ClaimRef:
+    assert item.lease is not None
+    return ClaimRef(item.run_id, item.item_id, item.lease.token)
+
+
+def _try_of(claim: Claim, step: Step[..., Any], payload: dict[str, Any]) -> StepTry:
+    timeout = payload.get("timeout")
+    return StepTry(
+        run_id=claim.item.run_id,
+        workflow=claim.run.workflow,
+        op=str(payload["op"]),
+        step=step,
+        args=str(payload["args"]),
+        digest=str(payload["digest"]),
+        attempt=int(payload["attempt"]),
+        policy=RetryPolicy.from_json(payload["policy"]),
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+    )

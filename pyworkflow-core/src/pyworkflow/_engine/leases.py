@@ -1,0 +1,121 @@
+"""Keeping what was claimed: renewal in a thread of its own, so that no step can starve it.
+
+The thread has its own event loop and its own object on the store (``twin``). It stops renewing
+when the worker's loop has not answered for a lease: then another worker is better off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from time import monotonic
+
+from pyworkflow.errors import StorageError
+from pyworkflow.spi.storage import ClaimRef, StorageBackend
+
+__all__ = ["LeaseKeeper"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+
+class LeaseKeeper:
+    """Renews the claims of one worker."""
+
+    def __init__(
+        self,
+        storage: StorageBackend,
+        lease: timedelta,
+        renew_every: timedelta,
+        on_lost: Callable[[ClaimRef], None],
+    ) -> None:
+        self._storage = storage
+        self._lease = lease
+        self._every = renew_every.total_seconds()
+        self._on_lost = on_lost
+        self._held: dict[ClaimRef, float] = {}
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._heard = monotonic()
+
+    def add(self, ref: ClaimRef) -> None:
+        """From now on ``ref`` is renewed."""
+        with self._lock:
+            self._held[ref] = monotonic()
+        if self._thread is None and self._timer is None:
+            # Most claims are over long before they need renewal: the thread starts for those
+            # that are not.
+            self._loop = asyncio.get_running_loop()
+            self._timer = self._loop.call_later(self._every / 2, self._look)
+
+    def discard(self, ref: ClaimRef) -> None:
+        """``ref`` is over, or was given back."""
+        with self._lock:
+            self._held.pop(ref, None)
+
+    def held(self) -> list[ClaimRef]:
+        """What is held now."""
+        with self._lock:
+            return list(self._held)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._stop.is_set() or not self._held or self._thread is not None:
+            return
+        self._heard = monotonic()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._renew()), name="pyworkflow-leases", daemon=True
+        )
+        self._thread.start()
+
+    async def _renew(self) -> None:
+        storage = self._storage.twin()
+        try:
+            while not self._stop.is_set():
+                await self._renew_once(storage)
+                await asyncio.to_thread(self._stop.wait, self._every / 2)
+        finally:
+            await storage.close()
+
+    async def _renew_once(self, storage: StorageBackend) -> None:
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            self._stop.set()
+            return
+        loop.call_soon_threadsafe(self._beat)
+        now = monotonic()
+        if now - self._heard > self._lease.total_seconds():
+            _log.error(
+                "the worker's event loop has not answered for a lease: its claims are given up; "
+                "look for blocking calls in async steps lease=%s", self._lease,
+            )
+            return
+        with self._lock:
+            refs = [r for r, since in self._held.items() if now - since > self._every / 3]
+        if not refs:
+            return
+        try:
+            kept = await storage.renew(refs, self._lease)
+        except StorageError as exc:
+            _log.warning("leases could not be renewed: %s", exc)
+            return
+        for ref, ok in zip(refs, kept, strict=True):
+            if not ok:
+                with self._lock:
+                    known = self._held.pop(ref, None) is not None
+                if known and not loop.is_closed():
+                    loop.call_soon_threadsafe(self._on_lost, ref)
+
+    def _beat(self) -> None:
+        self._heard = monotonic()
+
+    def close(self) -> None:
+        """Stop renewing; what is still held runs out."""
+        self._stop.set()
+        if self._timer is not None:
+            self._timer.cancel()

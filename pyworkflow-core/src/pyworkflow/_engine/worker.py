@@ -1,0 +1,494 @@
+"""A worker: claims due items, drives turns, runs dispatched steps. One per event loop.
+
+Implements ``Runtime``, what executors call. The embedded worker, ``pyworkflow worker`` and the
+testing kit run this same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Any
+
+from pyworkflow import _plugins
+from pyworkflow._clock import from_micros, to_micros
+from pyworkflow._config import Settings
+from pyworkflow._definitions import find_workflow, workflow_names
+from pyworkflow._duration import parse_duration
+from pyworkflow._engine.deliver import deliver
+from pyworkflow._engine.dispatched import DispatchedSteps
+from pyworkflow._engine.guard import shared_guard
+from pyworkflow._engine.leases import LeaseKeeper
+from pyworkflow._engine.owner import is_gone, new_owner, owner_of
+from pyworkflow._engine.pipeline import Pipeline, StorageClock
+from pyworkflow._engine.session import LiveRun, Session
+from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
+from pyworkflow.events import Event
+from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi.executor import Doorbell, Outcome
+from pyworkflow.spi.storage import (
+    TURN,
+    Claim,
+    ClaimRef,
+    ClaimRequest,
+    Committed,
+    Held,
+    Put,
+    StorageBackend,
+)
+
+__all__ = ["Worker"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+TURNS = 500
+"""Turns driven at once; more wait in the storage."""
+POISON = 10
+"""Claims of a turn without progress after which the run stalls."""
+GONE_EVERY = 1.0
+"""Seconds between looks for leases of processes that are gone."""
+
+
+class Worker:
+    """Drives runs of one store in the event loop that ``open`` was awaited in."""
+
+    def __init__(
+        self,
+        storage: StorageBackend,
+        settings: Settings,
+        *,
+        queues: Sequence[str] | None = None,
+        spread: bool = False,
+        ring: Callable[[Sequence[Doorbell]], None] | None = None,
+    ) -> None:
+        self.storage = storage
+        self.settings = settings
+        self.owner = new_owner()
+        self.spread = spread
+        """Parallel branches go to other workers too: the executor is distributed."""
+        self._queues = None if queues is None else frozenset(queues)
+        self._ring = ring
+        self.clock = StorageClock()
+        self.guard = shared_guard()
+        self.pipeline = Pipeline(storage, self.clock, settings.lease.total_seconds())
+        self.max_payload = min(settings.max_payload, storage.info().max_payload)
+        self.runner = StepRunner(
+            concurrency=settings.concurrency,
+            threads=settings.threads,
+            max_payload=self.max_payload,
+        )
+        self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
+        self._kept: OrderedDict[str, LiveRun] = OrderedDict()
+        self._known: dict[str, int] = {}
+        self._steps = DispatchedSteps(self)
+        self._turns: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._server: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._looked_for_gone = 0.0
+        self.stubborn: list[str] = []
+        """Coroutines that refused to be closed; kept, so that no collector meets them."""
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the store and free what processes of this machine left behind."""
+        await self.storage.open()
+        self.clock.update(await self.storage.now())
+        await self._free_gone()
+
+    def serve(self) -> None:
+        """Claim whatever is due, from now on, in a task of this loop."""
+        if self._server is None:
+            self._server = self.spawn(self._serve())
+
+    async def drain(self, grace: str | float | timedelta = 10) -> None:
+        """Claim no more; let what runs end within ``grace``, then give it back.
+
+        A step that is cut off is due again at once, and the try is not counted.
+        """
+        self._stopping = True
+        self.wake()
+        end = monotonic() + parse_duration(grace).total_seconds()
+        while (busy := self._busy()) and (left := end - monotonic()) > 0:
+            await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        refs = self.leases.held()
+        for task in self._busy():
+            task.cancel()
+        if busy := self._busy():
+            await asyncio.wait(busy, timeout=1.0)
+        for ref in refs:
+            try:
+                await self.storage.release(ref)
+            except StorageError as exc:
+                _log.warning("a claim could not be given back and will run out: %s", exc)
+
+    async def close(self) -> None:
+        """Stop at once and let go of coroutines and threads. The store stays open."""
+        self._stopping = True
+        self.leases.close()
+        tasks = [t for t in self._tasks if not t.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        while self._kept:
+            self._drop(self._kept.popitem()[1])
+        self.runner.close()
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task of this worker, kept until it ends."""
+        task = asyncio.get_running_loop().create_task(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def keep_task(self, task: asyncio.Task[Any]) -> None:
+        """Take over a task that was begun elsewhere in this worker."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _busy(self) -> set[asyncio.Task[Any]]:
+        return {t for t in self._tasks if t is not self._server and not t.done()}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn or step of this worker is in progress."""
+        return bool(self._busy())
+
+    async def settle_down(self) -> None:
+        """Wait until nothing is in progress here."""
+        while busy := self._busy():
+            await asyncio.wait(busy)
+
+    def held(self) -> Held:
+        """How this worker asks to hold an item."""
+        return Held(self.owner, self.settings.lease)
+
+    # --- claiming -----------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    async def _serve(self) -> None:
+        _plugins.observe(
+            "pyworkflow_worker_started", worker=self.owner, queues=sorted(self._queues or ())
+        )
+        pause = 0.05
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                took = await self.claim_due()
+                timeout = 0.0 if took else await self._until_due()
+                pause = 0.05
+            except StorageError as exc:
+                _log.warning("no work can be claimed: %s", exc)
+                timeout, pause = pause, min(pause * 2, 5.0)
+            if timeout > 0:
+                await self._idle(timeout)
+            else:
+                await asyncio.sleep(0)
+        _plugins.observe("pyworkflow_worker_stopping", worker=self.owner)
+
+    async def _until_due(self) -> float:
+        due = await self.storage.next_due(queues=self._queues, workflows=workflow_names())
+        if monotonic() - self._looked_for_gone > GONE_EVERY and await self._free_gone():
+            return 0.0
+        if due is None:
+            return 1.0
+        left = (to_micros(due) - self.clock.micros()) / 1_000_000
+        if left <= 0 and not self._room():
+            left = 0.05
+        # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
+        return min(max(left, 0.001), 1.0)
+
+    async def _idle(self, timeout: float) -> None:
+        """Until woken, until the store may hold news, or for ``timeout`` seconds."""
+        woken = asyncio.ensure_future(self._wake.wait())
+        news = asyncio.ensure_future(
+            self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
+        )
+        try:
+            await asyncio.wait(
+                {woken, news}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if news.done() and news.exception() is not None:
+                await asyncio.sleep(min(timeout, 0.05))
+        finally:
+            for waiter in (woken, news):
+                waiter.cancel()
+            await asyncio.gather(woken, news, return_exceptions=True)
+
+    def _room(self) -> int:
+        return TURNS - len(self._turns)
+
+    async def claim_due(self, items: Sequence[tuple[str, str]] | None = None) -> int:
+        """Claim what is due (or just ``items``) and begin it; how much was taken."""
+        kinds = {ItemKind.DELIVER}
+        if (turns := self._room()) > 0:
+            kinds.add(ItemKind.TURN)
+        if (steps := self._steps.room()) > 0:
+            kinds.add(ItemKind.STEP)
+        claimed = await self.storage.claim(
+            ClaimRequest(
+                owner=self.owner,
+                lease=self.settings.lease,
+                limit=max(1, min(turns, steps, 100)),
+                items=items,
+                queues=self._queues if items is None else None,
+                kinds=frozenset(kinds),
+                workflows=workflow_names(),
+                known=self._known,
+            )
+        )
+        self.clock.update(claimed.now)
+        for claim in claimed.claims:
+            self._begin(claim)
+        return len(claimed.claims)
+
+    def _begin(self, claim: Claim) -> None:
+        match claim.item.kind:
+            case ItemKind.TURN:
+                self.begin_turn(claim)
+            case ItemKind.STEP:
+                self._steps.begin(claim)
+            case ItemKind.DELIVER:
+                self.spawn(self.contained(deliver(self, claim), claim.item.run_id))
+
+    async def _free_gone(self) -> int:
+        """Free at once what processes of this machine held that are gone."""
+        self._looked_for_gone = monotonic()
+        freed = 0
+        for owner in await self.storage.holders():
+            if is_gone(owner):
+                freed += await self.storage.free(owner)
+                _log.info("freed what a process that is gone held: owner=%s items=%d", owner, freed)
+        return freed
+
+    # --- Runtime: what executors call -----------------------------------------------------------
+
+    async def handle(self, bell: Doorbell) -> Outcome:
+        """Take the item that a doorbell names, and see it through."""
+        run = await self.storage.get_run(bell.run_id)
+        items = {i.item_id: i for i in await self.storage.list_work(bell.run_id)}
+        item = items.get(bell.item_id)
+        if run is None or item is None:
+            return Outcome.GONE
+        if find_workflow(run.workflow) is None:
+            return Outcome.UNKNOWN_WORKFLOW
+        if not await self.claim_due([(bell.run_id, bell.item_id)]):
+            return Outcome.BUSY
+        await self.settle_down()
+        return Outcome.HANDLED
+
+    async def sweep(self, limit: int = 100) -> int:
+        """Ring for due items that nobody was told of lately; how many."""
+        began = monotonic()
+        items = await self.storage.announce(limit, self.settings.mute)
+        if items and self._ring is not None:
+            self._ring([Doorbell(i.run_id, i.item_id) for i in items])
+        _plugins.observe(
+            "pyworkflow_sweep_ended", announced=len(items), seconds=monotonic() - began
+        )
+        return len(items)
+
+    async def next_due(self) -> datetime | None:
+        """When an item is due next."""
+        return await self.storage.next_due(queues=self._queues)
+
+    def free(self, pid: int) -> None:
+        """A pool child with this pid has died: what it held is due at once."""
+        prefix = owner_of(pid).rpartition("/")[0] + "/"
+
+        async def free_all() -> None:
+            for owner in await self.storage.holders():
+                if owner.startswith(prefix):
+                    await self.storage.free(owner)
+
+        self.spawn(self.contained(free_all(), "-"))
+
+    # --- turns --------------------------------------------------------------------------------
+
+    def begin_turn(self, claim: Claim, *, resumed: bool = True) -> None:
+        """Drive a turn that was claimed."""
+        run_id = claim.item.run_id
+        task = self.spawn(self.contained(self._turn(claim, resumed), run_id))
+        self._turns[run_id] = task
+        task.add_done_callback(lambda done: self._turn_done(run_id, done))
+
+    def _turn_done(self, run_id: str, task: asyncio.Task[None]) -> None:
+        if self._turns.get(run_id) is task:
+            del self._turns[run_id]
+        if not self._room() > 1:
+            self.wake()
+
+    async def contained(self, coro: Coroutine[Any, Any, None], run_id: str) -> None:
+        """Whatever goes wrong with one item stays with it."""
+        try:
+            await coro
+        except (Refusal, RunClosed, RunNotFound) as refusal:
+            _log.debug("the claim is over: %r run_id=%s", refusal, run_id)
+        except StorageError as exc:
+            _log.warning("given up until the claim runs out: %s run_id=%s", exc, run_id)
+        except Exception:
+            _log.exception("an item could not be worked on run_id=%s", run_id)
+
+    async def _turn(self, claim: Claim, resumed: bool) -> None:
+        run = claim.run
+        workflow = find_workflow(run.workflow)
+        live = self._kept.pop(run.run_id, None)
+        self._known.pop(run.run_id, None)
+        if workflow is None:
+            if live is not None:
+                self._drop(live)
+            await self.storage.release(claim.ref)
+            return
+        if live is not None and live.workflow is not workflow:
+            self._drop(live)
+            live = None
+        events: Sequence[Event] = claim.events
+        fresh = live is None
+        if live is None:
+            live = LiveRun(workflow, run.run_id, self.max_payload)
+        if claim.cut or live.replay.fed < claim.after:
+            events = await self.storage.get_events(run.run_id, after=live.replay.fed)
+        session = Session(
+            self, live, run, claim.item, resumed=resumed and run.seen_seq > 0
+        )
+        if claim.item.claims > POISON and run.stalled is None:
+            self._drop(live)
+            reason = f"poison: the turn was claimed {claim.item.claims} times without progress"
+            again = self.clock.micros() + 3_600_000_000
+            await session.stall(reason, from_micros(again))
+            return
+        observed = _plugins.hooks_active("pyworkflow_turn_ended")
+        _plugins.observe(
+            "pyworkflow_turn_started",
+            run_id=run.run_id,
+            workflow=run.workflow,
+            replayed=len(events) if fresh else 0,
+        )
+        began = monotonic() if observed else 0.0
+        keep = False
+        try:
+            with _plugins.around(
+                "pyworkflow_around_turn", run_id=run.run_id, workflow=run.workflow
+            ):
+                keep = await session.drive(events, run.seen_seq)
+        finally:
+            if keep:
+                self._keep(live)
+            else:
+                self._drop(live)
+            if observed:
+                _plugins.observe(
+                    "pyworkflow_turn_ended",
+                    run_id=run.run_id,
+                    workflow=run.workflow,
+                    seconds=monotonic() - began,
+                )
+
+    def _keep(self, live: LiveRun) -> None:
+        self._kept[live.run_id] = live
+        self._known[live.run_id] = live.replay.fed
+        while len(self._kept) > self.settings.sessions:
+            run_id, oldest = self._kept.popitem(last=False)
+            self._known.pop(run_id, None)
+            self._drop(oldest)
+
+    def _drop(self, live: LiveRun) -> None:
+        """Evict a coroutine; always correct, since the history has everything."""
+        refused = live.replay.close()
+        if refused:
+            self.stubborn.extend(refused)
+            _log.warning(
+                "workflow code refuses to be closed: tasks=%s run_id=%s; do not await in finally "
+                "or swallow GeneratorExit", ", ".join(refused), live.run_id,
+            )
+
+    def evict(self, run_id: str | None = None) -> None:
+        """Drop the kept coroutine of a run, or all of them."""
+        for key in [run_id] if run_id is not None else list(self._kept):
+            live = self._kept.pop(key, None)
+            self._known.pop(key, None)
+            if live is not None:
+                self._drop(live)
+
+    async def continue_turn(self, item: WorkItem, answer: Committed, own: Sequence[Event]) -> None:
+        """Drive the turn that came with the answer to a step's result."""
+        run = await self.storage.get_run(item.run_id)
+        if run is None:
+            return
+        live = self._kept.get(item.run_id)
+        after = answer.seen_seq
+        events: Sequence[Event] = sorted([*own, *answer.others], key=lambda e: e.seq)
+        if live is None or live.replay.fed < after:
+            after = 0 if live is None else live.replay.fed
+            events = await self.storage.get_events(item.run_id, after=after)
+        claim = Claim(item=item, run=run, events=events, after=after)
+        self.begin_turn(claim, resumed=False)
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def adopt_step(
+        self, what: StepTry, item: WorkItem, task: asyncio.Task[None] | None, end: StepEnd | None
+    ) -> None:
+        """A step handed off by a session: running, ended meanwhile, or not begun."""
+        self._steps.adopt(what, item, task, end)
+
+    async def finish_step(
+        self, what: StepTry, end: StepEnd, item: WorkItem, *, started: bool
+    ) -> None:
+        """Record how a dispatched step ended."""
+        await self.contained(self._steps.finish(what, end, item, started=started), what.run_id)
+
+    def cancel_step(self, run_id: str, item_id: str) -> None:
+        """The workflow gave a step up: end it, if it runs here."""
+        self._steps.cancel(run_id, item_id)
+
+    def _lost(self, ref: ClaimRef) -> None:
+        if ref.item_id != TURN:
+            self._steps.cancel(ref.run_id, ref.item_id)
+
+    # --- after commits --------------------------------------------------------------------------
+
+    @property
+    def rings(self) -> bool:
+        """Whether this worker tells others of new items itself."""
+        return self._ring is not None
+
+    def announce_puts(self, run: Run, puts: Sequence[Put]) -> None:
+        """New items are durable: somebody should claim them."""
+        free = [p for p in puts if p.claimed is None and p.due_at is None]
+        if free and self._ring is not None:
+            self._ring([Doorbell(run.run_id, p.item_id) for p in free])
+        if puts:
+            self.wake()
+
+    def committed(self, run: Run, events: Sequence[Event], answer: Committed) -> None:
+        """Events are durable: tell the observers."""
+        if not events or not _plugins.hooks_active("pyworkflow_events_committed"):
+            return
+        stamped = [
+            e._replace(run_id=run.run_id, seq=answer.seqs[i], timestamp=answer.timestamp)
+            for i, e in enumerate(events)
+            if i not in answer.skipped
+        ]
+        _plugins.observe("pyworkflow_events_committed", run_id=run.run_id, events=stamped)
+
+    def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
+        """A run has ended."""
+        _plugins.observe(
+            "pyworkflow_run_ended",
+            run_id=run.run_id,
+            workflow=run.workflow,
+            status=status,
+            error=error,
+        )

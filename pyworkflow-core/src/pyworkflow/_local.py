@@ -1,0 +1,254 @@
+"""The local executor: a worker embedded in the caller's process, or ``pyworkflow worker``."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
+import os
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from pyworkflow._config import Settings, settings
+from pyworkflow._duration import format_duration
+from pyworkflow._engine.worker import Worker
+from pyworkflow._plugins import make_executor, make_storage
+from pyworkflow.errors import StorageError, WorkflowContextError
+from pyworkflow.runs import Run, RunStatus
+from pyworkflow.spi.capabilities import ExecutorCapabilities
+from pyworkflow.spi.executor import Doorbell, Executor, Runtime
+from pyworkflow.spi.storage import StorageBackend
+
+__all__ = [
+    "EmbeddedHost",
+    "LocalExecutor",
+    "configured_executor",
+    "configured_storage",
+    "host",
+    "refuse_in_host",
+    "reset_host",
+]
+
+T = TypeVar("T")
+_HALF_SECOND = timedelta(milliseconds=500)
+
+
+class LocalExecutor:
+    """Runs everything on this machine; doorbells stay in the process."""
+
+    name = "local"
+    capabilities = ExecutorCapabilities(graceful_drain=True)
+
+    async def open(self, config: Mapping[str, str]) -> None:
+        """Nothing to connect to."""
+
+    async def ring(self, bells: Sequence[Doorbell]) -> None:
+        """Workers of this machine look for themselves."""
+
+    def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:
+        """Work until SIGTERM or SIGINT, then drain."""
+        from pyworkflow.worker import serve_here
+
+        serve_here(runtime, queues)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def configured_storage(config: Settings) -> StorageBackend:
+    """The store that the settings name."""
+    if isinstance(config.storage, str):
+        return make_storage(config.storage, config.namespace)
+    return config.storage
+
+
+def configured_executor(config: Settings) -> Executor:
+    """The executor that the settings name."""
+    if isinstance(config.executor, str):
+        return make_executor(config.executor, {"broker_url": config.broker_url})
+    return config.executor
+
+
+class EmbeddedHost:
+    """A daemon thread with an event loop, the configured store, and a worker when local."""
+
+    def __init__(self) -> None:
+        self.config = settings()
+        self.pid = os.getpid()
+        self.storage = configured_storage(self.config)
+        self.executor = configured_executor(self.config)
+        self.worker: Worker | None = None
+        self.started: set[str] = set()
+        """Runs that this process started: the exit waits for them."""
+        self.loop = asyncio.new_event_loop()
+        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.thread = threading.Thread(
+            target=self._main, args=(ready,), name="pyworkflow-worker", daemon=True
+        )
+        self.thread.start()
+        ready.result()
+        _at_exit(self.finish)
+
+    def _main(self, ready: concurrent.futures.Future[None]) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self._open())
+        except BaseException as exc:  # noqa: BLE001 - handed to whoever waits
+            ready.set_exception(exc)
+            return
+        ready.set_result(None)
+        self.loop.run_forever()
+
+    async def _open(self) -> None:
+        await self.storage.open()
+        if self.executor.capabilities.distributed:
+            await self.executor.open({})
+            return
+        self.worker = Worker(self.storage, self.config)
+        await self.worker.open()
+        self.worker.serve()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is in the host's own thread: waiting for it would never end."""
+        return threading.current_thread() is self.thread
+
+    def submit(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on the host's loop."""
+        return asyncio.run_coroutine_threadsafe(coro, self.loop)
+
+    def call(self, coro: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the host's loop and wait for it."""
+        future = self.submit(coro)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    # --- the end of the process -----------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Wait until each run started here has ended or sleeps; then say what still waits."""
+        if self.pid != os.getpid() or self.loop.is_closed() or not self.thread.is_alive():
+            return
+        try:
+            waiting = self.call(self._wait_for_started()) if self.started else []
+        except KeyboardInterrupt:
+            print("\nleft: the runs are durable, a worker goes on with them", file=sys.stderr)
+            waiting = []
+        except StorageError as exc:
+            print(f"pyworkflow: {exc}", file=sys.stderr)
+            waiting = []
+        if waiting:
+            print(_farewell(waiting), file=sys.stderr)
+        try:
+            self.submit(self._close()).result(timeout=5)
+        except (TimeoutError, concurrent.futures.CancelledError, KeyboardInterrupt):
+            pass
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(timeout=2)
+
+    async def _wait_for_started(self) -> list[tuple[Run, float]]:
+        if self.worker is None:
+            return []
+        waiting: list[tuple[Run, float]] = []
+        for run_id in sorted(self.started):
+            while True:
+                run = await self.storage.get_run(run_id)
+                if run is None or run.status.is_terminal:
+                    break
+                if run.status not in (RunStatus.PENDING, RunStatus.RUNNING):
+                    due = [i.due_at for i in await self.storage.list_work(run_id)]
+                    left = (min(due) - await self.storage.now()).total_seconds() if due else -1.0
+                    waiting.append((run, left))
+                    break
+                # A commit wakes it; the bound covers what ends without an event.
+                await self.storage.watch(run_id, after=run.history_length, timeout=_HALF_SECOND)
+        return waiting
+
+    async def _close(self) -> None:
+        if self.worker is not None:
+            await self.worker.drain(0)
+            await self.worker.close()
+        await self.storage.close()
+
+
+def _farewell(waiting: list[tuple[Run, float]]) -> str:
+    lefts = [left for _, left in waiting if left >= 0]
+    first = waiting[0][0]
+    when = ""
+    if lefts:
+        soon = timedelta(seconds=max(1, round(min(lefts))))
+        when = f", the next for another {format_duration(soon)}"
+    stalled = sum(run.status == RunStatus.STALLED for run, _ in waiting)
+    if stalled:
+        when += f" ({stalled} stalled: `pyworkflow runs show {first.run_id}` tells why)"
+    modules = sorted({_module_of(run.workflow) for run, _ in waiting})
+    count = f"{len(waiting)} run{'s' if len(waiting) > 1 else ''}"
+    verb = "waits" if len(waiting) == 1 else "wait"
+    return (
+        f"pyworkflow: {count} still {verb}{when}: {first.run_id}"
+        f"{' …' if len(waiting) > 1 else ''}\n"
+        f"pyworkflow: `pyworkflow worker {' '.join(modules)}` goes on with what this process "
+        "started"
+    )
+
+
+def _module_of(workflow: str) -> str:
+    from pyworkflow._definitions import find_workflow
+
+    found = find_workflow(workflow)
+    if found is None:
+        return "MODULE"
+    module = found.fn.__module__
+    if module == "__main__":
+        return os.path.relpath(getattr(sys.modules["__main__"], "__file__", None) or "MODULE")  # noqa: PTH - a path for people
+    return module
+
+
+def _at_exit(callback: Callable[[], None]) -> None:
+    """Call back at the end of the script, while threads can still be used.
+
+    ``atexit`` comes too late: by then no thread pool takes work, and sync steps could not run.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:
+        import atexit
+
+        register = atexit.register
+    register(callback)
+
+
+_host: EmbeddedHost | None = None
+_host_lock = threading.Lock()
+
+
+def host() -> EmbeddedHost:
+    """The process's host; begun by the first call that needs it."""
+    global _host
+    with _host_lock:
+        if _host is None or _host.pid != os.getpid() or not _host.thread.is_alive():
+            _host = EmbeddedHost()
+        return _host
+
+
+def reset_host() -> None:
+    """Stop the host at once, for tests: the next call begins another."""
+    global _host
+    with _host_lock:
+        standing, _host = _host, None
+    if standing is not None:
+        standing.started.clear()
+        standing.finish()
+
+
+def refuse_in_host(what: str) -> None:
+    """Raise when the caller would wait for itself."""
+    if _host is not None and _host.is_here:
+        raise WorkflowContextError(
+            f"{what} was called in an async step of the embedded worker, which would wait for "
+            "itself; use `await Client().…`, or a sync step"
+        )

@@ -1,0 +1,319 @@
+"""The memory backend: the reference store behind one lock, for tests, trials and as oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import count
+
+from pyworkflow._clock import utcnow
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
+from pyworkflow.events import Event
+from pyworkflow.runs import Run, WorkItem
+from pyworkflow.spi.capabilities import Capabilities, StorageInfo
+from pyworkflow.spi.reference import Delta, ReferenceStore, check_change
+from pyworkflow.spi.storage import (
+    Answer,
+    Change,
+    Claimed,
+    ClaimRef,
+    ClaimRequest,
+    Committed,
+    Page,
+    RunQuery,
+    StorageBackend,
+)
+
+__all__ = ["MemoryStorageBackend"]
+
+_CAPABILITIES = Capabilities(
+    server_clock=True, watch=True, batched=True, purge_by_age=True, large_history=True
+)
+
+
+class _Waiter:
+    """Somebody in ``watch``, in whatever loop."""
+
+    def __init__(self, run_id: str | None, after: int) -> None:
+        self.run_id = run_id
+        self.after = after
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+
+    def wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._news.set)
+        except RuntimeError:
+            pass  # its loop was closed: nobody waits any more
+
+    async def wait(self, timeout: timedelta) -> bool:
+        try:
+            async with asyncio.timeout(max(0.0, timeout.total_seconds())):
+                await self._news.wait()
+        except TimeoutError:
+            return self._news.is_set()
+        return True
+
+
+class _Shared:
+    """What all twins have in common. Every method that touches the store holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.store = ReferenceStore()
+        self.offset = timedelta(0)
+        self.waiters: set[_Waiter] = set()
+        self.news = 0
+        self._latest = utcnow()
+        self._tokens = count(1)
+
+    def now(self) -> datetime:
+        # The machine's clock may be set back; the storage's own stands still until it catches up.
+        self._latest = max(self._latest, utcnow())
+        return self._latest + self.offset
+
+    def token(self) -> str:
+        return f"t{next(self._tokens)}"
+
+    def tell(self, delta: Delta | None) -> None:
+        """Wake whom a change concerns."""
+        if delta is None:
+            return
+        self.news += 1
+        if not self.waiters:
+            return
+        touched = {part.run_id for part in delta.parts}
+        # A lease given or renewed is no news for who looks for work, except when it ends sooner.
+        work = any(part.items or part.fields for part in delta.parts)
+        for waiter in self.waiters:
+            if work if waiter.run_id is None else waiter.run_id in touched:
+                waiter.wake()
+
+
+class MemoryStorageBackend(StorageBackend):
+    """Everything in this process, gone with it.
+
+    One object may be used by several event loops and threads; ``twin`` gives another object on the
+    same data, which is closed on its own.
+    """
+
+    def __init__(self, *, namespace: str = "default") -> None:
+        self._namespace = namespace
+        self._shared = _Shared()
+        self._closed = False
+        self._looked = 0
+
+    def twin(self) -> MemoryStorageBackend:
+        """Another object on the same data."""
+        other = MemoryStorageBackend(namespace=self._namespace)
+        other._shared = self._shared
+        return other
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+        self._use()
+
+    async def close(self) -> None:
+        """Later calls raise; the data lives while a twin does."""
+        self._closed = True
+
+    def info(self) -> StorageInfo:
+        """What this store can do."""
+        return StorageInfo(
+            name="memory", location=f"memory:{self._namespace}", capabilities=_CAPABILITIES
+        )
+
+    async def migrate(self) -> None:
+        """Nothing is older than this process."""
+        self._use()
+
+    async def now(self) -> datetime:
+        """This process's idea of now, moved by ``shift_clock``; the same for all twins."""
+        shared = self._use()
+        with shared.lock:
+            return shared.now()
+
+    async def shift_clock(self, by: timedelta) -> None:
+        """Move the clock of all twins."""
+        shared = self._use()
+        with shared.lock:
+            shared.offset += by
+            shared.news += 1
+            for waiter in shared.waiters:
+                if waiter.run_id is None:
+                    waiter.wake()
+
+    def _use(self) -> _Shared:
+        if self._closed:
+            raise StorageError("the memory storage is closed; make another one, or a twin before")
+        return self._shared
+
+    def _check(self, change: Change) -> None:
+        check_change(
+            change,
+            max_payload=StorageInfo.max_payload,
+            max_events=StorageInfo.max_events_per_commit,
+        )
+
+    async def commit(self, change: Change) -> Committed:
+        """Apply a change, all or nothing."""
+        shared = self._use()
+        self._check(change)
+        with shared.lock:
+            committed, delta = shared.store.commit(change, now=shared.now(), token=shared.token)
+            shared.tell(delta)
+        return committed
+
+    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+        """Each change accepted or refused alone; what cannot be stored refuses all of them."""
+        shared = self._use()
+        for change in changes:
+            self._check(change)
+        answers: list[Answer] = []
+        with shared.lock:
+            for change in changes:
+                try:
+                    committed, delta = shared.store.commit(
+                        change, now=shared.now(), token=shared.token
+                    )
+                except (Refusal, RunNotFound, RunClosed) as refusal:
+                    answers.append(refusal)
+                else:
+                    answers.append(committed)
+                    shared.tell(delta)
+        return answers
+
+    async def claim(self, request: ClaimRequest) -> Claimed:
+        """Take due, free items."""
+        shared = self._use()
+        with shared.lock:
+            self._looked = shared.news
+            now = shared.now()
+            claims, delta = shared.store.claim(request, now=now, token=shared.token)
+            if delta is not None:
+                shared.tell(delta)
+                self._looked = shared.news
+        return Claimed(claims=claims, now=now)
+
+    async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+        """Extend leases."""
+        shared = self._use()
+        with shared.lock:
+            kept, delta = shared.store.renew(refs, lease, now=shared.now())
+            shared.tell(delta)
+        return kept
+
+    async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
+        """Give an item back."""
+        shared = self._use()
+        with shared.lock:
+            done, delta = shared.store.release(ref, delay, now=shared.now())
+            shared.tell(delta)
+        return done
+
+    async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
+        """Due, free items that nobody rang for."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.announce(limit, mute, now=shared.now())[0]
+
+    async def free(self, owner: str) -> int:
+        """End every lease of ``owner``."""
+        shared = self._use()
+        with shared.lock:
+            freed, delta = shared.store.free(owner, now=shared.now())
+            shared.tell(delta)
+        return freed
+
+    async def holders(self) -> list[str]:
+        """Owners of leases that have not ended."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.holders(now=shared.now())
+
+    async def next_due(
+        self,
+        *,
+        queues: frozenset[str] | None = None,
+        workflows: frozenset[str] | None = None,
+    ) -> datetime | None:
+        """When to look again."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.next_due(queues=queues, workflows=workflows, now=shared.now())
+
+    async def get_run(self, run_id: str) -> Run | None:
+        """The run, or None."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.get_run(run_id, now=shared.now())
+
+    async def find_run(self, idempotency_key: str) -> str | None:
+        """Who has the key."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.find_run(idempotency_key, now=shared.now())
+
+    async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
+        """Runs, newest first."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.list_runs(query, cursor, now=shared.now())
+
+    async def get_events(
+        self, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[Event]:
+        """Events in order of seq."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.get_events(run_id, after=after, limit=limit)
+
+    async def list_work(self, run_id: str) -> list[WorkItem]:
+        """The run's items."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.list_work(run_id)
+
+    async def purge(
+        self,
+        *,
+        before: datetime,
+        limit: int = 1000,
+        key_retention: timedelta = timedelta(days=30),
+    ) -> int:
+        """Remove ended runs."""
+        shared = self._use()
+        with shared.lock:
+            removed, delta = shared.store.purge(
+                before=before, limit=limit, key_retention=key_retention, now=shared.now()
+            )
+            shared.tell(delta)
+        return removed
+
+    async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
+        """Wait for news; what came since this object's last ``claim`` counts as news."""
+        shared = self._use()
+        waiter = _Waiter(run_id, after)
+        with shared.lock:
+            if run_id is None:
+                if shared.news != self._looked:
+                    self._looked = shared.news
+                    return True
+            else:
+                run = shared.store.get_run(run_id, now=shared.now())
+                if run is not None and (run.history_length > after or run.status.is_terminal):
+                    return True
+            shared.waiters.add(waiter)
+        try:
+            return await waiter.wait(timeout)
+        finally:
+            with shared.lock:
+                shared.waiters.discard(waiter)
+
+    async def stats(self) -> Mapping[str, int]:
+        """Numbers of runs, per status, of events and of items."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.stats(now=shared.now())

@@ -1,0 +1,118 @@
+"""What executor plugins call to make this process work: ``create_runtime`` and ``serve_here``."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+from pyworkflow._config import Settings, settings
+from pyworkflow._engine.worker import Worker
+from pyworkflow._local import configured_storage
+from pyworkflow.errors import ConfigurationError
+from pyworkflow.spi.executor import Doorbell, Runtime
+from pyworkflow.spi.storage import StorageBackend
+
+__all__ = ["create_runtime", "import_modules", "serve_here"]
+
+_log = logging.getLogger("pyworkflow.worker")
+
+
+def create_runtime(
+    *,
+    storage: StorageBackend | None = None,
+    config: Settings | None = None,
+    queues: Sequence[str] | None = None,
+    spread: bool = False,
+    ring: Callable[[Sequence[Doorbell]], None] | None = None,
+) -> Runtime:
+    """The worker of this process on the configured store. Does no I/O before it is opened."""
+    config = config or settings()
+    return Worker(
+        storage if storage is not None else configured_storage(config),
+        config,
+        queues=queues,
+        spread=spread,
+        ring=ring,
+    )
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import workflow modules by dotted name or ``path/file.py``; the current directory counts.
+
+    Raises:
+        ConfigurationError: one cannot be imported; the message names it and the cause.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:  # noqa: PTH109 - as sys.path has it
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
+    for name in names:
+        try:
+            _import_one(name)
+        except ConfigurationError:
+            raise
+        except Exception as exc:
+            raise ConfigurationError(
+                f"the workflow module cannot be imported: module={name}: "
+                f"{type(exc).__name__}: {exc}; name it as Python imports it, or as path/file.py"
+            ) from exc
+
+
+def _import_one(name: str) -> object:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = os.path.abspath(name)  # noqa: PTH100 - no resolving of links
+    if not os.path.isfile(path):  # noqa: PTH113 - as above
+        raise ConfigurationError(f"no such file: {name}; give the path of a workflow module")
+    stem = os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122 - as above
+    standing = sys.modules.get(stem)
+    if standing is not None and getattr(standing, "__file__", None) == path:
+        return standing
+    spec = importlib.util.spec_from_file_location(stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigurationError(f"not a Python file: {name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    # Files beside it import as they do when it runs as a script.
+    sys.path.insert(0, os.path.dirname(path))  # noqa: PTH120 - as above
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(stem, None)
+        raise
+    return module
+
+
+def serve_here(runtime: Runtime, queues: Sequence[str], *, grace: float = 10.0) -> None:
+    """Work in this thread until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+    worker = cast("Worker", runtime)
+    asyncio.run(_serve(worker, grace))
+
+
+async def _serve(worker: Worker, grace: float) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except (NotImplementedError, RuntimeError, ValueError):
+            pass  # not in the main thread, or no such signals here: the caller stops us
+    await worker.open()
+    _log.info("the worker claims work: storage=%s", worker.storage.info().location)
+    worker.serve()
+    try:
+        await stop.wait()
+        _log.info("the worker drains: grace=%gs", grace)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await worker.drain(grace)
+    finally:
+        await worker.close()
+        await worker.storage.close()
+
+
