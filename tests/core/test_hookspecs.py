@@ -1,8 +1,10 @@
 """Hook specs: the names of the architecture page, and plain functions that plugins can meet."""
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,26 @@ def test_every_spec_is_marked_documented_and_typed(name):
     signature = inspect.signature(spec)
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(p.annotation is not p.empty for p in signature.parameters.values())
+
+
+def calls_of_hooks():
+    package = Path(hookspecs.__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                hook = node.args[0].value
+                if hook in NAMES and any(keyword.arg for keyword in node.keywords):
+                    where = f"{path.relative_to(package)}:{node.lineno}"
+                    yield where, hook, {keyword.arg for keyword in node.keywords}
+
+
+def test_the_core_gives_each_hook_the_arguments_of_its_spec():
+    wrong = [
+        f"{where} {hook}: missing={sorted(expected - given)} unknown={sorted(given - expected)}"
+        for where, hook, given in calls_of_hooks()
+        if given != (expected := set(inspect.signature(getattr(hookspecs, hook)).parameters))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_spi_offers_what_it_lists():

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -304,10 +305,26 @@ def test_the_plugins_of_the_core_work_without_installed_entry_points():
 
 
 def test_memory_urls_are_private_or_shared_by_name_and_namespace():
-    assert make_storage("memory://") is not make_storage("memory://")
+    async def hours_ahead(one, other):
+        return round((await one.now() - await other.now()) / timedelta(hours=1))
+
+    async def check():
+        shared = make_storage("memory://of-this-test")
+        twin = make_storage("memory://of-this-test")
+        elsewhere = make_storage("memory://of-this-test", "tenant")
+        private, another = make_storage("memory://"), make_storage("memory://")
+        await shared.shift_clock(timedelta(hours=5))
+        await private.shift_clock(timedelta(hours=3))
+        assert shared is not twin
+        assert await hours_ahead(shared, twin) == 0
+        assert await hours_ahead(shared, elsewhere) == 5
+        assert await hours_ahead(private, another) == 3
+        await shared.close()
+        await twin.now()
+
+    asyncio.run(check())
     with pytest.raises(ConfigurationError, match="options=speed"):
         make_storage("memory://?speed=1")
-    assert isinstance(make_storage("memory://shared"), StorageBackend)
 
 
 # --- the application's plugins --------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import count
 
@@ -31,6 +32,7 @@ __all__ = ["MemoryStorageBackend"]
 _CAPABILITIES = Capabilities(
     server_clock=True, watch=True, batched=True, purge_by_age=True, large_history=True
 )
+_INFO = StorageInfo(name="memory", location="memory:default", capabilities=_CAPABILITIES)
 
 
 class _Waiter:
@@ -78,17 +80,25 @@ class _Shared:
         return f"t{next(self._tokens)}"
 
     def tell(self, delta: Delta | None) -> None:
-        """Wake whom a change concerns."""
+        """Wake whom a change concerns: readers of a run by events, workers by items.
+
+        Claims and renewals are not told: they only move an item's time away.
+        """
         if delta is None:
             return
-        self.news += 1
+        work = any(part.items or "paused" in part.fields for part in delta.parts)
+        self.news += work
         if not self.waiters:
             return
-        touched = {part.run_id for part in delta.parts}
-        # A lease given or renewed is no news for who looks for work, except when it ends sooner.
-        work = any(part.items or part.fields for part in delta.parts)
+        lengths = {part.run_id: part.events[-1].seq for part in delta.parts if part.events}
+        ended = {part.run_id for part in delta.parts if "final" in part.fields}
         for waiter in self.waiters:
-            if work if waiter.run_id is None else waiter.run_id in touched:
+            run_id = waiter.run_id
+            if (
+                work
+                if run_id is None
+                else (run_id in ended or lengths.get(run_id, 0) > waiter.after)
+            ):
                 waiter.wake()
 
 
@@ -121,9 +131,7 @@ class MemoryStorageBackend(StorageBackend):
 
     def info(self) -> StorageInfo:
         """What this store can do."""
-        return StorageInfo(
-            name="memory", location=f"memory:{self._namespace}", capabilities=_CAPABILITIES
-        )
+        return replace(_INFO, location=f"memory:{self._namespace}")
 
     async def migrate(self) -> None:
         """Nothing is older than this process."""
@@ -153,8 +161,8 @@ class MemoryStorageBackend(StorageBackend):
     def _check(self, change: Change) -> None:
         check_change(
             change,
-            max_payload=StorageInfo.max_payload,
-            max_events=StorageInfo.max_events_per_commit,
+            max_payload=_INFO.max_payload,
+            max_events=_INFO.max_events_per_commit,
         )
 
     async def commit(self, change: Change) -> Committed:
@@ -191,10 +199,7 @@ class MemoryStorageBackend(StorageBackend):
         with shared.lock:
             self._looked = shared.news
             now = shared.now()
-            claims, delta = shared.store.claim(request, now=now, token=shared.token)
-            if delta is not None:
-                shared.tell(delta)
-                self._looked = shared.news
+            claims, _ = shared.store.claim(request, now=now, token=shared.token)
         return Claimed(claims=claims, now=now)
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
@@ -202,7 +207,8 @@ class MemoryStorageBackend(StorageBackend):
         shared = self._use()
         with shared.lock:
             kept, delta = shared.store.renew(refs, lease, now=shared.now())
-            shared.tell(delta)
+            if lease <= timedelta(0):
+                shared.tell(delta)
         return kept
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:

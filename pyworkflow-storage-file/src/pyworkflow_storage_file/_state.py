@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic_core import from_json, to_json
 
-from pyworkflow.spi import Delta, Json, ReferenceStore, SerializationError
+from pyworkflow.spi import Delta, Json, ReferenceStore, SerializationError, WorkItem
 from pyworkflow.spi.reference import RunDelta
 from pyworkflow_storage_file._journal import Record
 
 __all__ = ["CLOCK", "DELTA", "State", "encode"]
 
 DELTA = b"delta"
+#: A delta of a rewritten journal: all of it is needed.
+SNAPSHOT = b"snapshot"
 CLOCK = b"clock"
 #: A guess at what a line has beside its body.
 _OVERHEAD = 80
@@ -49,10 +51,11 @@ class State:
 
     def load(self, kind: bytes, body: bytes) -> None:
         """Apply a record of the journal."""
-        if kind == DELTA:
+        if kind in {DELTA, SNAPSHOT}:
             delta = Delta.from_json(_decode(body))
             self.store.apply(delta)
-            self.note(delta, len(body))
+            self._announce(delta)
+            self._count(delta, len(body), needed=kind == SNAPSHOT)
         elif kind == CLOCK:
             data = _decode(body)
             shift = data["shift"]
@@ -65,21 +68,23 @@ class State:
 
     def note(self, delta: Delta, size: int) -> None:
         """Count a change that the store has applied, of ``size`` bytes as a record."""
+        self._announce(delta)
+        self._count(delta, size, needed=False)
+
+    def _announce(self, delta: Delta) -> None:
         for part in delta.parts:
             self.touched.add(part.run_id)
             for item in part.items:
                 if item.lease is None:
                     self.work = True
-        self._count(delta, size)
 
-    def _count(self, delta: Delta, size: int) -> None:
+    def _count(self, delta: Delta, size: int, *, needed: bool) -> None:
         size += _OVERHEAD
         self.bytes += size
-        needed = False
         for part in delta.parts:
             if part.removed:
                 self.garbage += self._run_bytes.pop(part.run_id, 0)
-            elif part.events or part.fields:
+            elif needed or part.events or part.fields:
                 needed = True
                 self._run_bytes[part.run_id] = self._run_bytes.get(part.run_id, 0) + size
         if not needed:
@@ -98,20 +103,27 @@ class State:
         self._run_bytes = {}
         for delta in self.store.snapshot():
             body = encode(delta.to_json())
-            self._count(delta, len(body))
-            records.append(Record(DELTA, body))
+            self._count(delta, len(body), needed=True)
+            records.append(Record(SNAPSHOT, body))
         return records
 
-    def shift_leases(self, by: timedelta) -> Delta | None:
-        """Move the end of every lease, and apply that; None when there is none."""
+    def follow_jump(self, by: timedelta, now: datetime) -> Delta | None:
+        """Apply that the wall clock was moved by ``by`` to ``now``; None when nothing is held.
+
+        Leases keep the time they had left, and what was due stays due.
+        """
         parts: list[RunDelta] = []
         for delta in self.store.snapshot():
             for part in delta.parts:
-                items = [
-                    replace(item, lease=replace(item.lease, until=item.lease.until + by))
-                    for item in part.items
-                    if item.lease is not None
-                ]
+                items: list[WorkItem] = []
+                for item in part.items:
+                    due, lease = item.due_at, item.lease
+                    if now < due <= now - by:
+                        due = now
+                    if lease is not None:
+                        lease = replace(lease, until=lease.until + by)
+                    if lease is not None or due != item.due_at:
+                        items.append(replace(item, due_at=due, lease=lease))
                 if items:
                     parts.append(RunDelta(part.run_id, items=items))
         if not parts:

@@ -371,7 +371,7 @@ class Writer:
         batch.store = self._state.store
 
     def _acquire(self) -> None:
-        """Take the lock; if somebody set the wall clock, leases keep the time they had left."""
+        """Take the lock; if somebody set the wall clock, leases do not move with it."""
         journal = self._journal
         journal.acquire()
         try:
@@ -382,7 +382,7 @@ class Writer:
             jump = (wall - marker.wall) - (boottime - marker.boottime)
             if abs(jump) > _JUMP:
                 _log.warning("the wall clock was set: seconds=%.3f", jump / 1e9)
-                delta = self._state.shift_leases(timedelta(microseconds=jump // 1000))
+                delta = self._state.follow_jump(timedelta(microseconds=jump // 1000), self._now())
                 if delta is None:
                     journal.touch()
                 else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
+from typing import Any, cast
 
 from pyworkflow.errors import PayloadTooLarge, SerializationError
 from pyworkflow.runs import ItemKind
@@ -107,7 +108,7 @@ def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:
             raise PayloadTooLarge(what, size, limit)
 
 
-def _check_json(value: object, limit: int, depth: int) -> None:
+def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - user data
     if isinstance(value, str):
         if len(value) > limit or not value.isascii():
             _check_text("a value", limit, (value,))
@@ -124,7 +125,7 @@ def _check_json(value: object, limit: int, depth: int) -> None:
     elif depth > _MAX_DEPTH:
         raise SerializationError(f"nested too deeply: levels={_MAX_DEPTH}; flatten the value")
     elif isinstance(value, dict) or (depth == 0 and isinstance(value, Mapping)):
-        for key, entry in value.items():
+        for key, entry in cast("Mapping[Any, Any]", value).items():
             if type(key) is not str:
                 raise SerializationError(
                     f"JSON objects have text keys: key={key!r} type={type(key).__name__}"
@@ -133,7 +134,7 @@ def _check_json(value: object, limit: int, depth: int) -> None:
                 _check_text("a key", limit, (key,))
             _check_json(entry, limit, depth + 1)
     elif isinstance(value, list):
-        for entry in value:
+        for entry in cast("list[Any]", value):
             _check_json(entry, limit, depth + 1)
     else:
         raise SerializationError(

@@ -131,7 +131,7 @@ class Plan:
         self.now = now
         self.token = token
         # Never before what the run already has: the clock may have been set back.
-        self.at = now if now > run.updated_at else run.updated_at
+        self.at = max(now, run.updated_at)
         self.fields: dict[str, object] = {}
         self.events: list[Event] = []
         self.items: dict[str, WorkItem | None] = {}

@@ -198,7 +198,9 @@ def _size(value: Any) -> int:  # noqa: ANN401 - any JSON
     if isinstance(value, str):
         return len(value) + 2 if value.isascii() else len(value.encode()) + 2
     if isinstance(value, Mapping):
-        return sum(len(key) + 4 + _size(entry) for key, entry in value.items())
+        return sum(
+            len(key) + 4 + _size(entry) for key, entry in cast("Mapping[str, Any]", value).items()
+        )
     if isinstance(value, list):
-        return sum(_size(entry) + 2 for entry in value)
+        return sum(_size(entry) + 2 for entry in cast("list[Any]", value))
     return 8

@@ -103,18 +103,17 @@ class ReferenceStore:
             "args": new.args,
             "created_at": now,
         }
-        for name, value, default in (
-            ("idempotency_key", new.idempotency_key, None),
-            ("parent", new.parent, None),
-            ("root", new.root, None),
-            ("queue", new.queue, "default"),
-            ("priority", new.priority, 0),
-            ("tags", new.tags, ()),
-            ("attributes", new.attributes, {}),
-            ("deadline", new.deadline, None),
-        ):
-            if value != default:
-                fields[name] = value
+        given: dict[str, object] = {
+            "idempotency_key": new.idempotency_key,
+            "parent": new.parent,
+            "root": new.root,
+            "queue": new.queue,
+            "priority": new.priority,
+            "tags": new.tags,
+            "attributes": new.attributes,
+            "deadline": new.deadline,
+        }
+        fields |= {k: v for k, v in given.items() if v not in (None, 0, (), {})}
         run = RunState(change.run_id)
         run.apply(RunDelta(change.run_id, fields))
         plan = Plan(run, change, now, token)
@@ -193,9 +192,7 @@ class ReferenceStore:
             events, size = run.within(after, budget)
             budget -= size
             cut = after + len(events) < len(run.events)
-            claims.append(
-                Claim(item=item, run=run.view(now), events=events, after=after, cut=cut)
-            )
+            claims.append(Claim(item=item, run=run.view(now), events=events, after=after, cut=cut))
         return claims
 
     def _held(self, ref: ClaimRef) -> WorkItem | None:

@@ -119,7 +119,7 @@ class Settle:
     keep: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """A new item is born claimed by its writer: the storage gives it a token at once."""
 
