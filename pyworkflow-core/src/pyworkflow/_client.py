@@ -71,6 +71,7 @@ T = TypeVar("T")
 D = str | int | float | timedelta
 
 _POLL = timedelta(seconds=5)
+_NEVER = 2**62
 
 
 class Operations:
@@ -202,7 +203,8 @@ class Operations:
                     f"the run has not ended within timeout={timeout}: run_id={run_id} "
                     f"status={found.status}; it goes on, ask again later"
                 )
-            await self.storage.watch(run_id, after=found.history_length, timeout=min(left, _POLL))
+            # An ended run answers every watch: only the end is waited for, not each event.
+            await self.storage.watch(run_id, after=_NEVER, timeout=min(left, _POLL))
 
     async def list_runs(
         self,

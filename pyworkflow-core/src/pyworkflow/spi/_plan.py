@@ -30,6 +30,7 @@ __all__ = ["Plan", "altered", "refuse"]
 
 #: A stalled run's new inputs bring its turn forward no further than this.
 STALLED_PAUSE = timedelta(seconds=1)
+_NONE = frozenset[int]()
 
 
 def altered(
@@ -185,34 +186,33 @@ class Plan:
         if self.fields or self.events:
             self.fields["updated_at"] = self.at
         change = self.change
-        part = RunDelta(self.run.run_id, self.fields, self.events)
+        put: list[WorkItem] = []
+        gone: list[str] = []
         held: list[tuple[str, str]] = []
         if self.items:
             for item_id, item in self.items.items():
                 if item is not None:
-                    part.items.append(item)
+                    put.append(item)
                 elif item_id in self.run.items:
-                    part.gone.append(item_id)
+                    gone.append(item_id)
             held = [
                 (item.item_id, item.lease.token)
                 for item_id in self.born
                 if (item := self.items[item_id]) is not None and item.lease is not None
             ]
-        part.records.append(
-            Record(
-                change.key,
-                None if change.claim is None else change.claim.token,
-                self.last_seq,
-                self.seen,
-                self._paused(),
-                self.at,
-                self.now,
-                self.seqs,
-                self.skipped,
-                held,
-            )
+        record = Record(
+            change.key,
+            None if change.claim is None else change.claim.token,
+            self.last_seq,
+            self.seen,
+            self._paused(),
+            self.at,
+            self.now,
+            self.seqs,
+            self.skipped,
+            held,
         )
-        return part
+        return RunDelta(self.run.run_id, self.fields, self.events, put, gone, [record])
 
     def answer(self) -> Committed:
         """The answer to the change."""
@@ -223,10 +223,12 @@ class Plan:
             timestamp=self.at,
             now=self.now,
             seqs=self.seqs,
-            skipped=frozenset(self.skipped),
+            skipped=frozenset(self.skipped) if self.skipped else _NONE,
             # Called before the effects are applied: the run's events are all of others.
             others=() if self.change.claim is None else self.run.events[self.seen :],
-            claims=[i for item_id in self.born if (i := self.items[item_id]) is not None],
+            claims=[i for item_id in self.born if (i := self.items[item_id]) is not None]
+            if self.born
+            else (),
         )
 
     # The parts of a change, in the order in which they apply.

@@ -88,7 +88,7 @@ class ReferenceStore:
         part = plan.part()
         if part is None:
             return committed, None
-        delta = Delta([part])
+        delta = Delta([part], {}, [])
         self.apply(delta)
         return committed, delta
 
@@ -302,7 +302,8 @@ class ReferenceStore:
                 self._apply(part)
         for key in delta.freed:
             del self._keys[key]
-        self._keys.update(delta.taken)
+        if delta.taken:
+            self._keys.update(delta.taken)
 
     def _apply(self, part: RunDelta) -> None:
         run = self._runs.get(part.run_id)

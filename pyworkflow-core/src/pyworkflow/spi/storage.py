@@ -439,8 +439,8 @@ class StorageBackend(ABC):
                 return freed
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
-        """Wait until ``run_id`` has an event after seq ``after``; with None, until the store may
-        hold news for a worker. False on timeout. The default polls."""
+        """Wait until ``run_id`` has an event after seq ``after`` or has ended; with None, until the
+        store may hold news for a worker. False on timeout. The default polls."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout.total_seconds()
         pause = 0.02
