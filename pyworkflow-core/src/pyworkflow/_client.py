@@ -16,6 +16,7 @@ from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow, set_starter
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
+from pyworkflow._engine.session import cancelled_error
 from pyworkflow._engine.worker import Worker
 from pyworkflow._failures import decode_error
 from pyworkflow._local import EmbeddedHost, configured_executor, host, refuse_in_host
@@ -50,6 +51,7 @@ from pyworkflow.spi.storage import (
     Put,
     RunQuery,
     StorageBackend,
+    Update,
 )
 
 __all__ = [
@@ -262,6 +264,7 @@ def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
         key=key,
         control=Control(ControlKind.CANCEL, reason),
         final=RunStatus.CANCELLED,
+        update=Update(error=cancelled_error(reason)),
         events=[Event(EventType.WORKFLOW_CANCELLED, EventClass.COMMAND, data)],
     )
 
@@ -320,7 +323,7 @@ def _outcome(found: Run) -> Any:
         case RunStatus.TERMINATED:
             raise RunTerminated(found.run_id)
         case _:
-            raise RunCancelled(found.run_id)
+            raise RunCancelled(found.run_id, found.error.message if found.error else "")
 
 
 def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:

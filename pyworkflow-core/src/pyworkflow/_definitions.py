@@ -96,7 +96,7 @@ class _Signature:
                 names = getattr(self._fn, "__globals__", {})
                 try:
                     found |= typing.get_type_hints(holder, names, include_extras=True)
-                except Exception:  # noqa: BLE001, S112 - as above
+                except Exception:  # noqa: BLE001 - as above
                     continue
             return found
 
@@ -181,7 +181,7 @@ class Step(Generic[P, R]):
             raise DefinitionError(f"dispatch={dispatch!r} is neither 'auto' nor 'queue'")
         if max_retries is None:
             max_retries = 0 if semantics == "at_most_once" else 3
-        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+        if type(max_retries) is not int or max_retries < 0:
             raise DefinitionError(f"max_retries={max_retries!r} is not a number of tries >= 0")
         if semantics == "at_most_once" and max_retries:
             raise DefinitionError(
@@ -346,7 +346,7 @@ class Workflow(Generic[P, R]):
     def call(self, args: str) -> Coroutine[Any, Any, object]:
         """The coroutine for stored arguments."""
         positional, named = decode_arguments(args)
-        return self.fn(*positional, **named)  # type: ignore[call-arg, return-value]  # validated at start
+        return self.fn(*positional, **named)
 
     def encode_result(self, value: object) -> str:
         """The result as payload text. ``SerializationError``."""
@@ -356,7 +356,9 @@ class Workflow(Generic[P, R]):
         """Inverse of ``encode_result``."""
         return decode(payload, self._signature.result)
 
-    def argument_names(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
+    def argument_names(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> dict[str, object]:
         """Arguments by the names of their parameters, for messages."""
         return dict(self._signature.signature.bind(*args, **kwargs).arguments)
 
@@ -541,7 +543,9 @@ def _duration(setting: str, value: D) -> timedelta:
         raise DefinitionError(f"{setting}={value!r}: {exc}") from exc
 
 
-def _delay(value: Literal["fixed", "exponential"] | D) -> Literal["fixed", "exponential"] | timedelta:
+def _delay(
+    value: Literal["fixed", "exponential"] | D,
+) -> Literal["fixed", "exponential"] | timedelta:
     if value in ("fixed", "exponential"):
         return value  # type: ignore[return-value]  # one of the two words
     return _duration("retry_delay", value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
+import concurrent.futures.thread
+import importlib
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from pyworkflow._config import Settings, settings
 from pyworkflow._duration import format_duration
+from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._plugins import make_executor, make_storage
 from pyworkflow.errors import StorageError, WorkflowContextError
@@ -49,9 +51,7 @@ class LocalExecutor:
 
     def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:
         """Work until SIGTERM or SIGINT, then drain."""
-        from pyworkflow.worker import serve_here
-
-        serve_here(runtime, queues)
+        serve_here(runtime)
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -137,13 +137,13 @@ class EmbeddedHost:
         try:
             waiting = self.call(self._wait_for_started()) if self.started else []
         except KeyboardInterrupt:
-            print("\nleft: the runs are durable, a worker goes on with them", file=sys.stderr)
+            _tell("left: the runs are durable, and a worker goes on with them")
             waiting = []
         except StorageError as exc:
-            print(f"pyworkflow: {exc}", file=sys.stderr)
+            _tell(str(exc))
             waiting = []
         if waiting:
-            print(_farewell(waiting), file=sys.stderr)
+            _tell(_farewell(waiting))
         try:
             self.submit(self._close()).result(timeout=5)
         except (TimeoutError, concurrent.futures.CancelledError, KeyboardInterrupt):
@@ -176,6 +176,12 @@ class EmbeddedHost:
         await self.storage.close()
 
 
+def _tell(text: str) -> None:
+    """Say something to the person at the terminal, at the end of a script."""
+    for line in text.splitlines():
+        sys.stderr.write(f"pyworkflow: {line}\n")
+
+
 def _farewell(waiting: list[tuple[Run, float]]) -> str:
     lefts = [left for _, left in waiting if left >= 0]
     first = waiting[0][0]
@@ -190,9 +196,9 @@ def _farewell(waiting: list[tuple[Run, float]]) -> str:
     count = f"{len(waiting)} run{'s' if len(waiting) > 1 else ''}"
     verb = "waits" if len(waiting) == 1 else "wait"
     return (
-        f"pyworkflow: {count} still {verb}{when}: {first.run_id}"
+        f"{count} still {verb}{when}: {first.run_id}"
         f"{' …' if len(waiting) > 1 else ''}\n"
-        f"pyworkflow: `pyworkflow worker {' '.join(modules)}` goes on with what this process "
+        f"`pyworkflow worker {' '.join(modules)}` goes on with what this process "
         "started"
     )
 
@@ -214,6 +220,8 @@ def _at_exit(callback: Callable[[], None]) -> None:
 
     ``atexit`` comes too late: by then no thread pool takes work, and sync steps could not run.
     """
+    # The pool's own function must be registered first: they are called last to first.
+    importlib.import_module("concurrent.futures.thread")
     register = getattr(threading, "_register_atexit", None)
     if register is None:
         import atexit

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.util
-import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
+from pyworkflow import _plugins
 from pyworkflow._config import Settings, settings
+from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
 from pyworkflow.errors import ConfigurationError
@@ -20,8 +18,6 @@ from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
 
 __all__ = ["create_runtime", "import_modules", "serve_here"]
-
-_log = logging.getLogger("pyworkflow.worker")
 
 
 def create_runtime(
@@ -34,6 +30,7 @@ def create_runtime(
 ) -> Runtime:
     """The worker of this process on the configured store. Does no I/O before it is opened."""
     config = config or settings()
+    _plugins.load_all()
     return Worker(
         storage if storage is not None else configured_storage(config),
         config,
@@ -86,33 +83,3 @@ def _import_one(name: str) -> object:
         sys.modules.pop(stem, None)
         raise
     return module
-
-
-def serve_here(runtime: Runtime, queues: Sequence[str], *, grace: float = 10.0) -> None:
-    """Work in this thread until SIGTERM or SIGINT, then drain. A second signal ends at once."""
-    worker = cast("Worker", runtime)
-    asyncio.run(_serve(worker, grace))
-
-
-async def _serve(worker: Worker, grace: float) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-            loop.add_signal_handler(number, stop.set)
-        except (NotImplementedError, RuntimeError, ValueError):
-            pass  # not in the main thread, or no such signals here: the caller stops us
-    await worker.open()
-    _log.info("the worker claims work: storage=%s", worker.storage.info().location)
-    worker.serve()
-    try:
-        await stop.wait()
-        _log.info("the worker drains: grace=%gs", grace)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        await worker.drain(grace)
-    finally:
-        await worker.close()
-        await worker.storage.close()
-
-

@@ -61,6 +61,8 @@ class FileStorageBackend(StorageBackend):
     _calls: Calls = Calls()
     #: After so many seconds of waiting for another process, calls raise ``StorageUnavailable``.
     _lock_timeout: float = 30.0
+    #: A segment that has reached this length is sealed.
+    _segment_bytes: int = 64 * 1024 * 1024
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class FileStorageBackend(StorageBackend):
         twin = type(self)(self.path, namespace=self.namespace, fsync=self._fsync)
         twin._calls = self._calls
         twin._lock_timeout = self._lock_timeout
+        twin._segment_bytes = self._segment_bytes
         return twin
 
     # --- clock --------------------------------------------------------------------------------
@@ -306,7 +309,12 @@ class FileStorageBackend(StorageBackend):
 
     def _make_journal(self, state: State) -> Journal:
         return Journal(
-            self._directory, state, namespace=self.namespace, sync=self._fsync, calls=self._calls
+            self._directory,
+            state,
+            namespace=self.namespace,
+            sync=self._fsync,
+            calls=self._calls,
+            segment_bytes=self._segment_bytes,
         )
 
     def _read(self, run: Callable[[Batch], Any]) -> asyncio.Future[Any]:

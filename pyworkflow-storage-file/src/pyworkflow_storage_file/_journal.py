@@ -460,7 +460,8 @@ class Journal:
 
     def _create(self, made: list[Path]) -> None:
         """Write the first manifest of a new store. With the lock held."""
-        strays = sorted(self.directory.glob("*.jsonl"))
+        # An empty segment is what a process left that died right here; one with lines is a store's.
+        strays = [path for path in self.directory.glob("*.jsonl") if path.stat().st_size]
         if strays:
             raise StorageDamaged(
                 str(self._manifest_path), 0, f"it is missing, but {strays[0].name} is there"

@@ -37,6 +37,7 @@ class DispatchedSteps:
         self._worker = worker
         self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._changes: dict[ClaimRef, int] = {}
+        self._workflows: dict[ClaimRef, str] = {}
 
     def room(self) -> int:
         """How many more may begin."""
@@ -46,10 +47,9 @@ class DispatchedSteps:
     def begin(self, claim: Claim) -> None:
         """Work on a step item that was claimed."""
         ref = claim.ref
+        self._workflows[ref] = claim.run.workflow
         self._worker.leases.add(ref)
-        task = self._worker.spawn(
-            self._worker.contained(self._work(claim), ref.run_id)
-        )
+        task = self._worker.spawn(self._worker.contained(self._work(claim), ref.run_id))
         self._track(ref, task)
 
     def adopt(
@@ -58,6 +58,7 @@ class DispatchedSteps:
         """Go on with a step that a session handed off."""
         ref = _ref(item)
         worker = self._worker
+        self._workflows[ref] = what.workflow
         worker.leases.add(ref)
         if end is not None:
             task = worker.spawn(worker.finish_step(what, end, item, started=True))
@@ -75,6 +76,7 @@ class DispatchedSteps:
             if self._running.get(key) is ended:
                 del self._running[key]
             self._changes.pop(ref, None)
+            self._workflows.pop(ref, None)
             self._worker.leases.discard(ref)
             if self.room() == 1:
                 self._worker.wake()
@@ -95,7 +97,9 @@ class DispatchedSteps:
         if step is None:
             _log.error(
                 "no step of this name is defined here: step=%s run_id=%s; import its module in "
-                "this worker", payload["name"], item.run_id,
+                "this worker",
+                payload["name"],
+                item.run_id,
             )
             await self._worker.storage.release(claim.ref, delay=timedelta(seconds=1))
             return
@@ -173,9 +177,7 @@ class DispatchedSteps:
 
     async def _result(self, item: WorkItem, events: list[Event]) -> None:
         worker = self._worker
-        answer = await self._commit(
-            item, events, settle=Settle(), take_turn=worker.held()
-        )
+        answer = await self._commit(item, events, settle=Settle(), take_turn=worker.held())
         turn = next((i for i in answer.claims if i.item_id == TURN), None)
         if turn is None:
             worker.wake()
@@ -198,7 +200,7 @@ class DispatchedSteps:
     ) -> Committed:
         ref = _ref(item)
         number = self._changes[ref] = self._changes.get(ref, 0) + 1
-        return await self._worker.pipeline.commit(
+        answer = await self._worker.pipeline.commit(
             Change(
                 run_id=ref.run_id,
                 key=f"{ref.token}:{number}",
@@ -208,6 +210,8 @@ class DispatchedSteps:
                 take_turn=take_turn,
             )
         )
+        self._worker.committed(ref.run_id, self._workflows.get(ref, ""), events, answer)
+        return answer
 
 
 def _ref(item: WorkItem) -> ClaimRef:

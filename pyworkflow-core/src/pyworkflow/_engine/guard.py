@@ -69,7 +69,9 @@ def _of_the_machinery(frame: FrameType | None) -> bool:
     """Whether the import system, logging or a traceback's printing asks, not the workflow."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith(("importlib.", "_frozen_importlib", "logging", "linecache", "traceback")):
+        if name.startswith(
+            ("importlib.", "_frozen_importlib", "logging", "linecache", "traceback")
+        ):
             return True
         if name.startswith("pyworkflow._replay"):
             return False
@@ -88,7 +90,7 @@ def _audit_sleep() -> None:
         _audit("time.sleep", (seconds,))
         original(seconds)
 
-    time.sleep = sleep
+    time.sleep = sleep  # type: ignore[assignment]  # the same call, audited
 
 
 class Guard:

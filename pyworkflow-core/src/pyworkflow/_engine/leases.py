@@ -92,7 +92,8 @@ class LeaseKeeper:
         if now - self._heard > self._lease.total_seconds():
             _log.error(
                 "the worker's event loop has not answered for a lease: its claims are given up; "
-                "look for blocking calls in async steps lease=%s", self._lease,
+                "look for blocking calls in async steps lease=%s",
+                self._lease,
             )
             return
         with self._lock:

@@ -6,6 +6,7 @@ import os
 import socket
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 
 __all__ = ["is_gone", "new_owner", "owner_of"]
 
@@ -16,8 +17,7 @@ _numbers = count(1)
 def _machine() -> str:
     """Host and boot: process ids mean nothing beyond them."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()[:8]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()[:8]
     except OSError:
         boot = "-"
     return f"{socket.gethostname()}/{boot}"
@@ -26,10 +26,10 @@ def _machine() -> str:
 def _started(pid: int) -> str:
     """When the process began, so that a reused id is not mistaken; ``""`` when it is not there."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
         return ""
+    fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
@@ -49,6 +49,6 @@ def is_gone(owner: str) -> bool:
     if len(parts) != 5 or "/".join(parts[:2]) != _machine():
         return False
     _, boot, pid, started, _ = parts
-    if boot == "-" or started == "-" or not pid.isdigit() or not os.path.isdir("/proc/self"):
+    if boot == "-" or started == "-" or not pid.isdigit() or not Path("/proc/self").is_dir():
         return False
     return _started(int(pid)) != started

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
@@ -50,7 +50,15 @@ from pyworkflow.spi.storage import (
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
 
-__all__ = ["FLUSH", "LiveRun", "Session", "end_events"]
+__all__ = [
+    "FLUSH",
+    "LiveRun",
+    "Session",
+    "cancelled_error",
+    "end_events",
+    "scheduled_event",
+    "started_event",
+]
 
 _log = logging.getLogger("pyworkflow.engine")
 
@@ -133,7 +141,11 @@ class Session:
         try:
             await self._feed(events)
             if self._resumed:
-                data = {"worker": self._worker.owner, "cause": "claimed", "replayed": len(events)}
+                data: dict[str, Any] = {
+                    "worker": self._worker.owner,
+                    "cause": "claimed",
+                    "replayed": len(events),
+                }
                 self._events.append(Event(EventType.WORKFLOW_RESUMED, _OBSERVATION, data))
             while True:
                 done = await self._turn()
@@ -211,15 +223,15 @@ class Session:
                 case CancelStep():
                     self._cancel_step(command)
                 case StartSleep(op, until):
-                    data = {"until": from_micros(until).isoformat()}
-                    self._events.append(Event(EventType.SLEEP_CREATED, _COMMAND, data, op))
+                    wake: dict[str, Any] = {"until": from_micros(until).isoformat()}
+                    self._events.append(Event(EventType.SLEEP_CREATED, _COMMAND, wake, op))
                 case MarkVersion(id):
                     key = f"marker:{id}"
                     marked = Event(EventType.VERSION_MARKED, _COMMAND, {"id": id}, None, key)
                     self._events.append(marked)
                 case EmitLog(level, message, fields):
-                    data = {"message": message, "fields": dict(fields)}
-                    self._events.append(Event(f"log.{level}", _OBSERVATION, data))
+                    line: dict[str, Any] = {"message": message, "fields": dict(fields)}
+                    self._events.append(Event(f"log.{level}", _OBSERVATION, line))
         own = True
         for what in steps:
             if self._is_queued(what.step):
@@ -233,8 +245,7 @@ class Session:
                 self._start(what)
 
     def _try_of(self, command: RunStep) -> StepTry:
-        step = command.step
-        assert isinstance(step, Step)
+        step = cast("Step[Any, Any]", command.step)
         return StepTry(
             run_id=self._run.run_id,
             workflow=self._run.workflow,
@@ -250,9 +261,7 @@ class Session:
     @staticmethod
     def _is_queued(step: Step[..., Any]) -> bool:
         return (
-            step.queue is not None
-            or step.dispatch == "queue"
-            or step.semantics == "at_most_once"
+            step.queue is not None or step.dispatch == "queue" or step.semantics == "at_most_once"
         )
 
     def _start(self, what: StepTry) -> None:
@@ -324,7 +333,7 @@ class Session:
             self._record_end(place)
         now = self._worker.clock.micros()
         for op, type, until in due:
-            data = {
+            data: dict[str, Any] = {
                 "until": from_micros(until).isoformat(),
                 "lag": max(0, now - until) / 1_000_000,
             }
@@ -415,7 +424,7 @@ class Session:
             self._worker.cancel_step(self._run.run_id, item_id)
         if puts:
             self._worker.announce_puts(self._run, puts)
-        self._worker.committed(self._run, events, answer)
+        self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
         return answer, events
 
     async def _deliver(self, answer: Committed, events: list[Event]) -> None:
@@ -441,7 +450,7 @@ class Session:
             self._live.warned = True
             message = f"the history is getting long: events={length} limit={limit}"
             _log.warning("%s run_id=%s", message, self._run.run_id)
-            warning = {"message": message, "fields": {}}
+            warning: dict[str, Any] = {"message": message, "fields": {}}
             self._events.append(Event(EventType.LOG_WARNING, _OBSERVATION, warning))
 
     def _take_over(self, handing: list[_InPlace], answer: Committed) -> None:
@@ -464,10 +473,8 @@ class Session:
         assert outcome is not None
         limit = self._worker.max_payload
         if isinstance(outcome, CompleteRun) and len(outcome.result) > limit:
-            error = PayloadTooLarge(
-                f"the result of workflow {self._run.workflow!r}", len(outcome.result), limit
-            )
-            outcome = FailRun(error)
+            what = f"the result of workflow {self._run.workflow!r}"
+            outcome = FailRun(PayloadTooLarge(what, len(outcome.result), limit))
         info: ErrorInfo | None = None
         update: Update | None = None
         match outcome:
@@ -484,6 +491,7 @@ class Session:
             case CancelRun(reason):
                 final = RunStatus.CANCELLED
                 last = Event(EventType.WORKFLOW_CANCELLED, _COMMAND, {"reason": reason})
+                update = Update(error=cancelled_error(reason))
         if self._replay.leftover:
             _log.warning(
                 "the workflow returned while tasks were running; they were closed: tasks=%s "
@@ -524,7 +532,7 @@ class Session:
                 settle=Settle(again_at=again_at),
             )
         )
-        self._worker.committed(self._run, events, answer)
+        self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
         if events:
             _plugins.observe(
                 "pyworkflow_run_stalled",
@@ -550,6 +558,11 @@ class Session:
 
 def _seq(event: Event) -> int:
     return event.seq
+
+
+def cancelled_error(reason: str) -> ErrorInfo:
+    """How a cancelled run keeps the reason."""
+    return ErrorInfo(type="pyworkflow.errors:RunCancelled", message=reason, portable=True)
 
 
 def scheduled_event(what: StepTry) -> Event:
@@ -594,7 +607,5 @@ def end_events(
         return events, now + max(delay, timedelta(0)) // timedelta(microseconds=1)
     data["digest"] = what.digest
     data["kind"] = end.kind
-    events.append(
-        Event(EventType.STEP_FAILED, _INPUT, data, what.op, f"step:{what.op}")
-    )
+    events.append(Event(EventType.STEP_FAILED, _INPUT, data, what.op, f"step:{what.op}"))
     return events, None

@@ -157,7 +157,9 @@ class StepRunner:
         message = _took_too_long(what)
         if what.attempt > what.policy.max_retries:
             body.add_done_callback(_forget)
-            raise _TimedOut(message + "; its thread is still running, for threads cannot be stopped")
+            raise _TimedOut(
+                message + "; its thread is still running, for threads cannot be stopped"
+            )
         # A thread cannot be stopped: the next try starts when this one has ended, never beside it.
         await asyncio.wait({body})
         _forget(body)
@@ -220,6 +222,6 @@ def _took_too_long(what: StepTry) -> str:
     )
 
 
-def _forget(body: asyncio.Future[object]) -> None:
+def _forget(body: asyncio.Future[Any]) -> None:
     if not body.cancelled():
         body.exception()

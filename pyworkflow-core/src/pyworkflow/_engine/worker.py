@@ -23,6 +23,7 @@ from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper
+from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import LiveRun, Session
@@ -216,9 +217,7 @@ class Worker:
             self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
         )
         try:
-            await asyncio.wait(
-                {woken, news}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({woken, news}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if news.done() and news.exception() is not None:
                 await asyncio.sleep(min(timeout, 0.05))
         finally:
@@ -337,7 +336,7 @@ class Worker:
             _log.debug("the claim is over: %r run_id=%s", refusal, run_id)
         except StorageError as exc:
             _log.warning("given up until the claim runs out: %s run_id=%s", exc, run_id)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a fault of one item must not stop the worker
             _log.exception("an item could not be worked on run_id=%s", run_id)
 
     async def _turn(self, claim: Claim, resumed: bool) -> None:
@@ -359,9 +358,7 @@ class Worker:
             live = LiveRun(workflow, run.run_id, self.max_payload)
         if claim.cut or live.replay.fed < claim.after:
             events = await self.storage.get_events(run.run_id, after=live.replay.fed)
-        session = Session(
-            self, live, run, claim.item, resumed=resumed and run.seen_seq > 0
-        )
+        session = Session(self, live, run, claim.item, resumed=resumed and run.seen_seq > 0)
         if claim.item.claims > POISON and run.stalled is None:
             self._drop(live)
             reason = f"poison: the turn was claimed {claim.item.claims} times without progress"
@@ -410,7 +407,9 @@ class Worker:
             self.stubborn.extend(refused)
             _log.warning(
                 "workflow code refuses to be closed: tasks=%s run_id=%s; do not await in finally "
-                "or swallow GeneratorExit", ", ".join(refused), live.run_id,
+                "or swallow GeneratorExit",
+                ", ".join(refused),
+                live.run_id,
             )
 
     def evict(self, run_id: str | None = None) -> None:
@@ -472,16 +471,18 @@ class Worker:
         if puts:
             self.wake()
 
-    def committed(self, run: Run, events: Sequence[Event], answer: Committed) -> None:
+    def committed(
+        self, run_id: str, workflow: str, events: Sequence[Event], answer: Committed
+    ) -> None:
         """Events are durable: tell the observers."""
-        if not events or not _plugins.hooks_active("pyworkflow_events_committed"):
+        if not events or not (hooks := observed_hooks()):
             return
         stamped = [
-            e._replace(run_id=run.run_id, seq=answer.seqs[i], timestamp=answer.timestamp)
+            e._replace(run_id=run_id, seq=answer.seqs[i], timestamp=answer.timestamp)
             for i, e in enumerate(events)
             if i not in answer.skipped
         ]
-        _plugins.observe("pyworkflow_events_committed", run_id=run.run_id, events=stamped)
+        tell_observers(hooks, run_id, workflow, stamped)
 
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""

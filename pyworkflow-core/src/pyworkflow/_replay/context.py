@@ -84,12 +84,16 @@ class RunContext:
 
     # --- primitives -----------------------------------------------------------------------------
 
-    def start_step(self, step: StepSpec, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+    def start_step(
+        self, step: StepSpec, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str:
         """Emit a step; its result arrives at ``ops[op].future``."""
         self._check_open(step.name)
         text = step.encode_call(args, kwargs)
         if len(text) > self.max_payload > 0 and not self.is_replaying:
-            raise PayloadTooLarge(f"the arguments of step {step.name!r}", len(text), self.max_payload)
+            raise PayloadTooLarge(
+                f"the arguments of step {step.name!r}", len(text), self.max_payload
+            )
         name = self.loop.branch().next_op("step")
         op = Op(OpKind.STEP, len(self.ops))
         op.name = step.name

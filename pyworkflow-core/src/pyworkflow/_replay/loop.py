@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from math import ceil
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 from pyworkflow._replay._cpython import Entered
 from pyworkflow.errors import WorkflowContextError
@@ -20,6 +20,7 @@ from pyworkflow.errors import WorkflowContextError
 __all__ = ["Branch", "BusyLoop", "DeterministicLoop", "WorkflowBlocked", "WorkflowTask"]
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 #: Callbacks that one input may cause. Beyond it the code is taken to wait by spinning.
 BUDGET = 100_000
@@ -85,8 +86,9 @@ class WorkflowTask(asyncio.Task[T]):
     """
 
     branch: Branch
+    _hash: int
 
-    def __new__(
+    def __new__(  # pyright: ignore[reportInconsistentConstructor] - asyncio.Task takes more, we do not
         cls,
         coro: Coroutine[Any, Any, T],
         *,
@@ -110,7 +112,15 @@ class DurableTimer(asyncio.TimerHandle):
     op: str
 
 
-class DeterministicLoop(asyncio.AbstractEventLoop):
+if TYPE_CHECKING:
+    # For type checkers only: there AbstractEventLoop's methods are abstract, and what this loop
+    # refuses is filled in below.
+    _Loop = asyncio.BaseEventLoop
+else:
+    _Loop = asyncio.AbstractEventLoop
+
+
+class DeterministicLoop(_Loop):
     """One run's event loop. Usable only while ``spin`` or ``run_callback`` is in progress."""
 
     def __init__(self, *, salt: int) -> None:
@@ -196,7 +206,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
             for task in reversed(self._tasks):
                 if task.done():
                     continue
-                task._log_destroy_pending = False  # type: ignore[attr-defined]  # a task closed on purpose
+                task._log_destroy_pending = False
                 coro = task.get_coro()
                 if coro is not None and not _close(coro):
                     stubborn.append(task.get_name())
@@ -245,8 +255,8 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
 
     def call_soon(
         self,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         if not self._open:
@@ -258,8 +268,8 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
     def call_later(
         self,
         delay: float,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
@@ -267,8 +277,8 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
     def call_at(
         self,
         when: float,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         self._check()
@@ -413,7 +423,7 @@ def _called_by_as_completed() -> bool:
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
-    def refused(self: DeterministicLoop, *args: object, **kwargs: object) -> NoReturn:
+    def refused(self: DeterministicLoop, *_args: object, **_kwargs: object) -> NoReturn:
         self.refuse(
             f"loop.{name}() is input, output or a thread, which workflow code cannot have; "
             "do it in a step and await the step"

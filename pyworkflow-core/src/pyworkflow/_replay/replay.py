@@ -268,7 +268,9 @@ class Replay:
             self.problem = NonDeterminism(event.type, _describe(found), event.seq)
         elif isinstance(found, CompleteRun) and found.result != event.data.get("result"):
             self.problem = NonDeterminism(
-                f"{event.type} result={event.data.get('result')}", f"result={found.result}", event.seq
+                f"{event.type} result={event.data.get('result')}",
+                f"result={found.result}",
+                event.seq,
             )
 
     # --- running the code -----------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""A worker as a process of its own: work until a signal comes, then drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import cast
+
+from pyworkflow._engine.worker import Worker
+from pyworkflow.spi.executor import Runtime
+
+__all__ = ["serve_here"]
+
+_log = logging.getLogger("pyworkflow.worker")
+
+
+def serve_here(runtime: Runtime, *, grace: float = 10.0) -> None:
+    """Work in this thread until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+    worker = cast("Worker", runtime)
+    asyncio.run(_serve(worker, grace))
+
+
+async def _serve(worker: Worker, grace: float) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except (NotImplementedError, RuntimeError, ValueError):
+            pass  # not in the main thread, or no such signals here: the caller stops us
+    await worker.open()
+    _log.info("the worker claims work: storage=%s", worker.storage.info().location)
+    worker.serve()
+    try:
+        await stop.wait()
+        _log.info("the worker drains: grace=%gs", grace)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await worker.drain(grace)
+    finally:
+        await worker.close()
+        await worker.storage.close()
