@@ -23,7 +23,7 @@ from pyworkflow._local import EmbeddedHost, configured_executor, host, refuse_in
 from pyworkflow._plugins import make_storage
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
 from pyworkflow._replay.context import current_run
-from pyworkflow._serialization import decode, decode_arguments, digest_arguments
+from pyworkflow._serialization import decode, decode_arguments, digest_arguments, payload_size
 from pyworkflow.errors import (
     ArgumentError,
     Fenced,
@@ -74,6 +74,7 @@ D = str | int | float | timedelta
 
 _POLL = timedelta(seconds=5)
 _NEVER = 2**62
+_LONGEST_REASON = 4096
 
 
 class Operations:
@@ -102,10 +103,10 @@ class Operations:
         text = workflow.encode_call(args, kwargs)
         await self.storage.open()
         limit = min(self._settings.max_payload, self.storage.info().max_payload)
-        if len(text) > limit:
-            raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", len(text), limit)
+        if (size := payload_size(text)) > limit:
+            raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", size, limit)
         run_id = options.run_id or _new_id()
-        change, started = await self._creation(run_id, workflow, text, options)
+        change, started = await self._creation(run_id, workflow, text, options, limit)
         try:
             answer = await self._pipeline.commit(change)
         except KeyTaken as refusal:
@@ -126,7 +127,12 @@ class Operations:
         return run_id
 
     async def _creation(
-        self, run_id: str, workflow: Workflow[Any, Any], text: str, options: RunOptions
+        self,
+        run_id: str,
+        workflow: Workflow[Any, Any],
+        text: str,
+        options: RunOptions,
+        max_payload: int,
     ) -> tuple[Change, Event]:
         longest = options.max_duration or workflow.max_duration
         deadline = None if longest is None else await self.storage.now() + longest
@@ -153,6 +159,7 @@ class Operations:
             "deadline": None if deadline is None else deadline.isoformat(),
             "attributes": options.attributes,
             "profile": ASYNCIO_PROFILE,
+            "max_payload": max_payload,
         }
         started = Event(EventType.WORKFLOW_STARTED, EventClass.INPUT, data, None, "started")
         held = None
@@ -229,6 +236,8 @@ class Operations:
 
     async def cancel(self, run_id: str, reason: str) -> None:
         """Make a request to cancel durable, or close a run that no code has to end."""
+        if len(reason) > _LONGEST_REASON:
+            raise ArgumentError(f"the reason is too long: limit={_LONGEST_REASON} characters")
         found = await self.storage.get_run(run_id)
         if found is None:
             raise RunNotFound(run_id)

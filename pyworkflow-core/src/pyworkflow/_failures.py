@@ -21,6 +21,8 @@ TRACEBACK = 16_384
 """Characters of a stored traceback."""
 MESSAGE = 8_192
 """Characters of a stored message."""
+DETAILS = 65_536
+"""Characters of stored arguments, or of stored attributes; beyond it they are cut or left out."""
 _GROUPS = 20
 """Levels of exception groups; deeper ones come back as a ``StepError``."""
 
@@ -80,7 +82,9 @@ def _encode(exc: BaseException, level: int) -> EncodedError:
         portable = level < _GROUPS
         if portable:
             details["message"] = _clean(group.message, MESSAGE)
-            details["exceptions"] = [_encode(member, level + 1) for member in group.exceptions]
+            details["exceptions"] = [
+                _encode(member, level + 1) for member in group.exceptions[:100]
+            ]
     elif portable:
         details["args"] = _texts(exc.args)
         init = _reduced(exc)[0]
@@ -88,12 +92,13 @@ def _encode(exc: BaseException, level: int) -> EncodedError:
             details["init"] = _texts(init)
     if portable:
         kept = storable(_reduced(exc)[1], 2)
-        if kept:
-            details["attrs"] = text_of(kept)
+        attributes = text_of(kept) if kept else ""
+        if 0 < len(attributes) <= DETAILS:
+            details["attrs"] = attributes
     notes = getattr(exc, "__notes__", None)
     if isinstance(notes, list) and notes:
         details["notes"] = [
-            _clean(_safe(str, note), MESSAGE) for note in cast("list[object]", notes)
+            _clean(_safe(str, note), MESSAGE) for note in cast("list[object]", notes)[:20]
         ]
     cause = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
     if cause is not None:
@@ -143,7 +148,12 @@ def _texts(values: tuple[object, ...]) -> str:
             trees.append(walk(value, 2))
         except Refused:
             trees.append(_clean(_safe(repr, value), MESSAGE))
-    return text_of(trees)
+    text = text_of(trees)
+    if len(text) > DETAILS:
+        return text_of(
+            [_clean(v if isinstance(v, str) else _safe(repr, v), MESSAGE) for v in values[:20]]
+        )
+    return text
 
 
 def _traceback(exc: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread
+import concurrent.futures
 import importlib
 import os
 import sys
@@ -211,7 +211,8 @@ def _module_of(workflow: str) -> str:
         return "MODULE"
     module = found.fn.__module__
     if module == "__main__":
-        return os.path.relpath(getattr(sys.modules["__main__"], "__file__", None) or "MODULE")  # noqa: PTH - a path for people
+        file: str | None = getattr(sys.modules["__main__"], "__file__", None)
+        return os.path.relpath(file) if file else "MODULE"
     return module
 
 

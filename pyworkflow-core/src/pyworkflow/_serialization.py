@@ -35,6 +35,7 @@ __all__ = [
     "encode_arguments",
     "encode_error",
     "is_portable",
+    "payload_size",
     "portable_name",
     "register_portable",
     "resolve_type",
@@ -115,6 +116,11 @@ def canonical(value: object, *, root: str = "value") -> str:
         SerializationError: as ``encode``.
     """
     return _canonical(encode(value, root=root))
+
+
+def payload_size(text: str) -> int:
+    """Bytes of a payload in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def digest(text: str) -> str:

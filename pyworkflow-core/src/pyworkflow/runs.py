@@ -170,7 +170,8 @@ class WorkItem:
     due_at: datetime
     payload: Mapping[str, Json]
     claims: int = 0
-    """Claims since progress: a commit under the claim that records a command or input resets it."""
+    """Claims since progress: a commit under the claim that records a command or input, delivers
+    one (``seen``), heals a stall, or gives the item back with a new payload resets it."""
     lease: Lease | None = None
     """None, or the last claim, which may be over: compare ``until`` with the storage's clock."""
     rung_at: datetime | None = None

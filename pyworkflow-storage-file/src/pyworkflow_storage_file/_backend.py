@@ -161,9 +161,15 @@ class FileStorageBackend(StorageBackend):
         """Take due, free items. A caller that is cancelled meanwhile gives them back."""
         writer = self._started()
         writer.take_work_news()
-        claimed: Claimed = await writer.submit(
-            partial(_claim, request), writes=True, undo=partial(_give_back, writer)
-        )
+        give_back = partial(_give_back, writer)
+        answer = writer.submit(partial(_claim, request), writes=True, undo=give_back)
+        try:
+            claimed: Claimed = await answer
+        except asyncio.CancelledError:
+            # The answer may have come just before: nobody will ever see it.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                give_back(answer.result())
+            raise
         return claimed
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:

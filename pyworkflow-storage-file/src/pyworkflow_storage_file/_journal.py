@@ -9,25 +9,16 @@ Everything here blocks, and belongs to one thread.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
-from pyworkflow.spi import (
-    ConfigurationError,
-    SchemaTooNew,
-    StorageDamaged,
-    StorageError,
-    StorageFull,
-    StorageUnavailable,
-)
+from pyworkflow.spi import SchemaTooNew, StorageDamaged, StorageError, StorageUnavailable
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._calls import Calls
+from pyworkflow_storage_file._files import Files, Manifest, read_all, segment_name, storage_error
 from pyworkflow_storage_file._lock import (
     CLEAN,
     DIRTY,
@@ -37,13 +28,9 @@ from pyworkflow_storage_file._lock import (
     boot_id,
 )
 
-__all__ = ["Journal", "Record", "Sink", "storage_error"]
+__all__ = ["Journal", "Record", "Sink"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
-
-#: Version of the manifest that this code writes, and the newest that it reads.
-MANIFEST_FORMAT: Final = 1
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Record(NamedTuple):
@@ -65,11 +52,6 @@ class Sink(Protocol):
         ...
 
 
-class _Manifest(NamedTuple):
-    generation: int
-    segments: list[str]
-
-
 class Journal:
     """The files of one namespace in ``directory``, whose records go to ``sink``."""
 
@@ -86,12 +68,9 @@ class Journal:
         self.directory = directory
         self.lock = StoreLock(directory)
         self._sink = sink
-        self._namespace = namespace
-        self._sync = sync
         self._calls = calls if calls is not None else Calls()
+        self._files = Files(directory, namespace=namespace, sync=sync, calls=self._calls)
         self._segment_bytes = segment_bytes
-        self._manifest_path = directory / "manifest.json"
-        self._poison_path = directory / "poisoned"
         self._boot = boot_id()
         self._fd = -1
         self._loaded = False
@@ -126,7 +105,7 @@ class Journal:
         Raises:
             StorageError: the directory cannot be used, or what is in it.
         """
-        made = self._make_directories()
+        above = self._files.make_directories()
         try:
             self.lock.open()
         except OSError as error:
@@ -134,9 +113,11 @@ class Journal:
         try:
             self.lock.acquire()
             try:
-                if not self._manifest_path.exists():
-                    self._create(made)
-                self._remove_leftovers()
+                if not self._files.manifest_path.exists():
+                    self._files.create()
+                if self.lock.read() is None:  # whoever made the store may have died over it
+                    self._files.flush_names(*above)
+                self._files.remove_leftovers()
             except OSError as error:
                 raise storage_error("cannot prepare the store", self.directory, error) from error
             finally:
@@ -235,10 +216,10 @@ class Journal:
         )
         flushing = False
         try:
-            self._write(self._fd, data, start)
+            self._files.write(self._fd, data, start)
             if durable:
                 flushing = True
-                self._flush(self._fd)
+                self._files.flush(self._fd)
         except OSError as error:
             # A failed flush may have lost more than this write: everything since the last good one.
             self._undo(synced if flushing else start, error)
@@ -271,26 +252,26 @@ class Journal:
             for record in records:
                 if fd < 0 or offset >= self._segment_bytes:
                     if fd >= 0:
-                        self._flush(fd)
+                        self._files.flush(fd)
                         os.close(fd)
                         sealed += offset
-                    names.append(_segment_name(generation, len(names) + 1))
-                    fd = self._new_segment(names[-1])
+                    names.append(segment_name(generation, len(names) + 1))
+                    fd = self._files.new_segment(names[-1])
                     offset = 0
                 number += 1
                 line = _lines.encode(number, offset, record.kind, record.body)
-                self._write(fd, line, offset)
+                self._files.write(fd, line, offset)
                 offset += len(line)
             if fd < 0:
-                names.append(_segment_name(generation, 1))
-                fd = self._new_segment(names[-1])
-            self._flush(fd)
+                names.append(segment_name(generation, 1))
+                fd = self._files.new_segment(names[-1])
+            self._files.flush(fd)
             self._mark(DIRTY)
-            self._write_manifest(_Manifest(generation, names))
+            self._switch(Manifest(generation, names))
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            self._remove_leftovers()
+            self._files.remove_leftovers()
             self._mark(CLEAN)
             raise storage_error("cannot rewrite the journal", self.directory, error) from error
         except StorageError:
@@ -302,7 +283,7 @@ class Journal:
         self._offset = self._synced = offset
         self._number, self._sealed = number + 1, sealed
         self._mark(CLEAN)
-        self._remove_leftovers()
+        self._files.remove_leftovers()
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -319,13 +300,13 @@ class Journal:
         """Read what is new, all of it when in doubt; leave a clean marker if there was none."""
         alive = marker is not None and marker.boot == self._boot
         if (alive and marker is not None and marker.state == POISONED) or (
-            not alive and self._poison_path.exists()
+            not alive and self._files.poison_path.exists()
         ):
             self._refuse_poisoned()
         clean = alive and marker is not None and marker.state == CLEAN
         cuts = marker.cuts if alive and marker is not None else 0
         if not (clean and marker is not None and self._is_here(marker)):
-            manifest = self._read_manifest()
+            manifest = self._files.read_manifest()
             if (
                 not self._loaded
                 or not alive
@@ -335,7 +316,7 @@ class Journal:
                 self._restart(manifest)
             self._segments = manifest.segments
         if os.fstat(self._fd).st_size < self._offset:
-            self._restart(_Manifest(self._generation, self._segments))
+            self._restart(Manifest(self._generation, self._segments))
         self._cuts = cuts
         self._loaded = False  # until everything was read
         while self._reading < len(self._segments) - 1:
@@ -345,7 +326,7 @@ class Journal:
             self._fd = -1
             self._reading += 1
             self._offset = 0
-            self._fd = self._open_segment(self._segments[self._reading])
+            self._fd = self._files.open_segment(self._segments[self._reading])
         size = os.fstat(self._fd).st_size
         there = (
             marker is not None
@@ -366,13 +347,13 @@ class Journal:
         self._loaded = True
         self._mark(CLEAN)
 
-    def _restart(self, manifest: _Manifest) -> None:
+    def _restart(self, manifest: Manifest) -> None:
         self._sink.reset()
         self._loaded = False
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._fd = self._open_segment(manifest.segments[0])
+        self._fd = self._files.open_segment(manifest.segments[0])
         self._generation, self._segments = manifest
         self._reading = self._offset = self._synced = self._sealed = 0
         self._number = 1
@@ -384,13 +365,15 @@ class Journal:
         """
         path = self.directory / self._segments[self._reading]
         base = self._offset
-        data = _read_all(self._fd, base)
+        data = read_all(self._fd, base)
         size = base + len(data)
         load = self._sink.load
         try:
             for line in _lines.scan(data, base, self._number):
                 try:
                     load(line.kind, line.body)
+                except (SchemaTooNew, MemoryError):
+                    raise
                 except Exception as error:
                     raise _lines.Damage(
                         line.offset, f"the record does not load: {type(error).__name__}: {error}"
@@ -422,7 +405,7 @@ class Journal:
         if marker is None or damage.offset < marker.end:
             self._cuts += 1  # others may have read what was there
         self._mark(DIRTY)
-        self._calls.truncate(self._fd, damage.offset)
+        self._files.truncate(self._fd, damage.offset)
         self._flush_or_poison()
         _log.info(
             "dropped the rest of a write that was cut short: file=%s offset=%d bytes=%d: %s",
@@ -434,73 +417,19 @@ class Journal:
 
     # --- files --------------------------------------------------------------------------------
 
-    def _make_directories(self) -> list[Path]:
-        """Make the store's directories; returns those whose names must be flushed."""
-        root = self.directory.parent
-        touched: list[Path] = []
-        try:
-            if not root.is_dir():
-                touched += [path.parent for path in (root, *root.parents) if not path.exists()]
-                root.mkdir(parents=True, exist_ok=True)
-            ignore = root / ".gitignore"
-            if not ignore.exists():
-                ignore.write_text("*\n", encoding="ascii")
-                touched.append(root)
-            if not self.directory.is_dir():
-                self.directory.mkdir(exist_ok=True)
-                touched.append(root)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ConfigurationError(
-                f"the store's path is not a directory: path={root} file={error.filename}; "
-                "name another directory, or move the file away"
-            ) from error
-        except OSError as error:
-            raise storage_error("cannot make the store's directory", root, error) from error
-        return touched
-
-    def _create(self, made: list[Path]) -> None:
-        """Write the first manifest of a new store. With the lock held."""
-        # An empty segment is what a process left that died right here; one with lines is a store's.
-        strays = [path for path in self.directory.glob("*.jsonl") if path.stat().st_size]
-        if strays:
-            raise StorageDamaged(
-                str(self._manifest_path), 0, f"it is missing, but {strays[0].name} is there"
-            )
-        name = _segment_name(1, 1)
-        fd = self._new_segment(name)
-        try:
-            self._flush(fd)
-        finally:
-            os.close(fd)
-        self._write_manifest(_Manifest(1, [name]))
-        if self._sync:
-            for path in made:
-                self._calls.flush_directory(path)
-
-    def _new_segment(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        return os.open(self.directory / name, flags, 0o666)
-
-    def _open_segment(self, name: str) -> int:
-        path = self.directory / name
-        try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise StorageDamaged(str(path), 0, "the manifest names it and it is missing") from None
-
     def _roll(self) -> None:
         """Seal the current segment and go on in a new one."""
-        name = _segment_name(self._generation, len(self._segments) + 1)
+        name = segment_name(self._generation, len(self._segments) + 1)
         fd = -1
         try:
-            self._flush(self._fd)
+            self._files.flush(self._fd)
         except OSError as error:
             self._undo(self._synced, error)
         try:
-            fd = self._new_segment(name)
-            self._flush(fd)
+            fd = self._files.new_segment(name)
+            self._files.flush(fd)
             self._mark(DIRTY)
-            self._write_manifest(_Manifest(self._generation, [*self._segments, name]))
+            self._switch(Manifest(self._generation, [*self._segments, name]))
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -517,77 +446,19 @@ class Journal:
         self._offset = self._synced = 0
         self._mark(CLEAN)
 
-    def _read_manifest(self) -> _Manifest:
-        path = self._manifest_path
+    def _switch(self, manifest: Manifest) -> None:
+        """Make ``manifest`` the journal, for good."""
+        self._files.switch(manifest)
         try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise StorageDamaged(str(path), 0, "the manifest is missing") from None
-        try:
-            manifest = json.loads(content)
-            found = int(manifest["format"])
-            if found > MANIFEST_FORMAT:
-                raise SchemaTooNew(str(path), found, MANIFEST_FORMAT)
-            segments = [str(name) for name in manifest["segments"]]
-            if not segments or any("/" in name for name in segments):
-                raise ValueError("segments")
-            return _Manifest(int(manifest["generation"]), segments)
-        except (ValueError, TypeError, KeyError) as error:
-            raise StorageDamaged(str(path), 0, f"no manifest: {error}") from error
-
-    def _write_manifest(self, manifest: _Manifest) -> None:
-        """Switch to ``manifest`` in one step that survives power loss."""
-        content = json.dumps(
-            {
-                "format": MANIFEST_FORMAT,
-                "namespace": self._namespace,
-                "generation": manifest.generation,
-                "segments": manifest.segments,
-            }
-        )
-        new = self._manifest_path.with_suffix(".new")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            self._write(fd, content.encode() + b"\n", 0)
-            self._flush(fd)
-        finally:
-            os.close(fd)
-        # The new segment's name must survive before a manifest that names it can.
-        if self._sync:
-            self._calls.flush_directory(self.directory)
-        self._calls.replace(new, self._manifest_path)
-        if self._sync:
-            try:
-                self._calls.flush_directory(self.directory)
-            except OSError as error:
-                # Appends would go to a segment that may not be the store's after power loss.
-                self._poison(error)
-
-    def _remove_leftovers(self) -> None:
-        """Delete segments of generations that are over, or that never came to be."""
-        try:
-            known = set(self._read_manifest().segments)
-            for path in self.directory.glob("*.jsonl"):
-                if path.name not in known:
-                    path.unlink(missing_ok=True)
+            self._files.flush_names()
         except OSError as error:
-            _log.warning("cannot delete an old segment: path=%s: %s", self.directory, error)
-
-    def _write(self, fd: int, data: bytes, offset: int) -> None:
-        done = self._calls.write(fd, data, offset)
-        if done < len(data):
-            view = memoryview(data)
-            while done < len(data):
-                done += self._calls.write(fd, view[done:], offset + done)
-
-    def _flush(self, fd: int) -> None:
-        if self._sync:
-            self._calls.flush(fd)
+            # Appends would go to a segment that may not be the store's after power loss.
+            self._poison(error)
 
     def _flush_or_poison(self) -> None:
         """A flush that cannot be undone when it fails: a second one would wrongly succeed."""
         try:
-            self._flush(self._fd)
+            self._files.flush(self._fd)
         except OSError as error:
             self._poison(error)
 
@@ -617,8 +488,8 @@ class Journal:
             if length < self._offset:
                 self._cuts += 1  # others may have read what goes now
             self._mark(DIRTY)
-            self._calls.truncate(self._fd, length)
-            self._flush(self._fd)
+            self._files.truncate(self._fd, length)
+            self._files.flush(self._fd)
             self._offset = length
             self._synced = min(self._synced, length)
             self._mark(CLEAN)
@@ -630,11 +501,11 @@ class Journal:
         """Nobody can know what the disk holds: refuse everybody, also after a restart."""
         self._loaded = False
         reason = f"file={self._segment_path()} error={error}\n"
-        with _ignoring_os_errors():
+        try:
             self._mark(POISONED)
-        with _ignoring_os_errors():
-            self._poison_path.write_text(reason, encoding="utf-8", errors="replace")
-            self._calls.flush_directory(self.directory)
+        except OSError:
+            pass  # the file that comes next says so too
+        self._files.poison(reason)
         _log.critical("the store is poisoned: path=%s %s", self.directory, reason.strip())
         self._refuse_poisoned(error)
 
@@ -643,38 +514,8 @@ class Journal:
             f"the store is poisoned: path={self.directory}: the disk failed while data was being "
             "made durable, and what it holds cannot be known; stop every process that uses the "
             "store, check the disk, copy the directory to a good one, delete its files "
-            f"'{self._poison_path.name}' and '{self.lock.path.name}', and start again"
+            f"'{self._files.poison_path.name}' and '{self.lock.path.name}', and start again"
         ) from cause
 
     def _segment_path(self) -> Path:
         return self.directory / self._segments[-1] if self._segments else self.directory
-
-
-def storage_error(what: str, path: Path, error: OSError) -> StorageError:
-    """The error of the contract for one of the operating system's."""
-    facts = f"path={path} error={error.strerror or error} errno={error.errno}"
-    if error.errno in _FULL:
-        return StorageFull(
-            f"{what}: no room is left: {facts}; nothing was written. Free some space, or purge"
-        )
-    return StorageError(f"{what}: {facts}; check the disk, and the permissions of the path")
-
-
-def _segment_name(generation: int, segment: int) -> str:
-    return f"{generation:06d}-{segment:06d}.jsonl"
-
-
-def _read_all(fd: int, offset: int) -> bytes:
-    parts: list[bytes] = []
-    while part := os.pread(fd, 8 * 1024 * 1024, offset):
-        parts.append(part)
-        offset += len(part)
-    return b"".join(parts) if len(parts) != 1 else parts[0]
-
-
-@contextmanager
-def _ignoring_os_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass  # each of the two marks is enough, and there is no third place

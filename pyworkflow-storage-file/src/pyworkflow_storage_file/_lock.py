@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
 from pyworkflow.spi import ConfigurationError, StorageError
+
+try:
+    from fcntl import LOCK_EX, LOCK_UN, flock
+except ModuleNotFoundError as error:
+    raise ConfigurationError(
+        "the file backend needs POSIX file locks, which this system lacks; use sqlite"
+    ) from error
 
 __all__ = ["CLEAN", "DIRTY", "POISONED", "Marker", "StoreLock", "boot_id"]
 
@@ -85,10 +87,6 @@ class StoreLock:
 
     def open(self) -> None:
         """Open the files. The directory exists."""
-        if fcntl is None:
-            raise ConfigurationError(
-                "the file backend needs POSIX file locks, which this system lacks; use sqlite"
-            )
         self._gate = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
@@ -102,11 +100,11 @@ class StoreLock:
     def acquire(self) -> None:
         """Wait until nobody else has the lock."""
         self.waiting_since = time.monotonic()
-        fcntl.flock(self._gate, fcntl.LOCK_EX)
+        flock(self._gate, LOCK_EX)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            flock(self._fd, LOCK_EX)
         finally:
-            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            flock(self._gate, LOCK_UN)
             self.waiting_since = None
         if os.fstat(self._fd).st_nlink == 0:
             self.release()
@@ -117,7 +115,7 @@ class StoreLock:
 
     def release(self) -> None:
         """Let the next one have it."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        flock(self._fd, LOCK_UN)
 
     def read(self) -> Marker | None:
         """The marker; None when there is none yet, or when it is half written or foreign.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import cast
 
 from pydantic_core import from_json, to_json
 
@@ -165,4 +166,4 @@ def _decode(body: bytes) -> dict[str, Json]:
         value = json.loads(body)
     if not isinstance(value, dict):
         raise TypeError("the record is no JSON object")
-    return value
+    return cast("dict[str, Json]", value)

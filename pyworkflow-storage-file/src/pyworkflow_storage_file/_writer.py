@@ -29,7 +29,8 @@ from pyworkflow.spi import (
     StorageUnavailable,
 )
 from pyworkflow_storage_file._calls import Calls
-from pyworkflow_storage_file._journal import Journal, Record, storage_error
+from pyworkflow_storage_file._files import storage_error
+from pyworkflow_storage_file._journal import Journal, Record
 from pyworkflow_storage_file._state import DELTA, State, encode
 
 __all__ = ["Batch", "Operation", "Writer"]

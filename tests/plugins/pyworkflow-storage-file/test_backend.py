@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -327,7 +328,7 @@ def test_a_path_that_becomes_usable_is_used(tmp_path):
 def test_the_plugin_serves_file_urls(url, path):
     options = {"namespace": "n", "fsync": "false"} if "?" in url else {}
     backend = _plugin.pyworkflow_make_storage(url, options)
-    assert str(backend.path) == os.path.abspath(path)
+    assert str(backend.path) == str(Path(path).absolute())
     assert backend.namespace == options.get("namespace", "default")
     assert backend.info().capabilities.durable is not bool(options)
 

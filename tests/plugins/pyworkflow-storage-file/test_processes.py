@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from pyworkflow.spi import RunQuery
+from pyworkflow.spi import RunQuery, fsck
 from pyworkflow_storage_file import FileStorageBackend
 
 WORKER = Path(__file__).with_name("_worker.py")
@@ -57,6 +57,7 @@ def test_f32_six_writer_processes_are_serialised(tmp_path):
                 own = await backend.get_events(name)
                 assert [e.seq for e in own] == list(range(1, 122))
                 assert numbers(own, name) == list(range(60))
+            assert await fsck(backend) == []
 
     asyncio.run(main())
 

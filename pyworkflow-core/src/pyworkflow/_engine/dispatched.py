@@ -14,7 +14,12 @@ from pyworkflow._engine.session import FLUSH, end_events, started_event
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import RetryPolicy
-from pyworkflow.errors import StepInterrupted, WorkerLost
+from pyworkflow.errors import (
+    PayloadTooLarge,
+    SerializationError,
+    StepInterrupted,
+    WorkerLost,
+)
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import WorkItem
 from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
@@ -151,13 +156,17 @@ class DispatchedSteps:
     async def finish(self, what: StepTry, end: StepEnd, item: WorkItem, *, started: bool) -> None:
         """Record the end of a try: the result and the turn that follows, or the next try."""
         events, retry_us = end_events(self._worker, what, end, started=started, dispatched=True)
-        if retry_us is None:
-            await self._result(item, events)
+        try:
+            if retry_us is None:
+                await self._result(item, events)
+                return
+            payload = dict(item.payload) | {"attempt": what.attempt + 1}
+            await self._commit(
+                item, events, settle=Settle(again_at=from_micros(retry_us), payload=payload)
+            )
+        except (PayloadTooLarge, SerializationError) as exc:
+            await self._give_up(what, StepEnd(error=exc), item)
             return
-        payload = dict(item.payload) | {"attempt": what.attempt + 1}
-        await self._commit(
-            item, events, settle=Settle(again_at=from_micros(retry_us), payload=payload)
-        )
         self._worker.wake()
 
     async def _give_up(self, what: StepTry, end: StepEnd, item: WorkItem) -> None:

@@ -15,7 +15,12 @@ from time import monotonic
 
 from pyworkflow import _plugins
 from pyworkflow._clock import to_micros
-from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.errors import (
+    PayloadTooLarge,
+    SerializationError,
+    StorageError,
+    StorageUnavailable,
+)
 from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
 
 __all__ = ["Pipeline", "StorageClock"]
@@ -85,7 +90,7 @@ class Pipeline:
         finally:
             self._sender = None
 
-    async def _deliver(self, changes: list[Change]) -> list[Answer | StorageError]:
+    async def _deliver(self, changes: list[Change]) -> list[Answer | Exception]:
         """Send a batch, again while the storage is unavailable: changes carry their keys."""
         end = monotonic() + self._patience
         pause = 0.05
@@ -100,6 +105,11 @@ class Pipeline:
                     _log.error("the storage failed; giving up %d changes: %s", len(changes), exc)
                     return [exc] * len(changes)
                 _log.warning("the storage does not answer; trying again: %s", exc)
+            except (PayloadTooLarge, SerializationError, ValueError) as exc:
+                if len(changes) == 1:
+                    return [exc]
+                # One of them cannot be stored: it must not take the others along.
+                return [answer for c in changes for answer in await self._deliver([c])]
             except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
                 _log.exception("the storage failed in an unexpected way")
                 return [StorageError(f"unexpected: {exc!r}")] * len(changes)

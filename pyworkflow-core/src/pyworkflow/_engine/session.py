@@ -31,7 +31,8 @@ from pyworkflow._replay.commands import (
     StartSleep,
 )
 from pyworkflow._replay.replay import DEADLINE_OP, Replay
-from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, UnseenInput
+from pyworkflow._serialization import payload_size
+from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, SerializationError, UnseenInput
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.storage import (
@@ -74,10 +75,10 @@ class LiveRun:
 
     __slots__ = ("replay", "run_id", "warned", "workflow")
 
-    def __init__(self, workflow: Workflow[Any, Any], run_id: str, max_payload: int) -> None:
+    def __init__(self, workflow: Workflow[Any, Any], run_id: str) -> None:
         self.run_id = run_id
         self.workflow = workflow
-        self.replay = Replay(workflow, run_id, max_payload=max_payload)
+        self.replay = Replay(workflow, run_id)
         self.warned = False
 
 
@@ -119,6 +120,7 @@ class Session:
         self._waiter: asyncio.Future[None] | None = None
         self._resumed = resumed
         self._control: Control | None = None
+        self._cancel: str | None = None
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
             self._events.append(Event(EventType.WORKFLOW_UNSTALLED, _OBSERVATION, {}))
@@ -138,8 +140,12 @@ class Session:
         Raises the storage's refusal or ``StorageError``: the coroutine must be dropped.
         """
         self._replay.acknowledge(seen_seq)
+        for event in events:
+            if event.type == EventType.CANCEL_REQUESTED and event.seq > seen_seq:
+                self._cancel = str(event.data.get("reason", ""))
         try:
             await self._feed(events)
+            self._check_length(self._run.history_length)
             if self._resumed:
                 data: dict[str, Any] = {
                     "worker": self._worker.owner,
@@ -148,7 +154,12 @@ class Session:
                 }
                 self._events.append(Event(EventType.WORKFLOW_RESUMED, _OBSERVATION, data))
             while True:
-                done = await self._turn()
+                try:
+                    done = await self._turn()
+                except (PayloadTooLarge, SerializationError) as exc:
+                    # The storage does not take what the code made: the run fails, and says why.
+                    self._abandon(exc)
+                    continue
                 if done is not None:
                     return done
         finally:
@@ -156,6 +167,10 @@ class Session:
             for place in self._running.values():
                 if place.task is not None:
                     place.task.cancel()
+
+    def _abandon(self, error: Exception) -> None:
+        self._events, self._puts, self._drops = [], [], []
+        self._replay.abandon(error, again=True)
 
     async def _turn(self) -> bool | None:
         """One round. None to go on, else whether the coroutine may be kept."""
@@ -406,7 +421,7 @@ class Session:
                 run_id=self._run.run_id,
                 key=f"{self._ref.token}:{self._changes}",
                 claim=self._ref,
-                seen=self._replay.seen,
+                seen=self._replay.seen or None,
                 events=events,
                 settle=settle,
                 put=self._puts,
@@ -439,14 +454,13 @@ class Session:
             own = sorted([*own, *answer.others], key=_seq)
         await self._feed(own)
         self._replay.skip_to(answer.last_seq)
-        if answer.last_seq > _WARN_AT:
-            self._check_length(answer.last_seq)
+        self._check_length(answer.last_seq)
 
     def _check_length(self, length: int) -> None:
         limit = self._worker.settings.max_history
-        if length >= limit and self._replay.outcome is None:
+        if length >= limit:
             self._replay.abandon(HistoryTooLong(length, limit))
-        elif not self._live.warned:
+        elif length >= _WARN_AT and not self._live.warned:
             self._live.warned = True
             message = f"the history is getting long: events={length} limit={limit}"
             _log.warning("%s run_id=%s", message, self._run.run_id)
@@ -472,9 +486,9 @@ class Session:
         outcome = self._replay.outcome
         assert outcome is not None
         limit = self._worker.max_payload
-        if isinstance(outcome, CompleteRun) and len(outcome.result) > limit:
+        if isinstance(outcome, CompleteRun) and (size := payload_size(outcome.result)) > limit:
             what = f"the result of workflow {self._run.workflow!r}"
-            outcome = FailRun(PayloadTooLarge(what, len(outcome.result), limit))
+            outcome = FailRun(PayloadTooLarge(what, size, limit))
         info: ErrorInfo | None = None
         update: Update | None = None
         match outcome:
@@ -505,14 +519,44 @@ class Session:
         except UnseenInput as refusal:
             await self._feed(refusal.inputs)
             return None
+        except (PayloadTooLarge, SerializationError) as exc:
+            self._abandon(exc)
+            return None
         self._worker.run_ended(self._run, final, info)
         return False
 
     async def _stall(self, problem: Exception) -> None:
         """The code cannot go on from this history: say so once, and try again later."""
+        if self._cancel is not None:
+            await self._close_without_code(self._cancel)
+            return
         reason = f"{type(problem).__name__}: {problem}"
         again = self._worker.clock.micros() + min(2 ** (self._claims - 1), 10) * 1_000_000
         await self.stall(reason, from_micros(again), encode_error(problem))
+
+    async def _close_without_code(self, reason: str) -> None:
+        """A cancel that no code can be given: it ends the run as one of a stalled run does."""
+        self._changes += 1
+        data: dict[str, Any] = {"reason": reason, "kind": "control"}
+        last = Event(EventType.WORKFLOW_CANCELLED, _COMMAND, data)
+        info = cancelled_error(reason)
+        answer = await self._worker.pipeline.commit(
+            Change(
+                run_id=self._run.run_id,
+                key=f"{self._ref.token}:{self._changes}",
+                claim=self._ref,
+                control=Control(ControlKind.TERMINATE, reason),
+                events=[last],
+                update=Update(error=info),
+                final=RunStatus.CANCELLED,
+            )
+        )
+        self._worker.committed(self._run.run_id, self._run.workflow, [last], answer)
+        self._worker.run_ended(self._run, RunStatus.CANCELLED, info)
+
+    async def unstall(self) -> None:
+        """Record before anything runs that the run is tried again."""
+        await self._commit()
 
     async def stall(self, reason: str, again_at: Any, error: Any = None) -> None:
         """Mark the run stalled, its turn due again at ``again_at``."""

@@ -16,7 +16,7 @@ from pyworkflow._context import StepContext, running_step
 from pyworkflow._definitions import Step
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
-from pyworkflow._serialization import decode_arguments
+from pyworkflow._serialization import decode_arguments, payload_size
 from pyworkflow.errors import (
     ArgumentError,
     PayloadTooLarge,
@@ -172,7 +172,7 @@ class StepRunner:
             raise SerializationError(
                 f"the result of step {what.step.name!r} cannot be stored: {exc}"
             ) from exc
-        size = len(text) if text.isascii() else len(text.encode())
+        size = payload_size(text)
         if size > self._max_payload:
             raise PayloadTooLarge(f"the result of step {what.step.name!r}", size, self._max_payload)
         return text

@@ -50,7 +50,11 @@ _log = logging.getLogger("pyworkflow.engine")
 TURNS = 500
 """Turns driven at once; more wait in the storage."""
 POISON = 10
-"""Claims of a turn without progress after which the run stalls."""
+"""Claims of a turn without progress after which the run stalls, for an hour."""
+_POISONED = (
+    f"poison: the turn was claimed {POISON} times without progress; its code seems to take the "
+    "worker down"
+)
 GONE_EVERY = 1.0
 """Seconds between looks for leases of processes that are gone."""
 
@@ -355,15 +359,17 @@ class Worker:
         events: Sequence[Event] = claim.events
         fresh = live is None
         if live is None:
-            live = LiveRun(workflow, run.run_id, self.max_payload)
+            live = LiveRun(workflow, run.run_id)
         if claim.cut or live.replay.fed < claim.after:
             events = await self.storage.get_events(run.run_id, after=live.replay.fed)
         session = Session(self, live, run, claim.item, resumed=resumed and run.seen_seq > 0)
-        if claim.item.claims > POISON and run.stalled is None:
+        if run.stalled == _POISONED:
+            # It was put aside for long enough: record that, or it would be counted no more.
+            await session.unstall()
+        elif claim.item.claims > POISON and run.stalled is None:
             self._drop(live)
-            reason = f"poison: the turn was claimed {claim.item.claims} times without progress"
             again = self.clock.micros() + 3_600_000_000
-            await session.stall(reason, from_micros(again))
+            await session.stall(_POISONED, from_micros(again))
             return
         observed = _plugins.hooks_active("pyworkflow_turn_ended")
         _plugins.observe(

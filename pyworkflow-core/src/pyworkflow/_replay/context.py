@@ -20,11 +20,14 @@ from pyworkflow._replay.commands import (
 )
 from pyworkflow._replay.loop import DeterministicLoop, DurableTimer
 from pyworkflow._replay.transitions import OpKind, OpState
-from pyworkflow._serialization import digest, digest_arguments
+from pyworkflow._serialization import digest, digest_arguments, payload_size
 from pyworkflow.errors import PayloadTooLarge, WorkflowContextError
 from pyworkflow.events import Json
 
 __all__ = ["Op", "RunContext", "current_run"]
+
+
+_LONGEST_LINE = 16_384
 
 
 class Op:
@@ -75,7 +78,7 @@ class RunContext:
         self.seen_seq = 0
         """Inputs up to here were delivered by a committed turn."""
         self.max_payload = 0
-        """Largest payload in bytes that the store takes; 0 for no limit."""
+        """Largest payload in bytes, as it was when the run started; 0 for no limit."""
         self.markers: set[str] = set()
         """Version markers anywhere in the history."""
         self.warnings: list[str] = []
@@ -90,10 +93,8 @@ class RunContext:
         """Emit a step; its result arrives at ``ops[op].future``."""
         self._check_open(step.name)
         text = step.encode_call(args, kwargs)
-        if len(text) > self.max_payload > 0 and not self.is_replaying:
-            raise PayloadTooLarge(
-                f"the arguments of step {step.name!r}", len(text), self.max_payload
-            )
+        if self.max_payload and (size := payload_size(text)) > self.max_payload:
+            raise PayloadTooLarge(f"the arguments of step {step.name!r}", size, self.max_payload)
         name = self.loop.branch().next_op("step")
         op = Op(OpKind.STEP, len(self.ops))
         op.name = step.name
@@ -159,6 +160,8 @@ class RunContext:
         """Record a log line; True when handlers shall get it too (not on replay)."""
         if self.is_replaying or self.closed:
             return False
+        if len(message) > _LONGEST_LINE:
+            message = message[:_LONGEST_LINE] + "… (cut)"
         self.commands.append(EmitLog(level, message, fields))
         return True
 

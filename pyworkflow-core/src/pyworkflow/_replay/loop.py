@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from math import ceil
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
 
 from pyworkflow._replay._cpython import Entered
 from pyworkflow.errors import WorkflowContextError
@@ -206,9 +206,9 @@ class DeterministicLoop(_Loop):
             for task in reversed(self._tasks):
                 if task.done():
                     continue
-                task._log_destroy_pending = False
-                coro = task.get_coro()
-                if coro is not None and not _close(coro):
+                # A task closed on purpose is no cause for a warning.
+                setattr(task, "_log_destroy_pending", False)  # noqa: B010 - private to asyncio
+                if not _close(task.get_coro()):
                     stubborn.append(task.get_name())
             for generator in self._generators:
                 # A started generator that is suspended in a yield has no one to close it but us.
@@ -255,8 +255,8 @@ class DeterministicLoop(_Loop):
 
     def call_soon(
         self,
-        callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         if not self._open:
@@ -268,8 +268,8 @@ class DeterministicLoop(_Loop):
     def call_later(
         self,
         delay: float,
-        callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
@@ -277,8 +277,8 @@ class DeterministicLoop(_Loop):
     def call_at(
         self,
         when: float,
-        callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         self._check()

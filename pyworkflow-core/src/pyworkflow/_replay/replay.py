@@ -75,9 +75,8 @@ class Replay:
     ``fed`` is the seq of the last event fed, ``seen`` that of the last input delivered.
     """
 
-    def __init__(self, workflow: WorkflowSpec, run_id: str, *, max_payload: int = 0) -> None:
+    def __init__(self, workflow: WorkflowSpec, run_id: str) -> None:
         prepare()
-        self._max_payload = max_payload
         self.workflow = workflow
         self.run_id = run_id
         self.fed = 0
@@ -127,9 +126,9 @@ class Replay:
         if self.problem is None and seq > self.fed:
             self.fed = seq
 
-    def abandon(self, error: Exception) -> None:
-        """End the run with ``error``, whatever its code waits for."""
-        if self._context is not None and self.outcome is None:
+    def abandon(self, error: Exception, *, again: bool = False) -> None:
+        """End the run with ``error``, whatever its code waits for (``again``: or came to)."""
+        if self._context is not None and (self.outcome is None or again):
             self._finish(self._context, FailRun(error))
 
     def _feed(self, event: Event) -> None:
@@ -289,7 +288,9 @@ class Replay:
         context.seen_seq = self._seen_seq
         context.markers = self._markers
         context.input_seq = event.seq
-        context.max_payload = self._max_payload
+        # The limit that the run started with: on replay the same arguments must be refused.
+        limit = data.get("max_payload")
+        context.max_payload = limit if isinstance(limit, int) else 0
         if data.get("deadline") is not None:
             self.deadline = _micros(event, "deadline")
         try:

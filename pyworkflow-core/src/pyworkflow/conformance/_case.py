@@ -254,7 +254,7 @@ async def _drive(suite: S, check: Callable[[S, Case], Awaitable[None]], check_id
         case.store = await case.open()
         await check(suite, case)
         violations = await fsck(await case.open())
-        assert not violations, "fsck: " + "; ".join(map(str, violations))
+        assert not violations, "fsck: " + "; ".join(map(str, violations[:10]))
     finally:
         await case.close()
 

@@ -50,7 +50,7 @@ class ClaimChecks(Suite):
     async def test_CLM_02_claim_notdue(self, t: Case) -> None:
         """CLM-02: what is due later is not given, and next_due says when it will be."""
         now = await t.store.now()
-        await t.start(events=[note()], put=[turn(due_at=now + seconds(100))])
+        await t.start(events=[], put=[turn(due_at=now + seconds(100))])
         assert await t.claim(("run", "turn")) == []
         assert await t.claim(limit=5) == []
         assert await t.store.next_due() == now + seconds(100)
@@ -254,7 +254,7 @@ class ClaimChecks(Suite):
                 workflow=workflow,
                 queue=queue,
                 priority=priority,
-                events=[note()],
+                events=[],
                 put=[turn(due_at=now - seconds(age)), step(due_at=now - seconds(1))],
             )
 

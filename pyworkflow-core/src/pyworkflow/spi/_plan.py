@@ -7,7 +7,7 @@ nothing is touched until all rules have spoken.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from pyworkflow.errors import Fenced, RunClosed, UnseenInput
 from pyworkflow.events import Event, Json
@@ -259,6 +259,7 @@ class Plan:
                 self.fields["stalled"] = control.reason
         elif kind is ControlKind.UNSTALL and self.run.stalled is not None:
             self.fields["stalled"] = None
+            self.progress = True
             self._bring_forward(self.now)
 
     def _append(self) -> None:
@@ -305,6 +306,8 @@ class Plan:
             if self.seen == 0:
                 self.fields["started_at"] = self.at
             self.seen = self.fields["seen_seq"] = seen
+            # A delivered input is progress, even when the code records nothing for it.
+            self.progress = True
 
     def _refuse_unseen(self) -> None:
         if self.last_input > self.seen:
@@ -329,16 +332,18 @@ class Plan:
         if settle.again_at is None:
             self.items[item_id] = None
         else:
+            # A new payload is the next try of a step: its holder is alive and well.
+            self.progress = self.progress or settle.payload is not None
             self.items[item_id] = altered(
                 item,
                 lease=None,
-                due_at=settle.again_at,
+                due_at=settle.again_at.astimezone(UTC),
                 payload=settle.payload,
                 claims=0 if self.progress else None,
             )
 
     def _put(self, put: Put) -> None:
-        due_at = self.now if put.due_at is None else put.due_at
+        due_at = self.now if put.due_at is None else put.due_at.astimezone(UTC)
         rung_at = self.now if put.rung else None
         item = self._item(put.item_id)
         if item is not None:

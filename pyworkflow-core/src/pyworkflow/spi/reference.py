@@ -8,7 +8,7 @@ same calls always give the same store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 
 from pyworkflow.errors import KeyTaken, RunExists, RunNotFound
@@ -111,7 +111,7 @@ class ReferenceStore:
             "priority": new.priority,
             "tags": new.tags,
             "attributes": new.attributes,
-            "deadline": new.deadline,
+            "deadline": None if new.deadline is None else new.deadline.astimezone(UTC),
         }
         fields |= {k: v for k, v in given.items() if v not in (None, 0, (), {})}
         run = RunState(change.run_id)

@@ -1,0 +1,152 @@
+"""The options that every command has, and the store and modules that they lead to."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pyworkflow.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from pyworkflow._client import Operations
+    from pyworkflow.spi.storage import StorageBackend
+
+__all__ = [
+    "Unusable",
+    "import_workflows",
+    "in_store",
+    "opening",
+    "settle_settings",
+    "shared",
+    "store_hint",
+    "wants_json",
+]
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+_META = "pyworkflow.cli."
+
+
+class Unusable(ConfigurationError):
+    """The storage or a plugin cannot be used."""
+
+
+def shared(command: Command) -> Command:
+    """Add ``--storage``, ``--executor`` and ``--json``; they may stand before the command too."""
+    command = click.option(
+        "--json",
+        "json",
+        is_flag=True,
+        default=None,
+        expose_value=False,
+        callback=_remember,
+        help="Print JSON: one document, or one line each for what comes bit by bit.",
+    )(command)
+    command = click.option(
+        "--executor",
+        metavar="URL",
+        expose_value=False,
+        callback=_remember,
+        help="How work reaches workers, for example local:// (the default).",
+    )(command)
+    return click.option(
+        "--storage",
+        metavar="URL",
+        expose_value=False,
+        callback=_remember,
+        help="Where the runs are, for example file:data or file:///srv/data "
+        "(default file:.pyworkflow).",
+    )(command)
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value is not None:
+        ctx.meta[f"{_META}{parameter.name}"] = value
+
+
+def wants_json() -> bool:
+    """Whether ``--json`` was given."""
+    return bool(click.get_current_context().meta.get(f"{_META}json"))
+
+
+def settle_settings() -> None:
+    """Make the options settings of this process.
+
+    After the import of modules, which may call ``configure`` themselves: the command line wins.
+    """
+    from pyworkflow import configure
+
+    meta = click.get_current_context().meta
+    configure(storage=meta.get(f"{_META}storage"), executor=meta.get(f"{_META}executor"))
+
+
+def store_hint() -> str:
+    """What has to be added to a command that shall see the same store."""
+    from pyworkflow._urls import redact_url
+
+    url = click.get_current_context().meta.get(f"{_META}storage")
+    return f" --storage {redact_url(url)}" if url else ""
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """What is wrong while a store is opened or an executor made makes it unusable."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise Unusable(str(error)) from error
+    except OSError as error:
+        raise StorageError(f"the store cannot be opened: {error}") from error
+
+
+def in_store(call: Callable[[Operations], Any]) -> Any:
+    """Await ``call`` with the operations of a client that has no worker, on the configured store."""
+    import asyncio
+
+    from pyworkflow._client import Operations
+    from pyworkflow._config import settings
+    from pyworkflow._local import configured_executor, configured_storage
+
+    async def main() -> Any:
+        with opening():
+            storage: StorageBackend = configured_storage(settings())
+            executor = configured_executor(settings())
+            await storage.open()
+        try:
+            if not executor.capabilities.distributed:
+                return await call(Operations(storage, None, None))
+            await executor.open({})
+            try:
+                return await call(Operations(storage, None, executor))
+            finally:
+                await executor.close()
+        finally:
+            await storage.close()
+
+    settle_settings()
+    return asyncio.run(main())
+
+
+def import_workflows(modules: Iterable[str]) -> None:
+    """Import modules that define workflows.
+
+    Raises:
+        ConfigurationError: one cannot be imported; says where in the user's code it went wrong.
+    """
+    from pyworkflow.worker import import_modules
+
+    try:
+        import_modules(modules)
+    except ConfigurationError as error:
+        cause = error.__cause__
+        frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
+        theirs = [f for f in frames if "importlib" not in f.filename and __package__ not in f.name]
+        last = theirs[-1] if theirs else None
+        if last is None or last.filename.endswith(("pyworkflow/worker.py", "<frozen runpy>")):
+            raise
+        where = f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
+        raise ConfigurationError(f"{error}{where}") from error

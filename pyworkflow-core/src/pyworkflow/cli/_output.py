@@ -1,0 +1,179 @@
+"""Printing: JSON, tables, values. Results go to stdout, everything about them to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyworkflow.events import Event
+    from pyworkflow.runs import Run
+
+__all__ = [
+    "age",
+    "event_json",
+    "moment",
+    "note",
+    "print_json",
+    "print_pairs",
+    "print_table",
+    "run_json",
+    "shown",
+    "styled",
+]
+
+_STYLES = {
+    "completed": "green",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "terminated": "yellow",
+    "stalled": "bold red",
+    "suspended": "cyan",
+    "running": "blue",
+}
+
+
+def print_json(document: object, *, line: bool = False) -> None:
+    """One JSON document, indented, or on a line of its own in a stream."""
+    text = json.dumps(document, ensure_ascii=False, indent=None if line else 2)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Something about the result, which is not the result."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def styled(text: str, style: str | None) -> None:
+    """A line on stdout, in colour where the terminal has it."""
+    if style is None or not sys.stdout.isatty():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        return
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: rich's on a terminal, aligned columns otherwise, never cut off."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            table.add_column(column, overflow="fold", no_wrap=number == 0)
+        for row in rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Names and values, one under the other; empty ones are left out."""
+    width = max(len(name) for name in pairs)
+    for name, value in pairs.items():
+        if value:
+            indented = value.replace("\n", "\n" + " " * (width + 2))
+            styled(f"{name.ljust(width)}  {indented}", _STYLES.get(value))
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value for people, on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def moment(at: datetime | None) -> str:
+    """An instant for people, in UTC."""
+    return "" if at is None else f"{at:%Y-%m-%d %H:%M:%S}Z"
+
+
+def age(seconds: float) -> str:
+    """A span of time for people."""
+    from datetime import timedelta
+
+    from pyworkflow._duration import format_duration
+
+    if seconds < 0.01:
+        return "0s"
+    digits = 2 if seconds < 10 else 1 if seconds < 60 else 0
+    return format_duration(timedelta(seconds=round(seconds, digits)))
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """A decoded run as JSON."""
+    error = None
+    if run.error is not None:
+        error = {
+            "type": run.error.type,
+            "message": run.error.message,
+            "traceback": run.error.traceback,
+        }
+    return {
+        "run_id": run.run_id,
+        "workflow": run.workflow,
+        "version": run.version,
+        "status": run.status.value,
+        "args": _plain(run.args),
+        "result": _plain(run.result),
+        "error": error,
+        "stalled": run.stalled,
+        "paused": run.paused,
+        "idempotency_key": run.idempotency_key,
+        "parent": None if run.parent is None else [run.parent.run_id, run.parent.op],
+        "root": run.root,
+        "next": run.next,
+        "queue": run.queue,
+        "priority": run.priority,
+        "tags": list(run.tags),
+        "attributes": dict(run.attributes),
+        "created_at": _instant(run.created_at),
+        "started_at": _instant(run.started_at),
+        "updated_at": _instant(run.updated_at),
+        "finished_at": _instant(run.finished_at),
+        "deadline": _instant(run.deadline),
+        "history_length": run.history_length,
+        "seen_seq": run.seen_seq,
+    }
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    """An event as the schema has it."""
+    return {
+        "v": event.v,
+        "run_id": event.run_id,
+        "seq": event.seq,
+        "timestamp": _instant(event.timestamp),
+        "type": str(event.type),
+        "class": str(event.klass),
+        "op": event.op,
+        "key": event.key,
+        "data": dict(event.data),
+    }
+
+
+def _instant(at: datetime | None) -> str | None:
+    return None if at is None else at.isoformat()
+
+
+def _plain(value: object) -> Any:
+    """A decoded value as JSON: richer types as the history has them, tagged."""
+    from pyworkflow._serialization import encode
+    from pyworkflow.errors import SerializationError
+
+    try:
+        return json.loads(encode(value))
+    except (SerializationError, ValueError):
+        return repr(value)

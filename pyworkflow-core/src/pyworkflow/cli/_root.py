@@ -1,0 +1,137 @@
+"""The group of all commands, and what an error means for the exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import click
+
+from pyworkflow import __version__
+from pyworkflow.cli._options import Unusable, shared
+
+__all__ = ["DONE", "FAILED", "INTERRUPTED", "MISUSED", "UNUSABLE", "execute"]
+
+DONE, FAILED, MISUSED, UNUSABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+_COMMANDS = {
+    "run": "pyworkflow.cli.run",
+    "worker": "pyworkflow.cli.worker",
+    "runs": "pyworkflow.cli.runs",
+    "replay": "pyworkflow.cli.replay",
+    "storage": "pyworkflow.cli.storage",
+    "plugins": "pyworkflow.cli.plugins",
+}
+
+
+class _Root(click.Group):
+    """Imports the module of a command when it is used, and asks plugins for those it lacks."""
+
+    _asked = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._ask_plugins()
+        return [*_COMMANDS, *sorted(self.commands)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        home = _COMMANDS.get(cmd_name)
+        if home is not None:
+            return cast("click.Command", importlib.import_module(home).command)
+        self._ask_plugins()
+        return self.commands.get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx))
+            if close and "Did you mean" not in error.message:
+                error.message += f" Did you mean {' or '.join(close)}?"
+            raise
+
+    def _ask_plugins(self) -> None:
+        if not self._asked:
+            self._asked = True
+            from pyworkflow import _plugins
+
+            _plugins.load_all()
+            _plugins.observe("pyworkflow_cli", group=self)
+
+
+@click.group(
+    cls=_Root,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 a run or check failed, 2 wrong use, 3 storage or plugin "
+    "unusable, 130 interrupted. Settings come from the options, PYWORKFLOW_* variables, and "
+    "[tool.pyworkflow] in pyproject.toml, in this order.",
+)
+@click.version_option(__version__, prog_name="pyworkflow")
+@shared
+def root() -> None:
+    """Durable workflows: start them, work on them, look at them.
+
+    \b
+    pyworkflow run app.py:onboarding --arg user=ada    start a run and follow it
+    pyworkflow worker app.py                           work on whatever is due
+    pyworkflow runs list                               what is there
+    pyworkflow runs events RUN_ID                      all that happened to one
+    """
+
+
+def execute(args: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. Foreseeable errors are a line on stderr."""
+    from pyworkflow.errors import WorkflowError
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal that lacks a character shows another one; it is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = root.main(
+            None if args is None else list(args), prog_name="pyworkflow", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`). The exit's own flush must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except WorkflowError as error:
+        _complain(str(error))
+        return _status_of(error)
+    return status if isinstance(status, int) else DONE
+
+
+def _status_of(error: Exception) -> int:
+    from pyworkflow import errors
+
+    if isinstance(error, (Unusable, errors.StorageError, errors.PluginNotFound)):
+        return UNUSABLE
+    if isinstance(error, errors.PluginBroken):
+        return UNUSABLE
+    misuse = (
+        errors.ArgumentError,
+        errors.ConfigurationError,
+        errors.DefinitionError,
+        errors.IdempotencyConflict,
+        errors.PayloadTooLarge,
+        errors.RunNotFound,
+        errors.SerializationError,
+    )
+    return MISUSED if isinstance(error, misuse) else FAILED
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"pyworkflow: {text}\n")

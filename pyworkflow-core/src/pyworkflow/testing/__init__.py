@@ -1,0 +1,19 @@
+"""Testing workflows without a worker or a broker: in the test's own event loop.
+
+Imports no test framework.
+"""
+
+from __future__ import annotations
+
+from pyworkflow.testing._environment import TestEnvironment
+from pyworkflow.testing._history import History, ReplayResult, replay
+from pyworkflow.testing._local import resume_local, start_local
+
+__all__ = [
+    "History",
+    "ReplayResult",
+    "TestEnvironment",
+    "replay",
+    "resume_local",
+    "start_local",
+]

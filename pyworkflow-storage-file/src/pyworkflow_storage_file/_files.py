@@ -1,0 +1,210 @@
+"""The files of one namespace: its directory, the manifest, the segments.
+
+The manifest alone says which segments are the journal, so switching it switches everything.
+Errors of the operating system pass through; the journal decides what they mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pyworkflow.spi import (
+    ConfigurationError,
+    SchemaTooNew,
+    StorageDamaged,
+    StorageError,
+    StorageFull,
+)
+from pyworkflow_storage_file._calls import Calls
+
+__all__ = ["Files", "Manifest", "read_all", "segment_name", "storage_error"]
+
+_log = logging.getLogger("pyworkflow.storage.file")
+
+#: Version of the manifest that this code writes, and the newest that it reads.
+MANIFEST_FORMAT: Final = 1
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class Manifest(NamedTuple):
+    """Which segments make up the journal, in order."""
+
+    generation: int
+    """How often the journal was rewritten, plus one."""
+    segments: list[str]
+
+
+class Files:
+    """The files in ``directory``. Used by one thread."""
+
+    def __init__(self, directory: Path, *, namespace: str, sync: bool, calls: Calls) -> None:
+        self.directory = directory
+        self.manifest_path = directory / "manifest.json"
+        self.poison_path = directory / "poisoned"
+        self._namespace = namespace
+        self._sync = sync
+        self._calls = calls
+
+    def make_directories(self) -> list[Path]:
+        """Make the store's directories; returns the ones above whose names must be flushed."""
+        root = self.directory.parent
+        touched = [root, root.parent]
+        try:
+            if not root.is_dir():
+                touched += [path.parent for path in (root, *root.parents) if not path.exists()]
+                root.mkdir(parents=True, exist_ok=True)
+            ignore = root / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="ascii")
+            self.directory.mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigurationError(
+                f"the store's path is not a directory: path={root} file={error.filename}; "
+                "name another directory, or move the file away"
+            ) from error
+        except OSError as error:
+            raise storage_error("cannot make the store's directory", root, error) from error
+        return touched
+
+    def create(self) -> None:
+        """Write the first manifest of a new store. With the lock held."""
+        # An empty segment is what a process left that died right here; one with lines is a store's.
+        strays = [path for path in self.directory.glob("*.jsonl") if path.stat().st_size]
+        if strays:
+            raise StorageDamaged(
+                str(self.manifest_path), 0, f"it is missing, but {strays[0].name} is there"
+            )
+        name = segment_name(1, 1)
+        fd = self.new_segment(name)
+        try:
+            self.flush(fd)
+        finally:
+            os.close(fd)
+        self.switch(Manifest(1, [name]))
+
+    def flush_names(self, *others: Path) -> None:
+        """Return when the names in the directory, and in others, survive power loss."""
+        if self._sync:
+            for path in (self.directory, *others):
+                self._calls.flush_directory(path)
+
+    def new_segment(self, name: str) -> int:
+        """Open a segment that is empty and not in the manifest yet."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        return os.open(self.directory / name, flags, 0o666)
+
+    def open_segment(self, name: str) -> int:
+        """Open a segment that the manifest names."""
+        path = self.directory / name
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise StorageDamaged(str(path), 0, "the manifest names it and it is missing") from None
+
+    def read_manifest(self) -> Manifest:
+        """The manifest as it stands.
+
+        Raises:
+            StorageDamaged: it is none.
+            SchemaTooNew: a newer version wrote it.
+        """
+        path = self.manifest_path
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise StorageDamaged(str(path), 0, "the manifest is missing") from None
+        try:
+            manifest = json.loads(content)
+            found = int(manifest["format"])
+            if found > MANIFEST_FORMAT:
+                raise SchemaTooNew(str(path), found, MANIFEST_FORMAT)
+            segments = [str(name) for name in manifest["segments"]]
+            if not segments or any("/" in name for name in segments):
+                raise ValueError("segments")
+            return Manifest(int(manifest["generation"]), segments)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageDamaged(str(path), 0, f"no manifest: {error}") from error
+
+    def switch(self, manifest: Manifest) -> None:
+        """Switch to ``manifest`` in one step; ``flush_names`` makes it survive power loss."""
+        content = json.dumps(
+            {
+                "format": MANIFEST_FORMAT,
+                "namespace": self._namespace,
+                "generation": manifest.generation,
+                "segments": manifest.segments,
+            }
+        )
+        new = self.manifest_path.with_suffix(".new")
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            self.write(fd, content.encode() + b"\n", 0)
+            self.flush(fd)
+        finally:
+            os.close(fd)
+        self.flush_names()  # a segment's name must survive before a manifest that names it can
+        self._calls.replace(new, self.manifest_path)
+
+    def remove_leftovers(self) -> None:
+        """Delete segments of generations that are over, or that never came to be."""
+        try:
+            known = set(self.read_manifest().segments)
+            for path in self.directory.glob("*.jsonl"):
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("cannot delete an old segment: path=%s: %s", self.directory, error)
+
+    def write(self, fd: int, data: bytes, offset: int) -> None:
+        """Write all of ``data``, or raise with some of it written."""
+        done = self._calls.write(fd, data, offset)
+        if done < len(data):
+            view = memoryview(data)
+            while done < len(data):
+                done += self._calls.write(fd, view[done:], offset + done)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file off."""
+        self._calls.truncate(fd, length)
+
+    def flush(self, fd: int) -> None:
+        """Return when a file survives power loss; at once when the store need not."""
+        if self._sync:
+            self._calls.flush(fd)
+
+    def poison(self, reason: str) -> None:
+        """Leave word that nobody may use the store, as far as the disk still takes it."""
+        try:
+            self.poison_path.write_text(reason, encoding="utf-8", errors="replace")
+            self._calls.flush_directory(self.directory)
+        except OSError:
+            pass  # the lock's marker says so too, and there is no third place
+
+
+def storage_error(what: str, path: Path, error: OSError) -> StorageError:
+    """The error of the contract for one of the operating system's."""
+    facts = f"path={path} error={error.strerror or error} errno={error.errno}"
+    if error.errno in _FULL:
+        return StorageFull(
+            f"{what}: no room is left: {facts}; nothing was written. Free some space, or purge"
+        )
+    return StorageError(f"{what}: {facts}; check the disk, and the permissions of the path")
+
+
+def segment_name(generation: int, segment: int) -> str:
+    """The file name of a segment; they sort in order."""
+    return f"{generation:06d}-{segment:06d}.jsonl"
+
+
+def read_all(fd: int, offset: int) -> bytes:
+    """What a file holds from ``offset`` on."""
+    parts: list[bytes] = []
+    while part := os.pread(fd, 8 * 1024 * 1024, offset):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts) if len(parts) != 1 else parts[0]

@@ -1,0 +1,22 @@
+"""The file backend passes the suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyworkflow_storage_file import FileStorageBackend
+
+from pyworkflow.conformance import StorageConformance
+from pyworkflow.spi import StorageBackend
+
+
+class TestFile(StorageConformance):
+    capabilities = FileStorageBackend("unused").info().capabilities
+
+    @pytest.fixture(autouse=True)
+    def _directory(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "store"
+
+    async def make(self, namespace: str) -> StorageBackend:
+        return FileStorageBackend(self.path, namespace=namespace)
