@@ -117,7 +117,7 @@ class Operations:
             ) from None
         _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
         turn = next((i for i in answer.claims if i.item_id == TURN), None)
-        if self._worker is not None and turn is not None and not answer.duplicate:
+        if self._worker is not None and turn is not None:
             created = cast("NewRun", change.create)
             event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
             fresh = _fresh_run(run_id, created, answer.timestamp)

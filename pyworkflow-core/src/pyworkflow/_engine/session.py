@@ -429,7 +429,8 @@ class Session:
                 take_turn=take_turn,
                 final=final,
                 update=update,
-                control=self._control,
+                # A run that heals and ends at once is stalled no more by its end.
+                control=None if final is not None else self._control,
             )
         )
         puts, drops = self._puts, self._drops

@@ -134,6 +134,7 @@ class DeterministicLoop(_Loop):
         self._generators: list[AsyncGenerator[Any, Any]] = []
         self._generators_limit = 16
         self._root_branch = Branch("1")
+        self._root: asyncio.Task[Any] | None = None
         #: Set by the watchdog's interruption; the spin ends at once.
         self.interrupted = False
         #: The object that primitives and timers of this run talk to (``context.RunContext``).
@@ -150,6 +151,7 @@ class DeterministicLoop(_Loop):
             with Entered(self):
                 root: WorkflowTask[T] = WorkflowTask(coro, loop=self, name="1", context=context)
                 root.branch = self._root_branch
+                self._root = root
                 self._tasks.append(root)
                 self._drain()
         finally:
@@ -172,8 +174,14 @@ class DeterministicLoop(_Loop):
 
     def _drain(self) -> None:
         ready = self._ready
+        root = self._root
+        assert root is not None
         budget = BUDGET
         while ready:
+            if root.done():
+                # The run is over with its root: tasks left behind do nothing more.
+                ready.clear()
+                return
             handle = ready.popleft()
             if handle.cancelled():
                 continue

@@ -380,11 +380,12 @@ class Replay:
         if context is None or not context.commands:
             return []
         commands, context.commands = context.commands, []
-        ops = context.ops
+        ops, ended = context.ops, self.outcome is not None
         return [
             c
             for c in commands
-            if not isinstance(c, RunStep | StartSleep) or ops[c.op].state is OpState.EMITTED
+            if not isinstance(c, RunStep | StartSleep)
+            or (not ended and ops[c.op].state is OpState.EMITTED)
         ]
 
     def op(self, name: str) -> Op:

@@ -161,9 +161,7 @@ class Case:
     ) -> list[Claim]:
         """Claim by reference, or by poll when no item is named."""
         fields.setdefault("limit", max(1, len(items)))
-        request = ClaimRequest(
-            owner=owner, lease=seconds(lease), items=items or None, **fields
-        )
+        request = ClaimRequest(owner=owner, lease=seconds(lease), items=items or None, **fields)
         return list((await (store or self.store).claim(request)).claims)
 
     async def turn(self, run_id: str = "run", **fields: Any) -> Claim:  # noqa: ANN401

@@ -391,6 +391,8 @@ class Plan:
     def _end(self, final: RunStatus) -> None:
         self.fields["final"] = final
         self.fields["finished_at"] = self.at
+        if self.run.stalled is not None:
+            self.fields["stalled"] = None
         for item_id, item in [*self.run.items.items(), *self.items.items()]:
             if item is not None and item.kind is not ItemKind.DELIVER:
                 self.items[item_id] = None

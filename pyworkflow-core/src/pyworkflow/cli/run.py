@@ -1,0 +1,295 @@
+"""``pyworkflow run``: start a run, follow it to its end, show the result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from pyworkflow.cli import _output as output
+from pyworkflow.cli._options import (
+    import_workflows,
+    opening,
+    settle_settings,
+    shared,
+    store_hint,
+    wants_json,
+)
+from pyworkflow.cli._progress import ENDS, Progress
+from pyworkflow.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from pyworkflow._definitions import Workflow
+    from pyworkflow._local import EmbeddedHost
+    from pyworkflow.events import Event
+    from pyworkflow.runs import Run
+
+__all__ = ["command"]
+
+_GLANCE = timedelta(seconds=5)
+
+
+@click.command("run", short_help="Start a run and follow it to its end.")
+@click.argument("target", metavar="MODULE:WORKFLOW")
+@click.option(
+    "--arg",
+    "named",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An argument of the workflow. VALUE is JSON, or else text. May be given again.",
+)
+@click.option(
+    "--args",
+    "document",
+    metavar="JSON",
+    help="All arguments: an object by name, or a list by position.",
+)
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="Idempotency key: a run that has it already is followed, none is started.",
+)
+@shared
+def command(target: str, named: Sequence[str], document: str | None, key: str | None) -> int:
+    """Start a run of WORKFLOW, show what happens, and print its result.
+
+    MODULE is a dotted name or path/file.py; the current directory is on the path. With the local
+    executor the run is worked on in this process. It is durable at once: interrupted (Ctrl-C) or
+    killed, it goes on when `pyworkflow worker MODULE` runs.
+
+    \b
+    pyworkflow run shop.orders:process_order --arg order_id=ORD-123 --key order-ORD-123
+    pyworkflow run examples/quickstart.py:tour --args '{"visitor": "Ada"}'
+
+    Exit status: 0 completed, 1 failed, cancelled or stalled, 130 interrupted.
+    """
+    module, colon, name = target.rpartition(":")
+    if not colon or not module or not name:
+        raise click.UsageError(
+            f"{target!r} names no workflow; write MODULE:WORKFLOW, for example "
+            "app.py:onboarding or shop.orders:process_order"
+        )
+    import_workflows([module])
+    settle_settings()
+    workflow = _find(module, name)
+    args, kwargs = _arguments(workflow, named, document)
+    from pyworkflow._local import host
+
+    workflow.encode_call(args, kwargs)  # wrong arguments need no store
+    with opening():
+        embedded = host()
+    return _follow(embedded, module, lambda: _start(workflow, args, kwargs, key))
+
+
+def _start(
+    workflow: Workflow[Any, Any], args: list[object], kwargs: dict[str, object], key: str | None
+) -> str:
+    return workflow.options(idempotency_key=key).start(*args, **kwargs)
+
+
+def _find(module: str, name: str) -> Workflow[Any, Any]:
+    """The workflow by the name of its variable, or by the name that it goes by."""
+    import difflib
+    from pathlib import Path
+
+    from pyworkflow._definitions import Workflow, find_workflow, workflow_names
+
+    stem = Path(module).stem if module.endswith(".py") else module
+    there = vars(sys.modules[stem])
+    found = there.get(name)
+    if isinstance(found, Workflow):
+        return cast("Workflow[Any, Any]", found)
+    registered = find_workflow(name)
+    if registered is not None:
+        return registered
+    known = sorted({k for k, v in there.items() if isinstance(v, Workflow)} | workflow_names())
+    if found is not None:
+        raise ArgumentError(f"{name} in {module} is no workflow; decorate it with @workflow()")
+    close = difflib.get_close_matches(name, known)
+    if close:
+        remedy = f"did you mean {' or '.join(close)}?"
+    elif known:
+        remedy = f"there are {', '.join(known)}"
+    else:
+        remedy = "it defines none; decorate an async function with @workflow()"
+    raise ArgumentError(f"no such workflow: module={module} workflow={name}; {remedy}")
+
+
+def _arguments(
+    workflow: Workflow[Any, Any], named: Sequence[str], document: str | None
+) -> tuple[list[object], dict[str, object]]:
+    args: list[object] = []
+    kwargs: dict[str, object] = {}
+    if document is not None:
+        try:
+            given: object = json.loads(document)
+        except ValueError as error:
+            raise click.UsageError(f"--args is no JSON: {error}") from error
+        if isinstance(given, dict):
+            kwargs.update(cast("Mapping[str, object]", given))
+        elif isinstance(given, list):
+            args.extend(cast("Sequence[object]", given))
+        else:
+            raise click.UsageError("--args takes a JSON object, or a list")
+    hints = workflow._signature.hints
+    for one in named:
+        name, equals, text = one.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--arg {one!r} is not NAME=VALUE")
+        kwargs[name] = _value(text, hints.get(name))
+    return args, kwargs
+
+
+def _value(text: str, annotation: object) -> object:
+    """JSON when it is that and fits the annotation, else the text itself: ``--arg id=007``."""
+    from pydantic import ValidationError
+
+    from pyworkflow._serialization import adapter_for
+
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return text
+    adapter = adapter_for(annotation)
+    if adapter is None or isinstance(value, str):
+        return value
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        try:
+            adapter.validate_python(text)
+        except ValidationError:
+            return value
+        return text
+    return value
+
+
+# --- following ----------------------------------------------------------------------------------
+
+
+def _follow(embedded: EmbeddedHost, module: str, start: Callable[[], str]) -> int:
+    from pyworkflow.runs import RunStatus
+
+    run_id = ""
+    try:
+        run_id = start()
+        # The exit waits for runs that the process started; from here on this command does.
+        embedded.started.discard(run_id)
+        with _shown() as show:
+            run = _watch(embedded, run_id, show)
+    except KeyboardInterrupt:
+        if not run_id:
+            raise
+        embedded.started.clear()
+        _say_how_to_go_on(embedded, module, run_id)
+        return 130
+    if wants_json():
+        location = embedded.storage.info().location
+        output.print_json({**output.run_json(run), "storage": location}, line=True)
+    else:
+        _say_the_end(embedded, run)
+    return 0 if run.status is RunStatus.COMPLETED else 1
+
+
+def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -> Run:
+    """Show events as they come; the run when it has ended, or stalled."""
+    from pyworkflow._client import Operations
+    from pyworkflow.runs import RunStatus
+
+    operations = Operations(embedded.storage, None, None)
+    after = 0
+    while True:
+        events = embedded.call(operations.get_events(run_id, after, None))
+        for event in events:
+            show(event)
+            after = event.seq
+        if not events or any(e.type in ENDS or e.type == "workflow.stalled" for e in events):
+            run = embedded.call(operations.get_run(run_id))
+            if run.status.is_terminal and run.next is not None:
+                run_id, after = run.next, 0
+                continue
+            if run.status.is_terminal or run.status is RunStatus.STALLED:
+                return run
+        embedded.call(embedded.storage.watch(run_id, after=after, timeout=_GLANCE))
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Event], None]]:
+    """How events are shown: as JSON lines, as plain lines, or above a line that is alive."""
+    if wants_json():
+        yield lambda event: output.print_json({"event": output.event_json(event)}, line=True)
+        return
+    progress = Progress()
+    if not sys.stdout.isatty():
+
+        def plain(event: Event) -> None:
+            for text, _ in progress.lines(event):
+                output.styled(text, None)
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def alive() -> Text:
+        doing = progress.now()
+        return Text(f"          … {doing}" if doing else "", style="dim", overflow="ellipsis")
+
+    # The steps' own prints go through it too: they appear above the line that is alive.
+    with Live(get_renderable=alive, console=console, refresh_per_second=8, transient=True):
+
+        def coloured(event: Event) -> None:
+            for text, style in progress.lines(event):
+                console.print(Text(text, style=style or ""))
+
+        yield coloured
+
+
+def _say_the_end(embedded: EmbeddedHost, run: Run) -> None:
+    from pyworkflow.runs import RunStatus
+
+    if run.status is RunStatus.COMPLETED:
+        seconds = ((run.finished_at or run.updated_at) - run.created_at).total_seconds()
+        output.styled(f"completed in {output.age(seconds)}", "bold green")
+        output.styled(f"result   {output.shown(run.result, 10_000)}", None)
+    else:
+        sys.stdout.flush()
+        output.note(f"pyworkflow: the run {_what_became(run)}")
+        if run.error is not None and run.error.traceback:
+            output.note(run.error.traceback.rstrip())
+    output.styled(f"history  {embedded.storage.info().location}, run {run.run_id}", "dim")
+    output.styled(f"         pyworkflow runs events {run.run_id}{store_hint()}", "dim")
+
+
+def _what_became(run: Run) -> str:
+    from pyworkflow.runs import RunStatus
+
+    if run.status is RunStatus.STALLED:
+        return (
+            f"is stalled: {run.stalled}\nIt is durable: a worker with corrected code goes on with it"
+        )
+    if run.error is None:
+        return run.status.value
+    kind = run.error.type.rpartition(":")[2]
+    return f"{run.status.value}: {kind}: {run.error.message}".rstrip(": ")
+
+
+def _say_how_to_go_on(embedded: EmbeddedHost, module: str, run_id: str) -> None:
+    hint = store_hint()
+    if embedded.worker is None:
+        output.note(f"\npyworkflow: interrupted; workers go on with the run: run_id={run_id}")
+    else:
+        output.note(
+            f"\npyworkflow: interrupted; the run is durable and waits for a worker: run_id={run_id}"
+        )
+        output.note(f"  pyworkflow worker {module}{hint}")
+    output.note(f"  pyworkflow runs events {run_id} --follow{hint}")
+    output.note(f"  pyworkflow runs cancel {run_id}{hint}")
