@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from pyworkflow._client import Operations
+from pyworkflow._operations import Operations
 from pyworkflow._config import Settings
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker

@@ -4,54 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import Any, ParamSpec, Self, TypeVar
 
-from pyworkflow import _plugins
 from pyworkflow._config import settings
-from pyworkflow._definitions import RunOptions, Workflow, find_workflow, set_starter
-from pyworkflow._duration import parse_duration
-from pyworkflow._engine.pipeline import Pipeline, StorageClock
-from pyworkflow._engine.session import cancelled_error
+from pyworkflow._definitions import RunOptions, Workflow, set_starter
 from pyworkflow._engine.worker import Worker
-from pyworkflow._failures import decode_error
 from pyworkflow._local import EmbeddedHost, configured_executor, host, refuse_in_host
+from pyworkflow._operations import Operations
 from pyworkflow._plugins import make_storage
-from pyworkflow._replay._cpython import ASYNCIO_PROFILE
 from pyworkflow._replay.context import current_run
-from pyworkflow._serialization import decode, decode_arguments, digest_arguments, payload_size
 from pyworkflow.errors import (
     ArgumentError,
-    Fenced,
-    IdempotencyConflict,
-    KeyTaken,
-    PayloadTooLarge,
-    RunCancelled,
-    RunClosed,
-    RunExists,
-    RunNotFound,
-    RunTerminated,
-    SerializationError,
 )
-from pyworkflow.events import Event, EventClass, EventType
-from pyworkflow.runs import ItemKind, Run, RunStatus
-from pyworkflow.spi.executor import Doorbell, Executor
+from pyworkflow.events import Event
+from pyworkflow.runs import Run
+from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
-    TURN,
-    Change,
-    Claim,
-    Control,
-    ControlKind,
-    NewRun,
     Page,
-    Put,
-    RunQuery,
     StorageBackend,
-    Update,
 )
 
 __all__ = [
@@ -71,280 +45,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 D = str | int | float | timedelta
-
-_POLL = timedelta(seconds=5)
-_NEVER = 2**62
-_LONGEST_REASON = 4096
-
-
-class Operations:
-    """What a client does, in the loop of one storage object."""
-
-    def __init__(
-        self, storage: StorageBackend, worker: Worker | None, executor: Executor | None
-    ) -> None:
-        self.storage = storage
-        self._worker = worker
-        self._executor = executor
-        self._settings = settings()
-        if worker is not None:
-            self._pipeline = worker.pipeline
-        else:
-            self._pipeline = Pipeline(storage, StorageClock(), 10.0)
-
-    async def start(
-        self,
-        workflow: Workflow[Any, Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        options: RunOptions,
-    ) -> str:
-        """Make a run durable and have it begun; its id."""
-        text = workflow.encode_call(args, kwargs)
-        await self.storage.open()
-        limit = min(self._settings.max_payload, self.storage.info().max_payload)
-        if (size := payload_size(text)) > limit:
-            raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", size, limit)
-        run_id = options.run_id or _new_id()
-        change, started = await self._creation(run_id, workflow, text, options, limit)
-        try:
-            answer = await self._pipeline.commit(change)
-        except KeyTaken as refusal:
-            return await self._standing(refusal, workflow, text)
-        except RunExists:
-            raise ArgumentError(
-                f"a run of this id exists: run_id={run_id}; leave run_id out, or take another"
-            ) from None
-        _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
-        turn = next((i for i in answer.claims if i.item_id == TURN), None)
-        if self._worker is not None and turn is not None:
-            created = cast("NewRun", change.create)
-            event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
-            fresh = _fresh_run(run_id, created, answer.timestamp)
-            self._worker.begin_turn(Claim(item=turn, run=fresh, events=(event,)))
-        elif self._executor is not None:
-            await self._executor.ring([Doorbell(run_id, TURN)])
-        return run_id
-
-    async def _creation(
-        self,
-        run_id: str,
-        workflow: Workflow[Any, Any],
-        text: str,
-        options: RunOptions,
-        max_payload: int,
-    ) -> tuple[Change, Event]:
-        longest = options.max_duration or workflow.max_duration
-        deadline = None if longest is None else await self.storage.now() + longest
-        priority = workflow.priority if options.priority is None else options.priority
-        new = NewRun(
-            workflow=workflow.name,
-            version=workflow.version,
-            args=text,
-            idempotency_key=options.idempotency_key,
-            root=run_id,
-            queue=options.queue or workflow.queue or "default",
-            priority=priority,
-            tags=tuple(dict.fromkeys((*workflow.tags, *options.tags))),
-            attributes=options.attributes,
-            deadline=deadline,
-        )
-        data: dict[str, Any] = {
-            "workflow": workflow.name,
-            "version": workflow.version,
-            "args": text,
-            "seed": secrets.token_hex(16),
-            "idempotency_key": options.idempotency_key,
-            "parent": None,
-            "deadline": None if deadline is None else deadline.isoformat(),
-            "attributes": options.attributes,
-            "profile": ASYNCIO_PROFILE,
-            "max_payload": max_payload,
-        }
-        started = Event(EventType.WORKFLOW_STARTED, EventClass.INPUT, data, None, "started")
-        held = None
-        if self._worker is not None and find_workflow(workflow.name) is not None:
-            held = self._worker.held()
-        put = Put(item_id=TURN, kind=ItemKind.TURN, rung=self._executor is not None, claimed=held)
-        key = f"start:{secrets.token_hex(8)}"
-        return Change(run_id=run_id, key=key, create=new, events=[started], put=[put]), started
-
-    async def _standing(self, refusal: KeyTaken, workflow: Workflow[Any, Any], text: str) -> str:
-        """The run that has the key, if it was started with the same."""
-        standing = await self.storage.get_run(refusal.owner)
-        if standing is None:
-            return refusal.owner  # purged: its key is kept so that nothing happens again
-        differences: dict[str, tuple[str, str]] = {}
-        if standing.workflow != workflow.name:
-            differences["workflow"] = (standing.workflow, workflow.name)
-        elif digest_arguments(str(standing.args)) != digest_arguments(text):
-            old, new = _named(workflow, str(standing.args)), _named(workflow, text)
-            for name in dict.fromkeys((*old, *new)):
-                if old.get(name, "—") != new.get(name, "—"):
-                    differences[name] = (old.get(name, "—"), new.get(name, "—"))
-        if differences:
-            raise IdempotencyConflict(refusal.key, refusal.owner, differences)
-        return refusal.owner
-
-    async def get_run(self, run_id: str) -> Run:
-        """The run, decoded."""
-        found = await self.storage.get_run(run_id)
-        if found is None:
-            raise RunNotFound(run_id)
-        return _decoded(found)
-
-    async def result(self, run_id: str, timeout: D | None) -> Any:
-        """Wait for the run's end; its result, or its error raised."""
-        loop = asyncio.get_running_loop()
-        end = None if timeout is None else loop.time() + parse_duration(timeout).total_seconds()
-        while True:
-            found = await self.storage.get_run(run_id)
-            if found is None:
-                raise RunNotFound(run_id)
-            if found.status.is_terminal:
-                if found.next is None:
-                    return _outcome(found)
-                run_id = found.next
-                continue
-            left = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
-            if end is not None and left <= timedelta(0):
-                raise TimeoutError(
-                    f"the run has not ended within timeout={timeout}: run_id={run_id} "
-                    f"status={found.status}; it goes on, ask again later"
-                )
-            # An ended run answers every watch: only the end is waited for, not each event.
-            await self.storage.watch(run_id, after=_NEVER, timeout=min(left, _POLL))
-
-    async def list_runs(
-        self,
-        status: str | Iterable[str] | None,
-        workflow: str | None,
-        limit: int,
-        cursor: str | None,
-    ) -> Page[Run]:
-        """A page of runs, decoded."""
-        query = RunQuery(status=_statuses(status), workflow=workflow, limit=limit)
-        page = await self.storage.list_runs(query, cursor)
-        return Page(items=[_decoded(found) for found in page.items], cursor=page.cursor)
-
-    async def get_events(self, run_id: str, after: int, limit: int | None) -> list[Event]:
-        """Events of a run that exists."""
-        events = await self.storage.get_events(run_id, after=after, limit=limit)
-        if not events and await self.storage.get_run(run_id) is None:
-            raise RunNotFound(run_id)
-        return events
-
-    async def cancel(self, run_id: str, reason: str) -> None:
-        """Make a request to cancel durable, or close a run that no code has to end."""
-        if len(reason) > _LONGEST_REASON:
-            raise ArgumentError(f"the reason is too long: limit={_LONGEST_REASON} characters")
-        found = await self.storage.get_run(run_id)
-        if found is None:
-            raise RunNotFound(run_id)
-        if found.status == RunStatus.CANCELLED:
-            return
-        if found.status.is_terminal:
-            raise RunClosed(run_id, str(found.status))
-        key = f"cancel:{secrets.token_hex(8)}"
-        try:
-            if found.status in (RunStatus.PENDING, RunStatus.STALLED):
-                try:
-                    await self._pipeline.commit(_closed_without_code(run_id, key, reason))
-                except Fenced:
-                    key += "+"  # a worker took it meanwhile: ask its code
-                else:
-                    return
-            data: dict[str, Any] = {"reason": reason}
-            event = Event(EventType.CANCEL_REQUESTED, EventClass.INPUT, data, None, key)
-            await self._pipeline.commit(Change(run_id=run_id, key=key, events=[event]))
-        except RunClosed as closed:
-            if closed.status != RunStatus.CANCELLED:
-                raise
-        if self._worker is not None:
-            self._worker.wake()
-        elif self._executor is not None:
-            await self._executor.ring([Doorbell(run_id, TURN)])
-
-
-def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
-    data: dict[str, Any] = {"reason": reason, "kind": "control"}
-    return Change(
-        run_id=run_id,
-        key=key,
-        control=Control(ControlKind.CANCEL, reason),
-        final=RunStatus.CANCELLED,
-        update=Update(error=cancelled_error(reason)),
-        events=[Event(EventType.WORKFLOW_CANCELLED, EventClass.COMMAND, data)],
-    )
-
-
-def _new_id() -> str:
-    return f"run_{secrets.token_hex(12)}"
-
-
-def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
-    return Run(
-        run_id=run_id,
-        workflow=new.workflow,
-        version=new.version,
-        status=RunStatus.RUNNING,
-        args=new.args,
-        queue=new.queue,
-        priority=new.priority,
-        created_at=at,
-        updated_at=at,
-        deadline=new.deadline,
-        history_length=1,
-    )
-
-
-def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
-    args, kwargs = decode_arguments(text)
-    return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
-
-
-def _decoded(found: Run) -> Run:
-    """The run with its values instead of payload text; what cannot be decoded here stays text."""
-    workflow = find_workflow(found.workflow)
-    args, value = found.args, found.result
-    try:
-        positional, named = decode_arguments(str(found.args))
-        args = (
-            workflow.argument_names(positional, named)
-            if workflow is not None
-            else {**{str(i): v for i, v in enumerate(positional)}, **named}
-        )
-        if isinstance(found.result, str):
-            value = (workflow.decode_result if workflow is not None else decode)(found.result)
-    except (SerializationError, TypeError):
-        pass
-    return dataclasses.replace(found, args=args, result=value)
-
-
-def _outcome(found: Run) -> Any:
-    match found.status:
-        case RunStatus.COMPLETED:
-            workflow = find_workflow(found.workflow)
-            text = str(found.result)
-            return (workflow.decode_result if workflow is not None else decode)(text)
-        case RunStatus.FAILED if found.error is not None:
-            raise decode_error(found.error.to_json())
-        case RunStatus.TERMINATED:
-            raise RunTerminated(found.run_id)
-        case _:
-            raise RunCancelled(found.run_id, found.error.message if found.error else "")
-
-
-def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:
-    if status is None:
-        return None
-    wanted = [status] if isinstance(status, str) else list(status)
-    try:
-        return frozenset(RunStatus(s) for s in wanted)
-    except ValueError:
-        known = ", ".join(s.value for s in RunStatus)
-        raise ArgumentError(f"not a status: {wanted!r}; there are {known}") from None
-
 
 # --- the functions of the module ------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from pyworkflow.spi.reference import check_change
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._journal import Journal
 from pyworkflow_storage_file._state import State
-from pyworkflow_storage_file._writer import Batch, Writer
+from pyworkflow_storage_file._writer import Batch, Writer, forks
 
 __all__ = ["FileStorageBackend"]
 
@@ -55,6 +55,9 @@ class FileStorageBackend(StorageBackend):
     that returned survives the death of the process, and with ``fsync`` (the default) power loss.
     An object belongs to the event loop that first used it; ``twin`` makes one for another.
     After a fork, parent and child go on with files of their own.
+
+    The clock is the machine's, plus the offset of ``shift_clock``. When somebody sets it, by more
+    than a second, timers follow it; leases keep the time they had left, and what was due stays due.
     """
 
     #: The seam for tests of failing disks.
@@ -77,7 +80,7 @@ class FileStorageBackend(StorageBackend):
         self._fsync = fsync
         self._writer: Writer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
+        self._forks = 0
         self._closed = False
 
     def __repr__(self) -> str:
@@ -98,7 +101,7 @@ class FileStorageBackend(StorageBackend):
         """Finish what was begun and end the thread. Idempotent."""
         self._closed = True
         writer, self._writer = self._writer, None
-        if writer is not None and self._pid == os.getpid():
+        if writer is not None and self._forks == forks():
             writer.stop()
             await writer.join()
 
@@ -293,9 +296,9 @@ class FileStorageBackend(StorageBackend):
             )
         loop = asyncio.get_running_loop()
         writer = self._writer
-        if writer is not None and self._loop is loop and self._pid == os.getpid():
+        if writer is not None and self._loop is loop and self._forks == forks():
             return writer
-        if writer is not None and self._pid == os.getpid():
+        if writer is not None and self._forks == forks():
             raise StorageError(
                 f"the storage object belongs to another event loop: path={self.path}; "
                 "use twin() to make one for this loop"
@@ -306,7 +309,7 @@ class FileStorageBackend(StorageBackend):
         )
         weakref.finalize(self, writer.stop).atexit = False
         self._loop = loop
-        self._pid = os.getpid()
+        self._forks = forks()
         return writer
 
     @staticmethod
@@ -373,7 +376,14 @@ def _claim(request: ClaimRequest, batch: Batch) -> Claimed:
 
 def _give_back(writer: Writer, claimed: Claimed) -> None:
     for claim in claimed.claims:
-        writer.submit(partial(_release, claim.ref, None), writes=True)
+        released = writer.submit(partial(_release, claim.ref, None), writes=True)
+        released.add_done_callback(_forget)
+
+
+def _forget(future: asyncio.Future[Any]) -> None:
+    """Take note of an error that nobody waits for: the lease ends by itself then."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _renew(refs: Sequence[ClaimRef], lease: timedelta, batch: Batch) -> list[bool]:

@@ -33,7 +33,7 @@ from pyworkflow_storage_file._files import storage_error
 from pyworkflow_storage_file._journal import Journal, Record
 from pyworkflow_storage_file._state import DELTA, State, encode
 
-__all__ = ["Batch", "Operation", "Writer"]
+__all__ = ["Batch", "Operation", "Writer", "forks"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
@@ -52,6 +52,7 @@ _POLL_FIRST, _POLL_LAST = 0.02, 0.1
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _live: weakref.WeakSet[Writer] = weakref.WeakSet()
+_forks = 0
 
 
 class Batch:
@@ -174,6 +175,8 @@ class Writer:
         while thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
+        if asyncio.get_running_loop() is not self._loop:
+            return
         for timer in (self._stuck_timer, self._poll_timer):
             if timer is not None:
                 timer.cancel()
@@ -445,7 +448,14 @@ def _copy(error: BaseException) -> BaseException:
     return copy
 
 
+def forks() -> int:
+    """How often this process, or one before it, was forked off: objects compare it with theirs."""
+    return _forks
+
+
 def _after_fork() -> None:
+    global _forks
+    _forks += 1
     # The child has the parent's descriptors: kept open, they would keep the lock when the parent
     # dies, and unlocking through them would take it from the parent.
     for writer in list(_live):

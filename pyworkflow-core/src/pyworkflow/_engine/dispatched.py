@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow._clock import from_micros
 from pyworkflow._definitions import Step, find_step
-from pyworkflow._engine.session import FLUSH, end_events, started_event
+from pyworkflow._engine.records import end_events, started_event
+from pyworkflow._engine.session import FLUSH
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import RetryPolicy

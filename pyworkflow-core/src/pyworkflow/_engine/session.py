@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
 from pyworkflow._definitions import Step, Workflow
+from pyworkflow._engine.records import (
+    COMMAND,
+    INPUT,
+    OBSERVATION,
+    cancelled_error,
+    end_events,
+    scheduled_event,
+    started_event,
+)
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import (
@@ -33,7 +41,7 @@ from pyworkflow._replay.commands import (
 from pyworkflow._replay.replay import DEADLINE_OP, Replay
 from pyworkflow._serialization import payload_size
 from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, SerializationError, UnseenInput
-from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.storage import (
     TURN,
@@ -51,21 +59,12 @@ from pyworkflow.spi.storage import (
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
 
-__all__ = [
-    "FLUSH",
-    "LiveRun",
-    "Session",
-    "cancelled_error",
-    "end_events",
-    "scheduled_event",
-    "started_event",
-]
+__all__ = ["FLUSH", "LiveRun", "Session"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
-_COMMAND, _INPUT, _OBSERVATION = (str(k) for k in EventClass)
 _WARN_AT = 10_240
 _SLICE = 500
 
@@ -123,7 +122,7 @@ class Session:
         self._cancel: str | None = None
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
-            self._events.append(Event(EventType.WORKFLOW_UNSTALLED, _OBSERVATION, {}))
+            self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
 
     def _hold(self, item: WorkItem) -> None:
         assert item.lease is not None
@@ -152,7 +151,7 @@ class Session:
                     "cause": "claimed",
                     "replayed": len(events),
                 }
-                self._events.append(Event(EventType.WORKFLOW_RESUMED, _OBSERVATION, data))
+                self._events.append(Event(EventType.WORKFLOW_RESUMED, OBSERVATION, data))
             while True:
                 try:
                     done = await self._turn()
@@ -239,14 +238,14 @@ class Session:
                     self._cancel_step(command)
                 case StartSleep(op, until):
                     wake: dict[str, Any] = {"until": from_micros(until).isoformat()}
-                    self._events.append(Event(EventType.SLEEP_CREATED, _COMMAND, wake, op))
+                    self._events.append(Event(EventType.SLEEP_CREATED, COMMAND, wake, op))
                 case MarkVersion(id):
                     key = f"marker:{id}"
-                    marked = Event(EventType.VERSION_MARKED, _COMMAND, {"id": id}, None, key)
+                    marked = Event(EventType.VERSION_MARKED, COMMAND, {"id": id}, None, key)
                     self._events.append(marked)
                 case EmitLog(level, message, fields):
                     line: dict[str, Any] = {"message": message, "fields": dict(fields)}
-                    self._events.append(Event(f"log.{level}", _OBSERVATION, line))
+                    self._events.append(Event(f"log.{level}", OBSERVATION, line))
         own = True
         for what in steps:
             if self._is_queued(what.step):
@@ -301,7 +300,7 @@ class Session:
         op = self._replay.op(command.op)
         if op.recorded and not op.cancel_recorded:
             data = {"name": command.name}
-            self._events.append(Event(EventType.STEP_CANCELLED, _COMMAND, data, command.op))
+            self._events.append(Event(EventType.STEP_CANCELLED, COMMAND, data, command.op))
             self._drops.append(f"step:{command.op}")
 
     def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
@@ -354,7 +353,7 @@ class Session:
             }
             if op == DEADLINE_OP:
                 data = {"deadline": data["until"]}
-            self._events.append(Event(type, _INPUT, data, op, f"timer:{op}"))
+            self._events.append(Event(type, INPUT, data, op, f"timer:{op}"))
         handing, self._handing = self._handing, []
         held = self._worker.held()
         for place in handing:
@@ -362,7 +361,7 @@ class Session:
             self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
             self._puts.append(self._put_of(place.what, claimed=held))
         handed = {p.what.op for p in handing}
-        inputs = any(e.klass == _INPUT for e in self._events)
+        inputs = any(e.klass == INPUT for e in self._events)
         settle = not inputs and not (self._running.keys() - handed)
         again: Settle | None = None
         if settle:
@@ -402,7 +401,7 @@ class Session:
             return  # it goes on as soon as the step has ended
         until = None if timer is None else from_micros(timer).isoformat()
         data: dict[str, Any] = {"waiting": waiting[:20], "until": until}
-        self._events.append(Event(EventType.WORKFLOW_SUSPENDED, _OBSERVATION, data))
+        self._events.append(Event(EventType.WORKFLOW_SUSPENDED, OBSERVATION, data))
 
     async def _commit(
         self,
@@ -449,7 +448,7 @@ class Session:
         own = [
             Event(e.type, e.klass, e.data, e.op, e.key, run_id, answer.seqs[i], at)
             for i, e in enumerate(events)
-            if e.klass != _OBSERVATION and i not in answer.skipped
+            if e.klass != OBSERVATION and i not in answer.skipped
         ]
         if answer.others:
             own = sorted([*own, *answer.others], key=_seq)
@@ -466,7 +465,7 @@ class Session:
             message = f"the history is getting long: events={length} limit={limit}"
             _log.warning("%s run_id=%s", message, self._run.run_id)
             warning: dict[str, Any] = {"message": message, "fields": {}}
-            self._events.append(Event(EventType.LOG_WARNING, _OBSERVATION, warning))
+            self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
 
     def _take_over(self, handing: list[_InPlace], answer: Committed) -> None:
         """Steps that were handed off go on under a claim of their own."""
@@ -495,17 +494,17 @@ class Session:
         match outcome:
             case CompleteRun(result):
                 final = RunStatus.COMPLETED
-                last = Event(EventType.WORKFLOW_COMPLETED, _COMMAND, {"result": result})
+                last = Event(EventType.WORKFLOW_COMPLETED, COMMAND, {"result": result})
                 update = Update(result=result)
             case FailRun(error):
                 encoded: Any = encode_error(error)
                 info = ErrorInfo.from_json(encoded)
                 final = RunStatus.FAILED
-                last = Event(EventType.WORKFLOW_FAILED, _COMMAND, {"error": encoded})
+                last = Event(EventType.WORKFLOW_FAILED, COMMAND, {"error": encoded})
                 update = Update(error=info)
             case CancelRun(reason):
                 final = RunStatus.CANCELLED
-                last = Event(EventType.WORKFLOW_CANCELLED, _COMMAND, {"reason": reason})
+                last = Event(EventType.WORKFLOW_CANCELLED, COMMAND, {"reason": reason})
                 update = Update(error=cancelled_error(reason))
         if self._replay.leftover:
             _log.warning(
@@ -539,7 +538,7 @@ class Session:
         """A cancel that no code can be given: it ends the run as one of a stalled run does."""
         self._changes += 1
         data: dict[str, Any] = {"reason": reason, "kind": "control"}
-        last = Event(EventType.WORKFLOW_CANCELLED, _COMMAND, data)
+        last = Event(EventType.WORKFLOW_CANCELLED, COMMAND, data)
         info = cancelled_error(reason)
         answer = await self._worker.pipeline.commit(
             Change(
@@ -564,7 +563,7 @@ class Session:
         events: list[Event] = []
         if self._run.stalled != reason:
             data: dict[str, Any] = {"reason": reason, "error": error}
-            events.append(Event(EventType.WORKFLOW_STALLED, _OBSERVATION, data))
+            events.append(Event(EventType.WORKFLOW_STALLED, OBSERVATION, data))
             _log.error("the run stalled: %s run_id=%s", reason, self._run.run_id)
         self._changes += 1
         answer = await self._worker.pipeline.commit(
@@ -603,54 +602,3 @@ class Session:
 
 def _seq(event: Event) -> int:
     return event.seq
-
-
-def cancelled_error(reason: str) -> ErrorInfo:
-    """How a cancelled run keeps the reason."""
-    return ErrorInfo(type="pyworkflow.errors:RunCancelled", message=reason, portable=True)
-
-
-def scheduled_event(what: StepTry) -> Event:
-    """A step gets an item: from now on it is dispatched."""
-    data = what.payload()
-    del data["v"], data["op"]
-    data["queue"] = what.step.queue
-    return Event(EventType.STEP_SCHEDULED, _COMMAND, data, what.op)
-
-
-def started_event(what: StepTry, worker: str, *, dispatched: bool) -> Event:
-    """A try began."""
-    data: dict[str, Any] = {
-        "name": what.step.name,
-        "attempt": what.attempt,
-        "worker": worker,
-        "at": None if what.began is None else what.began.isoformat(),
-        "dispatched": dispatched,
-    }
-    return Event(EventType.STEP_STARTED, _OBSERVATION, data, what.op)
-
-
-def end_events(
-    worker: Worker, what: StepTry, end: StepEnd, *, started: bool, dispatched: bool = False
-) -> tuple[list[Event], int | None]:
-    """The events of a try's end, and when the next try is due (µs), or None."""
-    events = [] if started else [started_event(what, worker.owner, dispatched=dispatched)]
-    data: dict[str, Any] = {"name": what.step.name, "attempt": what.attempt}
-    if end.error is None:
-        data["digest"] = what.digest
-        data["result"] = end.result
-        key = f"step:{what.op}"
-        events.append(Event(EventType.STEP_COMPLETED, _INPUT, data, what.op, key))
-        return events, None
-    now = worker.clock.micros()
-    verdict = worker.runner.judge(what, end, from_micros(now))
-    data["error"] = verdict.error
-    if verdict.retry_at is not None:
-        data["retry_at"] = verdict.retry_at.isoformat()
-        events.append(Event(EventType.STEP_RETRYING, _OBSERVATION, data, what.op))
-        delay = verdict.retry_at - from_micros(now)
-        return events, now + max(delay, timedelta(0)) // timedelta(microseconds=1)
-    data["digest"] = what.digest
-    data["kind"] = end.kind
-    events.append(Event(EventType.STEP_FAILED, _INPUT, data, what.op, f"step:{what.op}"))
-    return events, None

@@ -12,7 +12,7 @@ import click
 from pyworkflow.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
-    from pyworkflow._client import Operations
+    from pyworkflow._operations import Operations
     from pyworkflow.spi.storage import StorageBackend
 
 __all__ = [
@@ -107,7 +107,7 @@ def in_store(call: Callable[[Operations], Any]) -> Any:
     """Await ``call`` with the operations of a client that has no worker, on the configured store."""
     import asyncio
 
-    from pyworkflow._client import Operations
+    from pyworkflow._operations import Operations
     from pyworkflow._config import settings
     from pyworkflow._local import configured_executor, configured_storage
 

@@ -129,6 +129,10 @@ class Progress:
         branch = (event.op or "").partition("#")[0].partition(".")[2]
         place = f"[{branch}] " if branch else ""
         text = describe(event, self._calls.get(event.op))
+        if event.type == "workflow.started":
+            text += f"  {event.run_id}"
+        elif event.type in ENDS:
+            text = event.type.partition(".")[2]  # what became of it is said at the end
         yield f"{(at - begun).total_seconds():7.2f}s  {place}{text}", style_of(event)
 
     def now(self) -> str:

@@ -198,7 +198,7 @@ def _follow(embedded: EmbeddedHost, module: str, start: Callable[[], str]) -> in
 
 def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -> Run:
     """Show events as they come; the run when it has ended, or stalled."""
-    from pyworkflow._client import Operations
+    from pyworkflow._operations import Operations
     from pyworkflow.runs import RunStatus
 
     operations = Operations(embedded.storage, None, None)
@@ -257,8 +257,6 @@ def _say_the_end(embedded: EmbeddedHost, run: Run) -> None:
     from pyworkflow.runs import RunStatus
 
     if run.status is RunStatus.COMPLETED:
-        seconds = ((run.finished_at or run.updated_at) - run.created_at).total_seconds()
-        output.styled(f"completed in {output.age(seconds)}", "bold green")
         output.styled(f"result   {output.shown(run.result, 10_000)}", None)
     else:
         sys.stdout.flush()

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from pyworkflow._client import Operations
+from pyworkflow._operations import Operations
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration

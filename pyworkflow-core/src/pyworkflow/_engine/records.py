@@ -1,0 +1,77 @@
+"""The events that the engine writes of steps and ends."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from pyworkflow._clock import from_micros
+from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.runs import ErrorInfo
+
+if TYPE_CHECKING:
+    from pyworkflow._engine.worker import Worker
+
+__all__ = [
+    "COMMAND",
+    "INPUT",
+    "OBSERVATION",
+    "cancelled_error",
+    "end_events",
+    "scheduled_event",
+    "started_event",
+]
+
+COMMAND, INPUT, OBSERVATION = (str(k) for k in EventClass)
+
+
+def cancelled_error(reason: str) -> ErrorInfo:
+    """How a cancelled run keeps the reason."""
+    return ErrorInfo(type="pyworkflow.errors:RunCancelled", message=reason, portable=True)
+
+
+def scheduled_event(what: StepTry) -> Event:
+    """A step gets an item: from now on it is dispatched."""
+    data = what.payload()
+    del data["v"], data["op"]
+    data["queue"] = what.step.queue
+    return Event(EventType.STEP_SCHEDULED, COMMAND, data, what.op)
+
+
+def started_event(what: StepTry, worker: str, *, dispatched: bool) -> Event:
+    """A try began."""
+    data: dict[str, Any] = {
+        "name": what.step.name,
+        "attempt": what.attempt,
+        "worker": worker,
+        "at": None if what.began is None else what.began.isoformat(),
+        "dispatched": dispatched,
+    }
+    return Event(EventType.STEP_STARTED, OBSERVATION, data, what.op)
+
+
+def end_events(
+    worker: Worker, what: StepTry, end: StepEnd, *, started: bool, dispatched: bool = False
+) -> tuple[list[Event], int | None]:
+    """The events of a try's end, and when the next try is due (µs), or None."""
+    events = [] if started else [started_event(what, worker.owner, dispatched=dispatched)]
+    data: dict[str, Any] = {"name": what.step.name, "attempt": what.attempt}
+    if end.error is None:
+        data["digest"] = what.digest
+        data["result"] = end.result
+        key = f"step:{what.op}"
+        events.append(Event(EventType.STEP_COMPLETED, INPUT, data, what.op, key))
+        return events, None
+    now = worker.clock.micros()
+    verdict = worker.runner.judge(what, end, from_micros(now))
+    data["error"] = verdict.error
+    if verdict.retry_at is not None:
+        data["retry_at"] = verdict.retry_at.isoformat()
+        events.append(Event(EventType.STEP_RETRYING, OBSERVATION, data, what.op))
+        delay = verdict.retry_at - from_micros(now)
+        return events, now + max(delay, timedelta(0)) // timedelta(microseconds=1)
+    data["digest"] = what.digest
+    data["kind"] = end.kind
+    events.append(Event(EventType.STEP_FAILED, INPUT, data, what.op, f"step:{what.op}"))
+    return events, None

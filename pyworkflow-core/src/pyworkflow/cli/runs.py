@@ -1,0 +1,235 @@
+"""``pyworkflow runs``: list, show, events, cancel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import click
+
+from pyworkflow.cli import _output as output
+from pyworkflow.cli._options import in_store, shared, store_hint, wants_json
+from pyworkflow.cli._progress import ENDS, describe, style_of
+
+if TYPE_CHECKING:
+    from pyworkflow._operations import Operations
+    from pyworkflow.events import Event
+    from pyworkflow.runs import Run, WorkItem
+    from pyworkflow.spi.storage import Page
+
+__all__ = ["command"]
+
+_STATUSES = (
+    "pending",
+    "running",
+    "suspended",
+    "paused",
+    "stalled",
+    "completed",
+    "failed",
+    "cancelled",
+    "terminated",
+    "continued",
+)
+_GLANCE = timedelta(seconds=5)
+
+
+@click.group("runs", short_help="List runs, look at one, cancel one.")
+@shared
+def command() -> None:
+    """List runs, look at one, cancel one.
+
+    \b
+    pyworkflow runs list --status failed --status stalled
+    pyworkflow runs show RUN_ID
+    pyworkflow runs events RUN_ID --follow
+    pyworkflow runs cancel RUN_ID --reason "ordered twice"
+    """
+
+
+@command.command("list")
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice(_STATUSES),
+    help="Only runs with this status. May be given again.",
+)
+@click.option("--workflow", metavar="NAME", help="Only runs of this workflow.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many."
+)
+@click.option("--cursor", metavar="CURSOR", help="Where the page before ended.")
+@shared
+def list_runs(
+    statuses: Sequence[str], workflow: str | None, limit: int, cursor: str | None
+) -> None:
+    """List runs, newest first."""
+
+    async def read(operations: Operations) -> tuple[Page[Run], str]:
+        try:
+            page = await operations.list_runs(statuses or None, workflow, limit, cursor)
+        except ValueError as error:
+            raise click.UsageError(f"--cursor {cursor!r}: {error}") from error
+        return page, operations.storage.info().location
+
+    page, location = in_store(read)
+    if wants_json():
+        output.print_json(
+            {"runs": [output.run_json(run) for run in page.items], "cursor": page.cursor}
+        )
+        return
+    if not page.items:
+        output.note(f"no such runs in {location}" if statuses or workflow else f"no runs in {location}")
+        return
+    rows = [
+        (
+            run.run_id,
+            run.workflow,
+            run.status.value,
+            output.moment(run.created_at),
+            output.moment(run.finished_at),
+        )
+        for run in page.items
+    ]
+    output.print_table(("RUN", "WORKFLOW", "STATUS", "CREATED", "ENDED"), rows)
+    if page.cursor is not None:
+        output.note(f"more: add --cursor {page.cursor}")
+
+
+@command.command("show")
+@click.argument("run_id")
+@shared
+def show_run(run_id: str) -> None:
+    """Show a run: status, arguments, result or error, and what it waits for."""
+
+    async def read(operations: Operations) -> tuple[Run, list[WorkItem]]:
+        run = await operations.get_run(run_id)
+        return run, await operations.storage.list_work(run_id)
+
+    run, work = in_store(read)
+    if wants_json():
+        items = [
+            {
+                "item_id": item.item_id,
+                "kind": item.kind.value,
+                "queue": item.queue,
+                "due_at": item.due_at.isoformat(),
+                "claims": item.claims,
+                "owner": None if item.lease is None else item.lease.owner,
+            }
+            for item in work
+        ]
+        output.print_json({**output.run_json(run), "work": items})
+        return
+    error = ""
+    if run.error is not None:
+        error = run.error.traceback.rstrip() or f"{run.error.type}: {run.error.message}"
+    output.print_pairs(
+        {
+            "run": run.run_id,
+            "workflow": run.workflow + (f" (version {run.version})" if run.version != "1" else ""),
+            "status": run.status.value,
+            "stalled": run.stalled or "",
+            "arguments": _arguments(run.args),
+            "result": output.shown(run.result, 10_000) if run.result is not None else "",
+            "error": error,
+            "key": run.idempotency_key or "",
+            "tags": ", ".join(run.tags),
+            "created": output.moment(run.created_at),
+            "started": output.moment(run.started_at),
+            "ended": output.moment(run.finished_at),
+            "deadline": output.moment(run.deadline),
+            "events": str(run.history_length),
+            "next run": run.next or "",
+            "work": "\n".join(_owed(item) for item in work),
+        }
+    )
+
+
+def _arguments(args: object) -> str:
+    if isinstance(args, dict):
+        named: dict[str, object] = {str(k): v for k, v in args.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # decoded values
+        return ", ".join(f"{name}={output.shown(value)}" for name, value in named.items())
+    return str(args)
+
+
+def _owed(item: WorkItem) -> str:
+    held = f", last held by {item.lease.owner}" if item.lease is not None else ""
+    return f"{item.item_id} due {output.moment(item.due_at)} in queue {item.queue}{held}"
+
+
+@command.command("events")
+@click.argument("run_id")
+@click.option("--after", type=click.IntRange(min=0), default=0, metavar="SEQ", help="Start behind.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="How many at most.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these, as step.failed.")
+@click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@shared
+def show_events(
+    run_id: str, after: int, limit: int | None, types: Sequence[str], follow: bool
+) -> None:
+    """Show a run's history, event by event.
+
+    With --json one event per line, in the form of the event schema.
+    """
+
+    async def read(operations: Operations) -> None:
+        position, left = after, limit
+        while True:
+            events = await operations.get_events(run_id, position, left)
+            for event in events:
+                position = event.seq
+                if not types or event.type in types:
+                    _show_event(event)
+            left = None if left is None else left - len(events)
+            if not follow or left == 0 or any(event.type in ENDS for event in events):
+                return
+            if not events and (await operations.get_run(run_id)).status.is_terminal:
+                return
+            await operations.storage.watch(run_id, after=position, timeout=_GLANCE)
+
+    in_store(read)
+
+
+def _show_event(event: Event) -> None:
+    if wants_json():
+        output.print_json(output.event_json(event), line=True)
+        return
+    try:
+        said = describe(event)
+    except (KeyError, TypeError, ValueError):  # written by another version: shown as it is
+        said = json.dumps(dict(event.data))
+    op = event.op or ""
+    at = f"{event.timestamp:%Y-%m-%d %H:%M:%S}.{event.timestamp.microsecond // 1000:03}Z"
+    output.styled(f"{event.seq:>5}  {at}  {event.type:<19} {op:<14} {said}", style_of(event))
+
+
+@command.command("cancel")
+@click.argument("run_id")
+@click.option("--reason", default="", metavar="TEXT", help="Recorded, and shown to the workflow.")
+@shared
+def cancel_run(run_id: str, reason: str) -> None:
+    """Ask a run to end: its code gets CancelledError where it waits, and may clean up.
+
+    Returns when the request is durable. A run that no code has begun, or that is stalled, ends at
+    once. Exit status 1 when it has ended otherwise.
+    """
+
+    async def ask(operations: Operations) -> Run:
+        await operations.cancel(run_id, reason)
+        return await operations.get_run(run_id)
+
+    run = in_store(ask)
+    if wants_json():
+        output.print_json({"run_id": run_id, "status": run.status.value})
+    elif run.status.is_terminal:
+        output.styled(f"{run.status.value}  {run_id}", "yellow")
+    else:
+        output.styled(f"asked to cancel  {run_id}", "yellow")
+        output.note(
+            f"its code ends it when a worker drives it: `pyworkflow runs show {run_id}"
+            f"{store_hint()}`"
+        )
