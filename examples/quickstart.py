@@ -1,7 +1,7 @@
 """A tour in one workflow: steps, a retry, three branches at once, a durable sleep.
 
-    pyworkflow run examples/quickstart.py:tour --arg visitor=Ada
-    python examples/quickstart.py
+pyworkflow run examples/quickstart.py:tour --arg visitor=Ada
+python examples/quickstart.py
 """
 
 import asyncio

@@ -198,8 +198,7 @@ class Interpreter:
         try:
             return await self.run(node)
         finally:
-            if not pyworkflow.is_evicting():
-                self.note("finally", await self.caught(last))
+            self.note("finally", await self.caught(last))
 
     async def do_compensate(self, node: Any, cleanup: Any, swallow: bool) -> Json:
         try:

@@ -110,6 +110,8 @@ class WorkflowStarted(EventData):
     attributes: dict[str, JsonValue]
     profile: int
     """Which asyncio behaviour the ops of this run follow."""
+    max_payload: int | None = None
+    """Bytes that one payload of this run may have, fixed at its start."""
 
 
 class WorkflowResumed(EventData):

@@ -15,12 +15,17 @@ _numbers = count(1)
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    """Host and boot: process ids mean nothing beyond them."""
+    """Host, boot and process namespace: process ids mean nothing beyond them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()[:8]
     except OSError:
         boot = "-"
-    return f"{socket.gethostname()}/{boot}"
+    try:
+        # Containers may share a host's name and boot, and never its process ids.
+        namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+    except OSError:
+        namespace = "-"
+    return f"{socket.gethostname()}/{boot}.{namespace}"
 
 
 def _started(pid: int) -> str:
@@ -49,6 +54,6 @@ def is_gone(owner: str) -> bool:
     if len(parts) != 5 or "/".join(parts[:2]) != _machine():
         return False
     _, boot, pid, started, _ = parts
-    if boot == "-" or started == "-" or not pid.isdigit() or not Path("/proc/self").is_dir():
+    if boot.startswith("-") or boot.endswith("-") or started == "-" or not pid.isdigit() or not Path("/proc/self").is_dir():
         return False
     return _started(int(pid)) != started

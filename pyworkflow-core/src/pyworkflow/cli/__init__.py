@@ -16,8 +16,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     missing = [name for name in ("click", "rich") if find_spec(name) is None]
     if missing:
         sys.stderr.write(
-            f"the command line needs {' and '.join(missing)}: "
-            "pip install 'pyworkflow-core[cli]'\n"
+            f"the command line needs {' and '.join(missing)}: pip install 'pyworkflow-core[cli]'\n"
         )
         sys.exit(2)
     from pyworkflow.cli._root import execute

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from pyworkflow.events import Event
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "age",
     "event_json",
+    "json_alone",
     "moment",
     "note",
     "print_json",
@@ -36,11 +38,27 @@ _STYLES = {
 }
 
 
+_json_stream: TextIO | None = None
+
+
 def print_json(document: object, *, line: bool = False) -> None:
     """One JSON document, indented, or on a line of its own in a stream."""
     text = json.dumps(document, ensure_ascii=False, indent=None if line else 2)
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    stream = _json_stream or sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+@contextlib.contextmanager
+def json_alone() -> Iterator[None]:
+    """Send what the user's code prints to stderr, so that stdout holds JSON and nothing else."""
+    global _json_stream
+    _json_stream = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream = None
 
 
 def note(text: str) -> None:

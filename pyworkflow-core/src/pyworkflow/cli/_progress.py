@@ -95,9 +95,9 @@ def describe(event: Event, call: str | None = None) -> str:
             left = (_instant(data["until"]) - event.timestamp).total_seconds()
             return f"sleeps {age(max(0.0, left))}, until {_clock(data['until'])}"
         case "sleep.completed":
-            return f"sleep is over ({age(data['lag'])} late)"
+            return f"sleep is over{_late(data['lag'])}"
         case "timer.fired":
-            return f"timer is over ({age(data['lag'])} late)"
+            return f"timer is over{_late(data['lag'])}"
         case "version.marked":
             return f"takes the code of patch {data['id']!r}"
         case "log.debug" | "log.info" | "log.warning" | "log.error":
@@ -111,6 +111,8 @@ class Progress:
     """Follows a history: which lines to show, and what runs or sleeps now."""
 
     def __init__(self) -> None:
+        self.failure = ""
+        """The traceback of the step that failed last."""
         self._begun: datetime | None = None
         self._calls: dict[str | None, str] = {}
         """Op → the call of its step, as far as the history shows arguments."""
@@ -161,6 +163,8 @@ class Progress:
                 what = f"waiting to try {data['name']} again"
                 self._until[event.op] = (what, _instant(data["retry_at"]))
             case "step.completed" | "step.failed" | "step.cancelled":
+                if event.type == "step.failed":
+                    self.failure = str(data["error"].get("traceback", ""))
                 self._running.pop(event.op, None)
                 self._until.pop(event.op, None)
             case "sleep.created":
@@ -177,6 +181,10 @@ def _instant(text: str) -> datetime:
 
 def _clock(text: str) -> str:
     return f"{_instant(text):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _late(lag: float) -> str:
+    return f" ({age(lag)} late)" if lag >= 0.1 else ""
 
 
 def _because(data: Mapping[str, Any]) -> str:

@@ -74,22 +74,18 @@ def command(target: str, named: Sequence[str], document: str | None, key: str | 
             f"{target!r} names no workflow; write MODULE:WORKFLOW, for example "
             "app.py:onboarding or shop.orders:process_order"
         )
-    import_workflows([module])
-    settle_settings()
-    workflow = _find(module, name)
-    args, kwargs = _arguments(workflow, named, document)
-    from pyworkflow._local import host
+    with output.json_alone() if wants_json() else contextlib.nullcontext():
+        import_workflows([module])
+        settle_settings()
+        workflow = _find(module, name)
+        args, kwargs = _arguments(workflow, named, document)
+        workflow.encode_call(args, kwargs)  # wrong arguments need no store
+        from pyworkflow._local import host
 
-    workflow.encode_call(args, kwargs)  # wrong arguments need no store
-    with opening():
-        embedded = host()
-    return _follow(embedded, module, lambda: _start(workflow, args, kwargs, key))
-
-
-def _start(
-    workflow: Workflow[Any, Any], args: list[object], kwargs: dict[str, object], key: str | None
-) -> str:
-    return workflow.options(idempotency_key=key).start(*args, **kwargs)
+        with opening():
+            embedded = host()
+        keyed = workflow.options(idempotency_key=key)
+        return _follow(embedded, module, lambda: keyed.start(*args, **kwargs))
 
 
 def _find(module: str, name: str) -> Workflow[Any, Any]:
@@ -176,11 +172,12 @@ def _follow(embedded: EmbeddedHost, module: str, start: Callable[[], str]) -> in
     from pyworkflow.runs import RunStatus
 
     run_id = ""
+    progress = Progress()
     try:
         run_id = start()
         # The exit waits for runs that the process started; from here on this command does.
         embedded.started.discard(run_id)
-        with _shown() as show:
+        with _shown(progress) as show:
             run = _watch(embedded, run_id, show)
     except KeyboardInterrupt:
         if not run_id:
@@ -192,7 +189,7 @@ def _follow(embedded: EmbeddedHost, module: str, start: Callable[[], str]) -> in
         location = embedded.storage.info().location
         output.print_json({**output.run_json(run), "storage": location}, line=True)
     else:
-        _say_the_end(embedded, run)
+        _say_the_end(embedded, run, progress.failure)
     return 0 if run.status is RunStatus.COMPLETED else 1
 
 
@@ -219,12 +216,11 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Event], None]]:
+def _shown(progress: Progress) -> Iterator[Callable[[Event], None]]:
     """How events are shown: as JSON lines, as plain lines, or above a line that is alive."""
     if wants_json():
         yield lambda event: output.print_json({"event": output.event_json(event)}, line=True)
         return
-    progress = Progress()
     if not sys.stdout.isatty():
 
         def plain(event: Event) -> None:
@@ -253,7 +249,7 @@ def _shown() -> Iterator[Callable[[Event], None]]:
         yield coloured
 
 
-def _say_the_end(embedded: EmbeddedHost, run: Run) -> None:
+def _say_the_end(embedded: EmbeddedHost, run: Run, failure: str) -> None:
     from pyworkflow.runs import RunStatus
 
     if run.status is RunStatus.COMPLETED:
@@ -262,6 +258,8 @@ def _say_the_end(embedded: EmbeddedHost, run: Run) -> None:
         sys.stdout.flush()
         output.note(f"pyworkflow: the run {_what_became(run)}")
         if run.error is not None and run.error.traceback:
+            if failure:
+                output.note(f"In the step that failed last:\n{failure.rstrip()}\nIn the workflow:")
             output.note(run.error.traceback.rstrip())
     output.styled(f"history  {embedded.storage.info().location}, run {run.run_id}", "dim")
     output.styled(f"         pyworkflow runs events {run.run_id}{store_hint()}", "dim")
@@ -271,9 +269,7 @@ def _what_became(run: Run) -> str:
     from pyworkflow.runs import RunStatus
 
     if run.status is RunStatus.STALLED:
-        return (
-            f"is stalled: {run.stalled}\nIt is durable: a worker with corrected code goes on with it"
-        )
+        return f"is stalled: {run.stalled}\nIt is durable: a worker with corrected code goes on with it"
     if run.error is None:
         return run.status.value
     kind = run.error.type.rpartition(":")[2]

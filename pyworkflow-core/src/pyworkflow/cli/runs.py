@@ -82,7 +82,9 @@ def list_runs(
         )
         return
     if not page.items:
-        output.note(f"no such runs in {location}" if statuses or workflow else f"no runs in {location}")
+        output.note(
+            f"no such runs in {location}" if statuses or workflow else f"no runs in {location}"
+        )
         return
     rows = [
         (
@@ -152,7 +154,11 @@ def show_run(run_id: str) -> None:
 def _arguments(args: object) -> str:
     if isinstance(args, dict):
         named: dict[str, object] = {str(k): v for k, v in args.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # decoded values
-        return ", ".join(f"{name}={output.shown(value)}" for name, value in named.items())
+        # A position stands for a name that only the workflow's module knows.
+        return ", ".join(
+            output.shown(value) if name.isdecimal() else f"{name}={output.shown(value)}"
+            for name, value in named.items()
+        )
     return str(args)
 
 

@@ -85,9 +85,7 @@ def command(
         configure_logging(level=log_level.upper(), json_logs=wants_json())
     with opening():
         executor = configured_executor(settings())
-        runtime = create_runtime(
-            queues=queues or None, spread=executor.capabilities.distributed
-        )
+        runtime = create_runtime(queues=queues or None, spread=executor.capabilities.distributed)
     log = logging.getLogger("pyworkflow.worker")
     log.info("the worker has workflows: %s", ", ".join(names))
     with opening():
