@@ -211,8 +211,8 @@ def _module_of(workflow: str) -> str:
         return "MODULE"
     module = found.fn.__module__
     if module == "__main__":
-        file: str | None = getattr(sys.modules["__main__"], "__file__", None)
-        return os.path.relpath(file) if file else "MODULE"
+        # By now the interpreter has taken ``__file__`` away from ``__main__``.
+        return os.path.relpath(found.fn.__code__.co_filename)
     return module
 
 

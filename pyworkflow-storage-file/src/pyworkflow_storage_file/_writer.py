@@ -423,7 +423,7 @@ class Writer:
                 self._rewrite_at = max(_REWRITE_BYTES, journal.size // 2)
             finally:
                 journal.release()
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001  all was answered; the thread must go on
             self._rewrite_at = max(_REWRITE_BYTES, journal.size)
             _log.warning("the journal was not rewritten: %s", error)
 

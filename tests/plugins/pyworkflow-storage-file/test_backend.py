@@ -677,3 +677,31 @@ def test_the_kinds_of_items_survive_a_restart(tmp_path):
             assert await backend.next_due(queues=frozenset({"other"})) is None
 
     asyncio.run(main())
+
+
+def test_a_rewrite_that_fails_is_tried_later_and_hurts_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(_writer, "_REWRITE_BYTES", 5_000)
+
+    class NoReplace(Calls):
+        failed = 0
+
+        def replace(self, source, target):
+            if "000001" not in source.read_text() and self.failed < 2:
+                self.failed += 1
+                raise OSError(errno.ENOSPC, "no room")
+            super().replace(source, target)
+
+    async def main():
+        backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)
+        backend._calls = NoReplace()
+        async with backend, other:
+            await backend.commit(create("r"))
+            request = ClaimRequest(owner="o", lease=MINUTE)
+            manifest = tmp_path / "default" / "manifest.json"
+            while json.loads(manifest.read_text())["generation"] == 1:
+                (claim,) = (await backend.claim(request)).claims
+                assert await backend.release(claim.ref)
+            assert backend._calls.failed == 2
+            assert len(await other.get_events("r")) == 1
+
+    asyncio.run(main())

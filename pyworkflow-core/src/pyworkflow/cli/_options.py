@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+import pyworkflow
 from pyworkflow.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
@@ -78,10 +80,8 @@ def settle_settings() -> None:
 
     After the import of modules, which may call ``configure`` themselves: the command line wins.
     """
-    from pyworkflow import configure
-
     meta = click.get_current_context().meta
-    configure(storage=meta.get(f"{_META}storage"), executor=meta.get(f"{_META}executor"))
+    pyworkflow.configure(storage=meta.get(f"{_META}storage"), executor=meta.get(f"{_META}executor"))
 
 
 def store_hint() -> str:
@@ -93,7 +93,7 @@ def store_hint() -> str:
 
 
 @contextmanager
-def opening() -> Iterator[None]:
+def opening() -> Generator[None]:
     """What is wrong while a store is opened or an executor made makes it unusable."""
     try:
         yield
@@ -104,12 +104,12 @@ def opening() -> Iterator[None]:
 
 
 def in_store(call: Callable[[Operations], Any]) -> Any:
-    """Await ``call`` with the operations of a client that has no worker, on the configured store."""
+    """Await ``call`` with a client's operations, no worker, on the configured store."""
     import asyncio
 
-    from pyworkflow._operations import Operations
     from pyworkflow._config import settings
     from pyworkflow._local import configured_executor, configured_storage
+    from pyworkflow._operations import Operations
 
     async def main() -> Any:
         with opening():
@@ -142,11 +142,20 @@ def import_workflows(modules: Iterable[str]) -> None:
     try:
         import_modules(modules)
     except ConfigurationError as error:
-        cause = error.__cause__
-        frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
-        theirs = [f for f in frames if "importlib" not in f.filename and __package__ not in f.name]
-        last = theirs[-1] if theirs else None
-        if last is None or last.filename.endswith(("pyworkflow/worker.py", "<frozen runpy>")):
-            raise
-        where = f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
-        raise ConfigurationError(f"{error}{where}") from error
+        where = _where(error.__cause__)
+        if where:
+            raise ConfigurationError(f"{error}\n  {where}") from error
+        raise
+
+
+def _where(error: BaseException | None) -> str:
+    """The last line of the user's own code that an exception went through."""
+    if error is None:
+        return ""
+    ours = str(Path(pyworkflow.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith((ours, "<")) and f.line]
+    if not theirs or theirs[-1].filename.endswith("importlib/__init__.py"):
+        return ""
+    last = theirs[-1]
+    return f"at {last.filename}:{last.lineno} in {last.name}: {last.line}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -50,7 +50,7 @@ def print_json(document: object, *, line: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def json_alone() -> Iterator[None]:
+def json_alone() -> Generator[None]:
     """Send what the user's code prints to stderr, so that stdout holds JSON and nothing else."""
     global _json_stream
     _json_stream = sys.stdout

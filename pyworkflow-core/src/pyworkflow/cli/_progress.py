@@ -156,8 +156,9 @@ class Progress:
             case "step.scheduled":
                 self._calls[event.op] = f"{data['name']}({_arguments(data['args'])})"
             case "step.started":
+                called = self._calls.get(event.op)
                 self._until.pop(event.op, None)
-                self._running[event.op] = self._calls.get(event.op, data["name"])
+                self._running[event.op] = called or str(data["name"])
             case "step.retrying":
                 self._running.pop(event.op, None)
                 what = f"waiting to try {data['name']} again"

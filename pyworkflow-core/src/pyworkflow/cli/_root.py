@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -43,19 +44,6 @@ class _Root(click.Group):
         self._ask_plugins()
         return self.commands.get(cmd_name)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            import difflib
-
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx))
-            if close and "Did you mean" not in error.message:
-                error.message += f" Did you mean {' or '.join(close)}?"
-            raise
-
     def _ask_plugins(self) -> None:
         if not self._asked:
             self._asked = True
@@ -75,7 +63,7 @@ class _Root(click.Group):
 @click.version_option(__version__, prog_name="pyworkflow")
 @shared
 def root() -> None:
-    """Durable workflows: start them, work on them, look at them.
+    r"""Durable workflows: start them, work on them, look at them.
 
     \b
     pyworkflow run app.py:onboarding --arg user=ada    start a run and follow it
@@ -90,7 +78,7 @@ def execute(args: Sequence[str] | None = None) -> int:
     from pyworkflow.errors import WorkflowError
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character shows another one; it is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -32,7 +32,7 @@ def command() -> int:
         rows = [
             (
                 one.name,
-                " ".join((one.distribution, one.version)).strip() or "(this application)",
+                f"{one.distribution} {one.version}".strip() or "(this application)",
                 ", ".join(one.kinds),
                 one.status,
             )

@@ -35,7 +35,7 @@ __all__ = ["command"]
 )
 @shared
 def command(source: str, modules: Sequence[str], save: Path | None) -> int:
-    """Feed a history to today's code of its workflow. Runs no step, writes nothing.
+    r"""Feed a history to today's code of its workflow. Runs no step, writes nothing.
 
     The history is a FILE (made by --save or pyworkflow.testing.History.dump), or a run of the
     store. Use it before a deployment: a run whose history no longer fits would stall.

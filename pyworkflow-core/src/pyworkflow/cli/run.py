@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,7 +56,7 @@ _GLANCE = timedelta(seconds=5)
 )
 @shared
 def command(target: str, named: Sequence[str], document: str | None, key: str | None) -> int:
-    """Start a run of WORKFLOW, show what happens, and print its result.
+    r"""Start a run of WORKFLOW, show what happens, and print its result.
 
     MODULE is a dotted name or path/file.py; the current directory is on the path. With the local
     executor the run is worked on in this process. It is durable at once: interrupted (Ctrl-C) or
@@ -79,7 +79,7 @@ def command(target: str, named: Sequence[str], document: str | None, key: str | 
         settle_settings()
         workflow = _find(module, name)
         args, kwargs = _arguments(workflow, named, document)
-        workflow.encode_call(args, kwargs)  # wrong arguments need no store
+        workflow.encode_call(tuple(args), kwargs)  # wrong arguments need no store
         from pyworkflow._local import host
 
         with opening():
@@ -98,9 +98,7 @@ def _find(module: str, name: str) -> Workflow[Any, Any]:
     stem = Path(module).stem if module.endswith(".py") else module
     there = vars(sys.modules[stem])
     found = there.get(name)
-    if isinstance(found, Workflow):
-        return cast("Workflow[Any, Any]", found)
-    registered = find_workflow(name)
+    registered = find_workflow(found.name if isinstance(found, Workflow) else name)
     if registered is not None:
         return registered
     known = sorted({k for k, v in there.items() if isinstance(v, Workflow)} | workflow_names())
@@ -216,7 +214,7 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
 
 
 @contextlib.contextmanager
-def _shown(progress: Progress) -> Iterator[Callable[[Event], None]]:
+def _shown(progress: Progress) -> Generator[Callable[[Event], None]]:
     """How events are shown: as JSON lines, as plain lines, or above a line that is alive."""
     if wants_json():
         yield lambda event: output.print_json({"event": output.event_json(event)}, line=True)

@@ -39,7 +39,7 @@ _GLANCE = timedelta(seconds=5)
 @click.group("runs", short_help="List runs, look at one, cancel one.")
 @shared
 def command() -> None:
-    """List runs, look at one, cancel one.
+    r"""List runs, look at one, cancel one.
 
     \b
     pyworkflow runs list --status failed --status stalled

@@ -44,7 +44,7 @@ __all__ = ["command"]
 def command(
     modules: Sequence[str], queues: Sequence[str], concurrency: int | None, log_level: str
 ) -> int:
-    """Work on due runs of the workflows that MODULEs define.
+    r"""Work on due runs of the workflows that MODULEs define.
 
     MODULE is a dotted name or path/file.py; without any, the setting `modules` counts
     (PYWORKFLOW_MODULES, or modules in [tool.pyworkflow]). Any number of workers may share a
