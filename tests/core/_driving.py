@@ -82,7 +82,9 @@ class Bench:
     @property
     def ops(self) -> Operations:
         """What a client does."""
-        return Operations(self.storage, self.worker, None)
+        ops = Operations(self.storage, self.worker, None)
+        ops._settings = self.settings
+        return ops
 
     async def start(self, workflow: Any, *args: Any, key: str | None = None, **options: Any) -> str:
         """Start a run; its id."""

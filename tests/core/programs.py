@@ -387,29 +387,28 @@ def duration(n: int) -> int:
     return 700 + (n * 7919) % 9973
 
 
-def programs(*, confluent: bool = False, draws: bool = True, max_leaves: int = 12) -> Any:
+def programs(*, confluent: bool = False, draws: bool = True, depth: int = 3) -> Any:
     """Programs. ``confluent``: the result depends on nothing but the program."""
     names = ["ok", "ok", "fails", "queued", "slow", "set"] + (["flaky"] if confluent else [])
     millis = st.integers(1, 12)
-    steps = st.builds(lambda name, n: ["step", name, n], st.sampled_from(names), st.integers(0, 7))
-    sleeps = st.builds(lambda k, ms: [k, ms], st.sampled_from(["sleep", "asleep"]), millis)
-    others = [
-        st.just(["log", 0]),
-        st.builds(lambda n: ["raise", n], st.integers(0, 3)),
-        st.builds(lambda n: ["spin", n], st.integers(0, 3)),
+    leaves: list[Any] = [
+        st.builds(lambda name, n: ["step", name, n], st.sampled_from(names), st.integers(0, 7)),
+        st.builds(lambda name, n: ["step", name, n], st.sampled_from(names), st.integers(0, 7)),
+        st.builds(lambda k, ms: [k, ms], st.sampled_from(["sleep", "asleep"]), millis),
+        st.sampled_from([["log", 0], ["raise", 1], ["spin", 1], ["spin", 2]]),
     ]
     if draws and not confluent:
-        others.append(st.sampled_from([["draw", "uuid"], ["draw", "random"], ["draw", "now"]]))
-    leaves = st.one_of(steps, steps, steps, sleeps, *others)
+        leaves.append(st.sampled_from([["draw", "uuid"], ["draw", "random"], ["draw", "now"]]))
 
     def grow(child: Any) -> Any:
-        some = st.lists(child, min_size=1, max_size=4)
+        some = st.lists(child, min_size=1, max_size=3)
+        several = st.lists(child, min_size=2, max_size=4)
         kinds = [
-            st.builds(lambda a: ["seq", a], some),
+            st.builds(lambda a: ["seq", a], several),
             st.builds(lambda a, b, c: ["branch", a, b, c], child, child, child),
-            st.builds(lambda n, a: ["loop", n, a], st.integers(0, 3), child),
-            st.builds(lambda a, e: ["gather", a, e], some, st.booleans()),
-            st.builds(lambda a: ["group", a], some),
+            st.builds(lambda n, a: ["loop", n, a], st.integers(1, 3), child),
+            st.builds(lambda a, e: ["gather", a, e], several, st.booleans()),
+            st.builds(lambda a: ["group", a], several),
             st.builds(lambda a, b: ["try", a, b], child, child),
             st.builds(lambda a, b: ["finally", a, b], child, child),
             st.builds(lambda a, b, s: ["compensate", a, b, s], child, child, st.booleans()),
@@ -417,17 +416,16 @@ def programs(*, confluent: bool = False, draws: bool = True, max_leaves: int = 1
                 lambda a, n, b, c: ["agen", a, n, b, c],
                 some, st.integers(1, 3), child, st.booleans(),
             ),
-            st.builds(lambda a, n: ["queue", a, n], some, st.integers(1, 2)),
-            st.builds(lambda a, n: ["limited", a, n], some, st.integers(1, 2)),
+            st.builds(lambda a, n: ["queue", a, n], several, st.integers(1, 2)),
+            st.builds(lambda a, n: ["limited", a, n], several, st.integers(1, 2)),
             st.builds(lambda a, b: ["event", a, b], child, child),
-            st.builds(lambda a: ["left", a], child),
+            st.builds(lambda a, b: ["seq", [["left", a], b]], child, child),
         ]  # fmt: skip
         if confluent:
-            day = 86_400_000
-            kinds.append(st.builds(lambda a: ["timeout", day, a], child))
+            kinds.append(st.builds(lambda a: ["timeout", 86_400_000, a], child))
         else:
             kinds += [
-                st.builds(lambda a, g: ["race", a, g], some, st.booleans()),
+                st.builds(lambda a, g: ["race", a, g], several, st.booleans()),
                 st.builds(lambda a, b: ["cancelled", a, b], child, child),
                 st.builds(lambda a, t: ["shield", a, t], child, millis),
                 st.builds(lambda t, a: ["timeout", t, a], millis, child),
@@ -435,7 +433,10 @@ def programs(*, confluent: bool = False, draws: bool = True, max_leaves: int = 1
             ]
         return st.one_of(kinds)
 
-    return st.recursive(leaves, grow, max_leaves=max_leaves).map(numbered)
+    tree = st.one_of(leaves)
+    for _ in range(depth - 1):
+        tree = st.one_of(grow(tree), grow(tree), *leaves)
+    return grow(tree).map(numbered)
 
 
 # --- plain asyncio on virtual time ----------------------------------------------------------------

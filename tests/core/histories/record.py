@@ -117,7 +117,9 @@ def _scrub(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     local = {"traceback": "", "worker": "recorder", "exception": "ValueError: shown"}
-    return {k: local[k] if isinstance(v, str) and k in local else _scrub(v) for k, v in value.items()}
+    return {
+        k: local[k] if isinstance(v, str) and k in local else _scrub(v) for k, v in value.items()
+    }
 
 
 async def record(name: str) -> None:

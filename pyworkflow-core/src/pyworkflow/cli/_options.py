@@ -39,6 +39,8 @@ class Unusable(ConfigurationError):
 
 def shared(command: Command) -> Command:
     """Add ``--storage``, ``--executor`` and ``--json``; they may stand before the command too."""
+    # In raw docstrings, click's mark for "keep these lines" is two characters.
+    command.__doc__ = (command.__doc__ or "").replace("\\b\n", "\b\n")
     command = click.option(
         "--json",
         "json",

@@ -19,6 +19,7 @@ __all__ = [
     "json_alone",
     "moment",
     "note",
+    "own_frames",
     "print_json",
     "print_pairs",
     "print_table",
@@ -111,6 +112,20 @@ def shown(value: object, limit: int = 200) -> str:
     """A value for people, on one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def own_frames(traceback: str) -> str:
+    """A traceback without the frames of the engine, which tell the reader nothing."""
+    kept: list[str] = []
+    inside = False
+    for line in traceback.rstrip().splitlines():
+        if line.startswith("  File "):
+            inside = "/pyworkflow/_" in line.replace("\\", "/")
+        elif not line.startswith("    "):
+            inside = False
+        if not inside:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def moment(at: datetime | None) -> str:

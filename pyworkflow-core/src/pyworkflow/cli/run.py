@@ -257,8 +257,9 @@ def _say_the_end(embedded: EmbeddedHost, run: Run, failure: str) -> None:
         output.note(f"pyworkflow: the run {_what_became(run)}")
         if run.error is not None and run.error.traceback:
             if failure:
-                output.note(f"In the step that failed last:\n{failure.rstrip()}\nIn the workflow:")
-            output.note(run.error.traceback.rstrip())
+                output.note(f"In the step that failed last:\n{output.own_frames(failure)}")
+                output.note("In the workflow:")
+            output.note(output.own_frames(run.error.traceback))
     output.styled(f"history  {embedded.storage.info().location}, run {run.run_id}", "dim")
     output.styled(f"         pyworkflow runs events {run.run_id}{store_hint()}", "dim")
 

@@ -128,7 +128,7 @@ def show_run(run_id: str) -> None:
         return
     error = ""
     if run.error is not None:
-        error = run.error.traceback.rstrip() or f"{run.error.type}: {run.error.message}"
+        error = output.own_frames(run.error.traceback) or f"{run.error.type}: {run.error.message}"
     output.print_pairs(
         {
             "run": run.run_id,

@@ -23,6 +23,7 @@ __all__ = ["TestEnvironment"]
 R = TypeVar("R")
 
 _IDLE = (RunStatus.PAUSED, RunStatus.STALLED)
+_POLL = 0.005
 
 
 class TestEnvironment:
@@ -170,9 +171,10 @@ class TestEnvironment:
             look = await self._look(driver, also)
             if look.due:
                 return True
-            if look.held or driver.worker.is_busy:
-                if not driver.worker.is_busy:
-                    await asyncio.sleep(0.005)  # another worker of this store has it
+            if driver.worker.is_busy:
+                return True
+            if look.held:
+                await asyncio.sleep(_POLL)  # another worker of this store has it
                 return True
             if look.next is None or (until is not None and look.next > until):
                 return False

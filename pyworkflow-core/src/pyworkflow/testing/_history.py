@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -103,7 +103,7 @@ class History:
             raise SerializationError(
                 f"the file is no history: file={path}: no JSON: {exc}"
             ) from exc
-        version: Any = document.get("v") if isinstance(document, dict) else None
+        version = cast("dict[str, Any]", document).get("v") if isinstance(document, dict) else None
         if isinstance(version, int) and version > HISTORY_VERSION:
             raise SchemaTooNew(f"history file={path}", version, HISTORY_VERSION)
         try:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from pyworkflow._operations import Operations
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
+from pyworkflow._operations import Operations
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import ArgumentError, ConfigurationError, RunNotFound
 from pyworkflow.runs import Run
@@ -146,7 +146,7 @@ class Driver:
 
 
 @asynccontextmanager
-async def opened(storage: StorageBackend | None) -> AsyncIterator[StorageBackend]:
+async def opened(storage: StorageBackend | None) -> AsyncGenerator[StorageBackend, None]:
     """``storage``, which stays open, or the configured one, closed at the end."""
     if storage is not None:
         await storage.open()
