@@ -40,5 +40,5 @@ async def tour(visitor: str = "you") -> dict[str, object]:
 
 if __name__ == "__main__":
     run_id = start(tour, "Ada")
-    print(f"started {run_id}")
-    print(result(run_id))
+    print(f"run {run_id}")
+    print(f"result: {result(run_id)}")

@@ -35,7 +35,7 @@ async def release_goods(reservation: str) -> None:
 async def take_payment(order_id: str, amount: float) -> str:
     if amount <= 0:
         # No second try makes this right.
-        raise FatalError(f"nothing to pay: amount={amount}")
+        raise FatalError(f"nothing to pay for {order_id}: amount={amount}")
     attempt = step_context().attempt
     if attempt == 1:
         # The service says when it wants to be asked again; that beats retry_delay.
@@ -47,7 +47,7 @@ async def take_payment(order_id: str, amount: float) -> str:
 
 @step(max_retries=1, retry_delay="100ms")
 async def print_label(order_id: str) -> str:
-    raise ConnectionError("the printer is off")
+    raise ConnectionError(f"the printer is off: no label for {order_id}")
 
 
 @workflow(max_duration="1h")
@@ -74,8 +74,9 @@ if __name__ == "__main__":
     print(f"result: {result(bad, timeout='30s')}")
 
     # The same key is the same run, however often and from wherever it is started.
-    first = start(deliver_order, "ORD-3", 9.0, idempotency_key=f"order-ORD-3-after-{good}")
-    again = start(deliver_order, "ORD-3", 9.0, idempotency_key=f"order-ORD-3-after-{good}")
+    key = f"order-ORD-3-of-{good}"
+    first = start(deliver_order, "ORD-3", 9.0, idempotency_key=key)
+    again = start(deliver_order, "ORD-3", 9.0, idempotency_key=key)
     assert first == again
     print(f"result: {result(first, timeout='30s')}")
     run = get_run(first)

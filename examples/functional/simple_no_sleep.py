@@ -11,9 +11,9 @@ from pyworkflow import result, start, step, workflow
 
 
 @step()
-async def check_stock(item: str, quantity: int) -> dict[str, object]:
+async def price_in_stock(item: str, quantity: int) -> float:
     print(f"  checking the stock of {item}")
-    return {"item": item, "quantity": quantity, "price": 12.5}
+    return 12.5 * quantity
 
 
 @step()
@@ -30,9 +30,9 @@ async def ship(item: str, payment: str) -> str:
 
 
 @workflow()
-async def buy(item: str, quantity: int) -> dict[str, object]:
-    reserved = await check_stock(item, quantity)
-    payment = await charge_card(float(str(reserved["price"])) * quantity)
+async def buy(item: str, quantity: int) -> dict[str, str]:
+    price = await price_in_stock(item, quantity)
+    payment = await charge_card(price)
     parcel = await ship(item, payment)
     return {"payment": payment, "parcel": parcel}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pyworkflow_storage_file import FileStorageBackend
 
 from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import StorageBackend
+from pyworkflow_storage_file import FileStorageBackend
 
 
 class TestFile(StorageConformance):

@@ -10,7 +10,8 @@ from pyworkflow._clock import EPOCH
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Lease, RunStatus
-from pyworkflow.spi import Change, ClaimRequest, NewRun, Put, fsck
+from pyworkflow.spi import Change, ClaimRequest, NewRun, Put
+from pyworkflow.spi.fsck import fsck
 
 HOUR = timedelta(hours=1)
 

@@ -65,7 +65,7 @@ def test_watch_is_woken_from_another_thread_and_loop():
     asyncio.run(store.commit(note("k")))
     waiting.join(30)
     assert found == [True]
-    assert store._shared.waiters == set()
+    assert not store._shared.waiters
 
 
 def test_watch_gives_up_and_leaves_nothing_behind():
@@ -77,7 +77,7 @@ def test_watch_gives_up_and_leaves_nothing_behind():
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert store._shared.waiters == set()
+        assert not store._shared.waiters
 
     asyncio.run(main())
 
@@ -86,7 +86,7 @@ def test_a_waiter_whose_loop_died_stops_nobody():
     store = MemoryStorageBackend()
 
     async def waiter():
-        store._shared.waiters.add(_memory._Waiter("run", 0))
+        store._shared.add(_memory._Waiter("run", 0))
 
     asyncio.run(waiter())
     asyncio.run(store.commit(create()))

@@ -265,7 +265,8 @@ def test_a_namespace_is_checked_and_no_option():
         make_storage("memory://?namespace=x")
 
 
-def test_a_plugin_gets_an_absolute_path(install, tmp_path):
+def test_a_plugin_gets_an_absolute_path(install, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYWORKFLOW_DISABLE_PLUGINS", "pyworkflow-storage-sql")
     install("shelf", ["sqlite"], STORAGE)
     assert make_storage("sqlite:///a.db").url == f"sqlite:///{tmp_path}/a.db"
 

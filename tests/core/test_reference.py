@@ -34,8 +34,8 @@ from pyworkflow.spi import (
     RunQuery,
     Settle,
     Update,
-    fsck,
 )
+from pyworkflow.spi.fsck import fsck
 from pyworkflow.spi.reference import Delta, ReferenceStore, check_change
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -104,10 +104,10 @@ def claimable(world, kinds=None, workflows=None):
         for item in world.store.list_work(run_id):
             free = item.lease is None or item.lease.until <= world.now
             shown = not run.paused or item.kind is ItemKind.DELIVER
-            if item.due_at <= world.now and free and shown:
-                if kinds is None or item.kind in kinds:
-                    if workflows is None or run.workflow in workflows:
-                        found.add((run_id, item.item_id))
+            wanted = kinds is None or item.kind in kinds
+            known = workflows is None or run.workflow in workflows
+            if item.due_at <= world.now and free and shown and wanted and known:
+                found.add((run_id, item.item_id))
     return found
 
 
@@ -238,7 +238,7 @@ def perform(world, op):
             gap = None if delay is None else timedelta(seconds=delay)
             world.journal(world.store.release(ref, gap, now=world.now)[1])
         case ("free",):
-            freed, delta = world.store.free("w", now=world.now)
+            _, delta = world.store.free("w", now=world.now)
             world.journal(delta)
             assert "w" not in world.store.holders(now=world.now)
         case ("announce",):
@@ -409,7 +409,7 @@ def test_claiming_one_of_many_does_not_look_at_all():
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(fields):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"[a-z]"):
         check_change(Change(run_id="a", key="k", **fields), max_payload=99, max_events=9)
 
 

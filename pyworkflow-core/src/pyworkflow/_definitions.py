@@ -30,6 +30,7 @@ from pyworkflow.errors import (
     ArgumentError,
     DefinitionError,
     DuplicateName,
+    SerializationError,
     WorkflowContextError,
 )
 
@@ -344,8 +345,18 @@ class Workflow(Generic[P, R]):
         return encode_arguments(valid_args, valid_kwargs)
 
     def call(self, args: str) -> Coroutine[Any, Any, object]:
-        """The coroutine for stored arguments."""
+        """The coroutine for stored arguments.
+
+        Raises:
+            SerializationError: the parameters were changed, and no longer take them.
+        """
         positional, named = decode_arguments(args)
+        try:
+            self._signature.check(positional, named)
+        except TypeError as exc:
+            raise SerializationError(
+                f"the stored arguments do not fit {self.name}{self._signature.signature}: {exc}"
+            ) from exc
         return self.fn(*positional, **named)
 
     def encode_result(self, value: object) -> str:

@@ -46,7 +46,10 @@ class _Waiter:
 
     def wake(self) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._news.set)
+            if asyncio.get_running_loop() is self._loop:
+                self._news.set()
+            else:
+                self._loop.call_soon_threadsafe(self._news.set)
         except RuntimeError:
             pass  # its loop was closed: nobody waits any more
 
@@ -66,7 +69,8 @@ class _Shared:
         self.lock = threading.Lock()
         self.store = ReferenceStore()
         self.offset = timedelta(0)
-        self.waiters: set[_Waiter] = set()
+        self.waiters: dict[str | None, set[_Waiter]] = {}
+        """By the run they wait for; None: workers."""
         self.news = 0
         self._latest = utcnow()
         self._tokens = count(1)
@@ -86,20 +90,36 @@ class _Shared:
         """
         if delta is None:
             return
-        work = any(part.items or "paused" in part.fields for part in delta.parts)
-        self.news += work
-        if not self.waiters:
-            return
-        lengths = {part.run_id: part.events[-1].seq for part in delta.parts if part.events}
-        ended = {part.run_id for part in delta.parts if "final" in part.fields}
-        for waiter in self.waiters:
-            run_id = waiter.run_id
-            if (
-                work
-                if run_id is None
-                else (run_id in ended or lengths.get(run_id, 0) > waiter.after)
-            ):
-                waiter.wake()
+        waiters = self.waiters
+        work = False
+        for part in delta.parts:
+            work = work or bool(part.items) or "paused" in part.fields
+            if waiters and (readers := waiters.get(part.run_id)):
+                length = part.events[-1].seq if part.events else 0
+                ended = "final" in part.fields
+                for waiter in readers:
+                    if ended or length > waiter.after:
+                        waiter.wake()
+        if work:
+            self.tell_workers()
+
+    def tell_workers(self) -> None:
+        """There may be something to claim."""
+        self.news += 1
+        for waiter in self.waiters.get(None, ()):
+            waiter.wake()
+
+    def add(self, waiter: _Waiter) -> None:
+        """Wake it at its news."""
+        self.waiters.setdefault(waiter.run_id, set()).add(waiter)
+
+    def drop(self, waiter: _Waiter) -> None:
+        """Forget it."""
+        standing = self.waiters.get(waiter.run_id)
+        if standing is not None:
+            standing.discard(waiter)
+            if not standing:
+                del self.waiters[waiter.run_id]
 
 
 class MemoryStorageBackend(StorageBackend):
@@ -148,10 +168,7 @@ class MemoryStorageBackend(StorageBackend):
         shared = self._use()
         with shared.lock:
             shared.offset += by
-            shared.news += 1
-            for waiter in shared.waiters:
-                if waiter.run_id is None:
-                    waiter.wake()
+            shared.tell_workers()
 
     def _use(self) -> _Shared:
         if self._closed:
@@ -311,12 +328,12 @@ class MemoryStorageBackend(StorageBackend):
                 run = shared.store.get_run(run_id, now=shared.now())
                 if run is not None and (run.history_length > after or run.status.is_terminal):
                     return True
-            shared.waiters.add(waiter)
+            shared.add(waiter)
         try:
             return await waiter.wait(timeout)
         finally:
             with shared.lock:
-                shared.waiters.discard(waiter)
+                shared.drop(waiter)
 
     async def stats(self) -> Mapping[str, int]:
         """Numbers of runs, per status, of events and of items."""

@@ -270,7 +270,7 @@ class FileStorageBackend(StorageBackend):
         end = loop.time() + timeout.total_seconds()
         while True:
             news: asyncio.Future[None] = loop.create_future()
-            writer.add_watcher(run_id, news)  # before the check, or news in between are missed
+            writer.add_watcher(run_id, after, news)  # before the check, or news in between are missed
             try:
                 if run_id is None:
                     await self.open()

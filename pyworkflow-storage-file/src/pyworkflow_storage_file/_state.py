@@ -33,8 +33,9 @@ class State:
         self.store = ReferenceStore()
         self.shift = timedelta(0)
         """What ``now`` adds to the machine's clock."""
-        self.touched: set[str] = set()
-        """Runs that changed since ``take_news``."""
+        self.touched: dict[str, tuple[int, bool]] = {}
+        """Runs that changed since ``take_news``: the seq of the last new event, and whether they
+        ended."""
         self.work = False
         """An item that nobody holds came or changed since ``take_news``."""
         self.bytes = 0
@@ -74,7 +75,10 @@ class State:
 
     def _announce(self, delta: Delta) -> None:
         for part in delta.parts:
-            self.touched.add(part.run_id)
+            seq, ended = self.touched.get(part.run_id, (0, False))
+            if part.events:
+                seq = part.events[-1].seq
+            self.touched[part.run_id] = seq, ended or part.removed or "final" in part.fields
             for item in part.items:
                 if item.lease is None:
                     self.work = True
@@ -91,10 +95,10 @@ class State:
         if not needed:
             self.garbage += size
 
-    def take_news(self) -> tuple[set[str], bool]:
+    def take_news(self) -> tuple[dict[str, tuple[int, bool]], bool]:
         """The runs that changed since the last call, and whether there may be work."""
         news = self.touched, self.work
-        self.touched, self.work = set(), False
+        self.touched, self.work = {}, False
         return news
 
     def compact(self) -> list[Record]:

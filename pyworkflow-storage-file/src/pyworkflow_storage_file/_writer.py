@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -133,7 +133,8 @@ class Writer:
         # The rest belongs to the loop.
         self._pending: set[Operation] = set()
         self._stuck_timer: asyncio.TimerHandle | None = None
-        self._watchers: dict[str | None, set[asyncio.Future[None]]] = {}
+        # By run, what waits for an event after a seq, or for the end; None: what waits for work.
+        self._watchers: dict[str | None, dict[asyncio.Future[None], int]] = {}
         self._poll_timer: asyncio.TimerHandle | None = None
         self._poll_pause = _POLL_FIRST
         self._work_news = 0
@@ -186,20 +187,10 @@ class Writer:
                 operation.future.set_exception(StorageError("the storage was closed"))
         self._pending.clear()
 
-    async def wait_for_news(self, run_id: str | None, timeout: float) -> bool:
-        """Wait until the run changed, or with None until there may be work; False on timeout."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self.add_watcher(run_id, future)
-        try:
-            if timeout > 0:
-                await asyncio.wait([future], timeout=timeout)
-            return future.done()
-        finally:
-            self.drop_watcher(run_id, future)
-
-    def add_watcher(self, run_id: str | None, future: asyncio.Future[None]) -> None:
-        """Have ``future`` done at the next news."""
-        self._watchers.setdefault(run_id, set()).add(future)
+    def add_watcher(self, run_id: str | None, after: int, future: asyncio.Future[None]) -> None:
+        """Have ``future`` done when the run has an event after ``after`` or ends; or with None,
+        when there may be work."""
+        self._watchers.setdefault(run_id, {})[future] = after
         self._poll_pause = _POLL_FIRST
         if self._poll_timer is None:
             self._poll_timer = self._loop.call_later(_POLL_FIRST, self._poll)
@@ -208,7 +199,7 @@ class Writer:
         """Take a future back."""
         futures = self._watchers.get(run_id)
         if futures is not None:
-            futures.discard(future)
+            futures.pop(future, None)
             if not futures:
                 del self._watchers[run_id]
 
@@ -226,19 +217,21 @@ class Writer:
 
     def _polled(self, future: asyncio.Future[Any]) -> None:
         if not future.cancelled() and future.exception() is not None:
-            self._wake(list(self._watchers))  # who waits shall ask, and learn of the error
+            for futures in self._watchers.values():  # who waits shall ask, and learn of the error
+                self._wake(futures)
         if self._watchers and self._poll_timer is None:
             self._poll_timer = self._loop.call_later(self._poll_pause, self._poll)
             self._poll_pause = min(self._poll_pause * 1.5, _POLL_LAST)
 
-    def _wake(self, keys: list[str | None]) -> None:
+    def _wake(self, futures: Iterable[asyncio.Future[None]]) -> None:
         self._poll_pause = _POLL_FIRST
-        for key in keys:
-            for future in self._watchers.get(key, ()):
-                if not future.done():
-                    future.set_result(None)
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
 
-    def _resolve(self, answers: Answers, touched: set[str], work: bool) -> None:
+    def _resolve(
+        self, answers: Answers, touched: dict[str, tuple[int, bool]], work: bool
+    ) -> None:
         for operation, result, error in answers:
             self._pending.discard(operation)
             future = operation.future
@@ -252,8 +245,12 @@ class Writer:
         if work:
             self._work_news += 1
         if self._watchers:
-            keys: list[str | None] = [key for key in self._watchers if key in touched]
-            self._wake([*keys, None] if work else keys)
+            if work:
+                self._wake(self._watchers.get(None, ()))
+            for run_id, (seq, ended) in touched.items():
+                futures = self._watchers.get(run_id)
+                if futures is not None:
+                    self._wake([f for f, after in futures.items() if ended or seq > after])
 
     def _look_if_stuck(self) -> None:
         """Fail what waits when another process has held the lock for too long."""

@@ -8,7 +8,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
-from pyworkflow._clock import from_micros
+from pyworkflow._clock import from_micros, utcnow
 from pyworkflow._definitions import Step, find_step
 from pyworkflow._engine.records import end_events, started_event
 from pyworkflow._engine.session import FLUSH
@@ -129,6 +129,7 @@ class DispatchedSteps:
     async def _mark_begun(self, what: StepTry, item: WorkItem) -> bool:
         """Record that the body is about to begin; False when it must not any more."""
         sent = monotonic()
+        what.began = utcnow()
         payload = dict(item.payload) | {"begun": _ref(item).token}
         await self._commit(
             item,

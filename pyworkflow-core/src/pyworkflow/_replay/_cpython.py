@@ -101,6 +101,28 @@ def _install_wait_for() -> None:
     original.__code__ = wait_for.__code__
 
 
+def _install_gather_hash() -> None:
+    """Futures of ``asyncio.gather`` take their place in sets by creation, as the loop's own do.
+
+    ``gather`` makes them without asking the loop, and by identity their order would be random.
+    """
+    from pyworkflow._replay.loop import DeterministicLoop
+
+    kind: Any = getattr(tasks, "_GatheringFuture")  # noqa: B009 - private to asyncio
+
+    def by_creation(self: Any) -> int:
+        loop = self.get_loop()
+        if not isinstance(loop, DeterministicLoop):
+            return object.__hash__(self)
+        number: int | None = getattr(self, "_pyworkflow_hash", None)
+        if number is None:
+            # Drawn when first asked for: the run's own code asks, in the same order every time.
+            number = self._pyworkflow_hash = loop.next_hash()
+        return number
+
+    kind.__hash__ = by_creation
+
+
 def _self_test() -> None:
     """Refuse a Python whose asyncio does not behave as replay needs. Raises ``RuntimeError``."""
     from pyworkflow._replay.loop import DeterministicLoop
@@ -142,5 +164,6 @@ def prepare() -> None:
     global _prepared
     if not _prepared:
         _install_wait_for()
+        _install_gather_hash()
         _self_test()
         _prepared = True

@@ -185,7 +185,10 @@ class DeterministicLoop(_Loop):
             handle = ready.popleft()
             if handle.cancelled():
                 continue
-            handle._run()
+            try:
+                handle._run()
+            except SystemExit:
+                pass  # asyncio lets it through; its task holds it, and the run ends by that
             budget -= 1
             if self.interrupted:
                 ready.clear()

@@ -330,8 +330,6 @@ class Replay:
             )
         except WorkflowBlocked:
             context.loop.interrupted = True
-        except SystemExit:
-            pass  # the root task holds it: the run fails, the worker goes on
         if context.loop.interrupted:
             self.problem = WorkflowContextError(
                 "workflow code blocked its worker for too long; move blocking calls and long "

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyworkflow.conformance._case import (
     Case,
     Suite,
@@ -212,6 +214,34 @@ class ClaimChecks(Suite):
         assert (claim.item.claims, claim.item.payload) == (1, {"try": 2})
 
     @scenario
+    async def test_CLM_28_what_counts_as_progress(self, t: Case) -> None:
+        """CLM-28: delivering an input, healing a stall and a new payload are progress as well.
+
+        Giving an item back as it was is not.
+        """
+        await t.start()
+        claim = await t.turn()
+        now = await t.store.now()
+        stall = Control(ControlKind.STALL, "x")
+        await t.store.commit(under(claim, control=stall, settle=Settle(again_at=now)))
+        claim = await t.turn()
+        assert claim.item.claims == 2
+        heal = Control(ControlKind.UNSTALL)
+        await t.store.commit(under(claim, control=heal, settle=Settle(again_at=now)))
+        claim = await t.turn()
+        assert claim.item.claims == 1
+        await t.store.commit(under(claim, 1, settle=Settle(again_at=now)))
+        claim = await t.turn()
+        assert claim.item.claims == 2
+        await t.store.commit(under(claim, 1, seen=1))
+        assert (await t.items())["turn"].claims == 1
+        await t.store.commit(t.outside(put=[step()]))
+        for expected, payload in ((1, None), (2, {"try": 2}), (1, {"try": 3}), (1, None)):
+            (held,) = await t.claim(("run", "step:1"))
+            assert held.item.claims == expected
+            await t.store.commit(under(held, settle=Settle(again_at=now, payload=payload)))
+
+    @scenario
     async def test_CLM_15_poll_excludes_claimed(self, t: Case) -> None:
         """CLM-15: polls share the work out, each item once."""
         for n in range(6):
@@ -258,7 +288,7 @@ class ClaimChecks(Suite):
                 put=[turn(due_at=now - seconds(age)), step(due_at=now - seconds(1))],
             )
 
-        async def poll(**fields: object) -> list[str]:
+        async def poll(**fields: Any) -> list[str]:
             claims = await t.claim(limit=10, **fields)
             for claim in claims:
                 await t.store.release(claim.ref)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 from pyworkflow.conformance._case import (
     Case,
@@ -84,7 +85,7 @@ class ContractChecks(Suite):
     async def test_CON_01_create_then_get(self, t: Case) -> None:
         """CON-01: every field of a new run comes back equal."""
         now = await t.store.now()
-        given = {
+        given: dict[str, Any] = {
             "workflow": "flow",
             "version": "7",
             "args": '{"a": [1]}',
@@ -136,7 +137,7 @@ class ContractChecks(Suite):
         run = await t.run()
         assert (run.status, run.finished_at) == (RunStatus.COMPLETED, run.updated_at)
         assert await t.items() == {}
-        for fields in (
+        changes: tuple[dict[str, Any], ...] = (
             {"events": [incoming()]},
             {"events": [command()]},
             {"events": [note(), incoming()]},
@@ -145,7 +146,8 @@ class ContractChecks(Suite):
             {"update": Update(result="1")},
             {"put": [turn()]},
             {"put": [deliver()]},
-        ):
+        )
+        for fields in changes:
             refusal = await t.refused(RunClosed, t.outside(**fields))
             assert (refusal.run_id, refusal.status) == ("run", "completed")
 
@@ -170,7 +172,11 @@ class ContractChecks(Suite):
         # RunExists before KeyTaken.
         await t.refused(RunExists, t.outside(create=create, events=[started()]))
         # UnseenInput before KeyTaken.
-        ending = {"create": create, "events": [started()], "final": RunStatus.FAILED}
+        ending: dict[str, Any] = {
+            "create": create,
+            "events": [started()],
+            "final": RunStatus.FAILED,
+        }
         await t.refused(UnseenInput, t.outside("other", **ending), run_id="other")
         unseen = t.outside("other", create=create, events=[started()])
         await t.refused(KeyTaken, unseen, run_id="other")
@@ -272,7 +278,7 @@ class ContractChecks(Suite):
         for call in (
             lambda: store.get_run("run"),
             lambda: store.commit(t.outside()),
-            lambda: store.now(),
+            store.now,
         ):
             try:
                 await call()
@@ -289,7 +295,8 @@ class ContractChecks(Suite):
         event = Event("future.happened", "O", {"x": 1}, op="9#9:new", key="k", v=99)
         await t.send(event)
         found = (await t.store.get_events("run"))[-1]
-        assert (found.type, found.klass, found.data, found.op, found.key, found.v) == event[:5] + (
+        assert (found.type, found.klass, found.data, found.op, found.key, found.v) == (
+            *event[:5],
             99,
         )
 
@@ -330,7 +337,7 @@ class ContractChecks(Suite):
         await t.start()
         await t.send(note("a", key="k"))
         committed = await t.send(note("b"), note("c", key="k"), note("d"))
-        assert (list(committed.seqs), committed.skipped) == ([3, 2, 4], {1})
+        assert (list(committed.seqs), committed.skipped) == ([3, 2, 4], frozenset({1}))
         assert [e.seq for e in await t.store.get_events("run")] == [1, 2, 3, 4]
 
     @scenario

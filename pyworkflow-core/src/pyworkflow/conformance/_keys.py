@@ -19,9 +19,9 @@ from pyworkflow.conformance._case import (
     turn,
     under,
 )
-from pyworkflow.errors import KeyTaken
+from pyworkflow.errors import KeyTaken, UnseenInput
 from pyworkflow.runs import RunStatus
-from pyworkflow.spi.storage import Held, NewRun, Settle
+from pyworkflow.spi.storage import Change, Held, NewRun, Settle
 
 __all__ = ["KeyChecks"]
 
@@ -35,9 +35,9 @@ class KeyChecks(Suite):
         await t.start()
         first = await t.send(incoming("signal", n=1))
         second = await t.send(note("new"), incoming("signal", n=2), incoming("signal", n=3))
-        assert (list(second.seqs), second.skipped) == ([3, 2, 2], {1, 2})
+        assert (list(second.seqs), second.skipped) == ([3, 2, 2], frozenset({1, 2}))
         twice = await t.send(note("x", key="own"), note("y", key="own"))
-        assert (list(twice.seqs), twice.skipped) == ([4, 4], {1})
+        assert (list(twice.seqs), twice.skipped) == ([4, 4], frozenset({1}))
         events = await t.store.get_events("run")
         assert events[first.seqs[0] - 1].data == {"n": 1}
         assert len(events) == 4
@@ -103,8 +103,6 @@ class KeyChecks(Suite):
     @scenario
     async def test_IDM_08_key_rolls_back_with_batch(self, t: Case) -> None:
         """IDM-08: a refused create leaves its idempotency key free."""
-        from pyworkflow.errors import UnseenInput
-
         new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
         bad = t.outside("x", create=new, events=[started()], final=RunStatus.COMPLETED)
         await t.refused(UnseenInput, bad, run_id="x")
@@ -145,7 +143,7 @@ class KeyChecks(Suite):
         )
         first = await t.store.commit(change)
         assert [e.seq for e in first.others] == [2]
-        assert (list(first.seqs), first.skipped) == ([3, 2], {1})
+        assert (list(first.seqs), first.skipped) == ([3, 2], frozenset({1}))
         assert {i.item_id for i in first.claims} == {"step:1", "turn"}
         await t.send(note("later"))
         again = await t.store.commit(change)
@@ -167,7 +165,7 @@ class KeyChecks(Suite):
     async def test_IDM_12_last_change_of_64_claims(self, t: Case) -> None:
         """IDM-12: the last change of each of a run's last 64 claims is known."""
         await t.start()
-        changes = []
+        changes: list[Change] = []
         for _ in range(64):
             claim = await t.turn()
             await t.store.commit(under(claim, 1, events=[note()]))

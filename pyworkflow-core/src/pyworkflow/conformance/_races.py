@@ -53,7 +53,7 @@ class RaceChecks(Suite):
 
         seqs = [seq for found in await in_threads(t, 5, append) for seq in found]
         assert sorted(seqs) == list(range(2, 52))
-        messages = {e.data.get("message") for e in await t.store.get_events("run", after=1)}
+        messages = {str(e.data["message"]) for e in await t.store.get_events("run", after=1)}
         assert messages == {f"{thread}:{n}" for thread in range(5) for n in range(10)}
 
     @scenario

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyworkflow.conformance._case import (
     Case,
     Suite,
@@ -19,7 +21,7 @@ from pyworkflow.conformance._case import (
 from pyworkflow.errors import Fenced, RunClosed
 from pyworkflow.events import Event
 from pyworkflow.runs import RunStatus
-from pyworkflow.spi.storage import Control, ControlKind, Held, Settle, Update
+from pyworkflow.spi.storage import Control, ControlKind, Held, RunQuery, Settle, Update
 
 __all__ = ["TurnChecks"]
 
@@ -104,8 +106,6 @@ class TurnChecks(Suite):
         await t.store.commit(under(await t.turn(), control=STALL))
         assert (await t.run()).status == RunStatus.STALLED
         statuses = frozenset({RunStatus.STALLED})
-        from pyworkflow.spi.storage import RunQuery
-
         page = await t.store.list_runs(RunQuery(status=statuses))
         assert [r.run_id for r in page.items] == ["run"]
 
@@ -181,7 +181,7 @@ class TurnChecks(Suite):
     @scenario
     async def test_CTL_05_cancel_without_code(self, t: Case) -> None:
         """CTL-05: a run that no turn has run, or that is stalled, is cancelled by a commit."""
-        cancelled = {
+        cancelled: dict[str, Any] = {
             "control": CANCEL,
             "final": RunStatus.CANCELLED,
             "events": [incoming("cancel"), Event("workflow.cancelled", "C", {"reason": "x"})],
@@ -244,7 +244,7 @@ class TurnChecks(Suite):
         again = under(delivery, 1, settle=Settle(again_at=now, payload={"try": 2}))
         await t.store.commit(again)
         (delivery,) = await t.claim()
-        assert delivery.item.claims == 2
+        assert (delivery.item.claims, delivery.item.payload) == (1, {"try": 2})
         assert await t.store.release(delivery.ref, delay=seconds(5))
         await t.shift(6)
         (delivery,) = await t.claim()

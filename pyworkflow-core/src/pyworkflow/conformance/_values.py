@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 from pyworkflow.conformance._case import (
     Case,
@@ -42,11 +43,11 @@ TEXTS = (
 class ValueChecks(Suite):
     """PAG, PAY, UNI, TIM, GC."""
 
-    async def _listed(self, t: Case, **query: object) -> list[list[str]]:
+    async def _listed(self, t: Case, **query: Any) -> list[list[str]]:
         pages: list[list[str]] = []
         cursor: str | None = None
         while True:
-            page = await t.store.list_runs(RunQuery(**query), cursor)  # type: ignore[arg-type]
+            page = await t.store.list_runs(RunQuery(**query), cursor)
             pages.append([run.run_id for run in page.items])
             cursor = page.cursor
             if cursor is None:
@@ -122,7 +123,7 @@ class ValueChecks(Suite):
             ["run-7", "run-5"],
             ["run-3", "run-1"],
         ]
-        assert await self._listed(t, status=frozenset()) == [[]]
+        assert await self._listed(t, status=frozenset[RunStatus]()) == [[]]
 
     @scenario
     async def test_PAG_07_limit_bounds(self, t: Case) -> None:
@@ -267,7 +268,7 @@ class ValueChecks(Suite):
         """UNI-03: half a character is refused by type, wherever it stands."""
         await t.start()
         bad = "a\ud800"
-        for fields in (
+        changes: tuple[dict[str, Any], ...] = (
             {"events": [note(bad)]},
             {"events": [note(key=bad)]},
             {"events": [Event("log.info", "O", {bad: 1})]},
@@ -275,7 +276,8 @@ class ValueChecks(Suite):
             {"update": Update(attributes={"a": [bad]})},
             {"put": [step(bad)]},
             {"put": [step(payload={"a": bad})]},
-        ):
+        )
+        for fields in changes:
             await t.refused(SerializationError, t.outside(**fields))
         new = NewRun(workflow=bad, version="1", args="[]")
         await t.refused(SerializationError, t.outside("x", create=new), run_id="x")
@@ -395,9 +397,10 @@ class ValueChecks(Suite):
             found += [c.run.run_id for c in claims]
         assert sorted(found) == sorted(f"run-{n}" for n in range(500))
 
-    async def _purge(self, t: Case, **fields: object) -> int:
+    async def _purge(self, t: Case, **fields: Any) -> int:
         before = await t.store.now() + timedelta(days=1)
-        return await t.store.purge(**{"before": before, **fields})  # type: ignore[arg-type]
+        given: dict[str, Any] = {"before": before, **fields}
+        return await t.store.purge(**given)
 
     @scenario
     async def test_GC_01_purge_terminal_only(self, t: Case) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any, cast
 
@@ -125,7 +125,8 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
     elif depth > _MAX_DEPTH:
         raise SerializationError(f"nested too deeply: levels={_MAX_DEPTH}; flatten the value")
     elif isinstance(value, dict) or (depth == 0 and isinstance(value, Mapping)):
-        for key, entry in cast("Mapping[Any, Any]", value).items():
+        fields = cast("Mapping[object, Any]", value)
+        for key, entry in fields.items():
             if type(key) is not str:
                 raise SerializationError(
                     f"JSON objects have text keys: key={key!r} type={type(key).__name__}"
@@ -134,7 +135,8 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
                 _check_text("a key", limit, (key,))
             _check_json(entry, limit, depth + 1)
     elif isinstance(value, list):
-        for entry in cast("list[Any]", value):
+        entries = cast("Sequence[Any]", value)
+        for entry in entries:
             _check_json(entry, limit, depth + 1)
     else:
         raise SerializationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
@@ -198,9 +198,9 @@ def _size(value: Any) -> int:  # noqa: ANN401 - any JSON
     if isinstance(value, str):
         return len(value) + 2 if value.isascii() else len(value.encode()) + 2
     if isinstance(value, Mapping):
-        return sum(
-            len(key) + 4 + _size(entry) for key, entry in cast("Mapping[str, Any]", value).items()
-        )
+        fields = cast("Mapping[str, Any]", value)
+        return sum(len(key) + 4 + _size(entry) for key, entry in fields.items())
     if isinstance(value, list):
-        return sum(_size(entry) + 2 for entry in cast("list[Any]", value))
+        entries = cast("Sequence[Any]", value)
+        return sum(_size(entry) + 2 for entry in entries)
     return 8
