@@ -308,7 +308,11 @@ class Interpreter:
         found: dict[int, Json] = {}
 
         async def consume() -> None:
-            while (entry := await queue.get()) is not None:
+            task = asyncio.current_task()
+            # A program that swallows its cancellation must not wait for entries for ever.
+            while task is not None and not task.cancelling():
+                if (entry := await queue.get()) is None:
+                    return
                 found[entry[0]] = await self.caught(entry[1])
 
         async with asyncio.TaskGroup() as group:
@@ -486,13 +490,19 @@ class PlainInterpreter(Interpreter):
             return await awaitable  # type: ignore[no-any-return]
 
 
+CANCELLED = "CancelledError"
+
+
 def run_plain(node: Any) -> Json:
-    """What an ordinary Python program makes of it."""
+    """What an ordinary Python program makes of it: its value, and the trace."""
     loop = _VirtualLoop()
     loop.set_exception_handler(lambda loop, context: None)
     interpreter = PlainInterpreter()
     try:
-        value = loop.run_until_complete(interpreter.caught(node))
+        try:
+            value = loop.run_until_complete(interpreter.caught(node))
+        except asyncio.CancelledError:
+            value = CANCELLED  # of its own making: 3.11 lets it out of some nestings
         trace = list(interpreter.trace)
         for task in asyncio.all_tasks(loop):
             task.cancel()

@@ -514,14 +514,30 @@ def test_replay_needs_the_workflows_module(used: Path) -> None:
 # --- the command itself ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["", "run", "worker", "runs list", "runs show", "runs events", "runs cancel",
-             "replay", "storage check", "storage stats", "plugins"],
-)  # fmt: skip
-def test_every_command_has_help_and_the_shared_options(used: Path, name: str) -> None:
-    out = cli(*name.split(), "--help", cwd=used).stdout
-    for option in ("--storage", "--executor", "--json"):
-        assert option in out
+def test_every_command_has_help_and_the_shared_options(tmp_path: Path) -> None:
+    script = (
+        "from pyworkflow.cli._root import execute\n"
+        "for name in ['', 'run', 'worker', 'runs', 'runs list', 'runs show', 'runs events',\n"
+        "             'runs cancel', 'replay', 'storage', 'storage check', 'storage stats',\n"
+        "             'plugins']:\n"
+        "    assert execute([*name.split(), '--help']) == 0\n"
+        "    print('=====')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=True,
+    )
+    texts = done.stdout.split("=====\n")[:-1]
+    assert len(texts) == 13
+    for text in texts:
+        for option in ("--storage", "--executor", "--json"):
+            assert option in text
+        assert "\\b" not in text
 
 
 def test_without_its_extra_the_command_names_the_install_line_and_is_status_2(

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pyworkflow._client import Operations
 from pyworkflow._config import Settings
@@ -26,7 +26,7 @@ from pyworkflow._serialization import decode
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Run, RunStatus
-from pyworkflow.spi.fsck import fsck
+from pyworkflow.spi._fsck import fsck
 from pyworkflow.spi.storage import (
     Answer,
     Change,
@@ -43,6 +43,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 T = TypeVar("T")
+#: No shrinking: which call is disturbed depends on how far each worker is by then.
+PHASES = (Phase.explicit, Phase.generate)
 LEASE = timedelta(seconds=60)
 PATIENCE = 30.0
 
@@ -67,6 +69,7 @@ class Disturbance:
         self.kinds = kinds
         self.rate = rate
         self.budget = budget
+        self.hard = 2  # a step that loses its worker more often than three times fails
         self.done: list[str] = []
         self.act: Callable[[str], Awaitable[None]] | None = None
 
@@ -78,6 +81,10 @@ class Disturbance:
         kind = ""
         if self.kinds and self.budget > 0 and pick.random() < self.rate:
             kind = pick.choice(self.kinds)
+            if kind in ("lost", "killed", "shifted"):
+                if self.hard == 0:
+                    kind = "pause"
+                self.hard -= kind != "pause"
             self.budget -= 1
             self.done.append(kind)
         if kind == "failed":
@@ -208,8 +215,10 @@ class Cluster:
             idle = 0 if any(w.is_busy for w in self.workers) else idle + 1
             if idle > 2:
                 due, now = await self.calm.next_due(), await self.calm.now()
+                if due is None and "cancelled" in self.disturbance.done:
+                    return []  # a program swallowed the cancellation, and waits for ever
                 if due is None:
-                    raise AssertionError(f"nothing is owed: {runs}")
+                    raise AssertionError(f"nothing is owed: {await self.describe(run_ids)}")
                 if due > now:
                     await self.calm.shift_clock(due - now)
                     idle = 0
@@ -309,7 +318,7 @@ def compare(nodes: list[Any], runs: list[Run]) -> None:
         assert decode(str(run.result)) == run_plain(node)[0], node  # type: ignore[index]
 
 
-@settings(max_examples=examples(30))
+@settings(phases=PHASES, max_examples=examples(30))
 @given(several, seeds, st.integers(1, 2), st.booleans())
 def test_undisturbed_runs_give_what_the_ordinary_program_gives(
     nodes: list[Any], seed: int, workers: int, spread: bool
@@ -318,7 +327,7 @@ def test_undisturbed_runs_give_what_the_ordinary_program_gives(
     compare(nodes, asyncio.run(run_programs(nodes, calm, workers=workers, traced=False, spread=spread)))
 
 
-@settings(max_examples=examples(60))
+@settings(phases=PHASES, max_examples=examples(60))
 @given(several, seeds, st.integers(1, 3), st.booleans())
 def test_crashes_evictions_and_lost_answers_change_no_result(
     nodes: list[Any], seed: int, workers: int, spread: bool
@@ -329,14 +338,14 @@ def test_crashes_evictions_and_lost_answers_change_no_result(
     )
 
 
-@settings(max_examples=examples(25))
+@settings(phases=PHASES, max_examples=examples(25))
 @given(several, seeds)
 def test_eviction_at_every_call_changes_no_result(nodes: list[Any], seed: int) -> None:
     evictions = Disturbance(seed, ("evicted",), 1.0, 10_000)
     compare(nodes, asyncio.run(run_programs(nodes, evictions, workers=2, traced=False)))
 
 
-@settings(max_examples=examples(40))
+@settings(phases=PHASES, max_examples=examples(40))
 @given(several, seeds, st.integers(2, 3))
 def test_leases_that_end_under_living_workers_change_no_result(
     nodes: list[Any], seed: int, workers: int
@@ -345,7 +354,7 @@ def test_leases_that_end_under_living_workers_change_no_result(
     compare(nodes, asyncio.run(run_programs(nodes, zombies, workers=workers, traced=False)))
 
 
-@settings(max_examples=examples(60))
+@settings(phases=PHASES, max_examples=examples(60))
 @given(
     st.lists(programs(), min_size=1, max_size=2), seeds, st.integers(1, 3), st.booleans()
 )

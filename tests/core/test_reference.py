@@ -35,7 +35,7 @@ from pyworkflow.spi import (
     Settle,
     Update,
 )
-from pyworkflow.spi.fsck import fsck
+from pyworkflow.spi._fsck import fsck
 from pyworkflow.spi.reference import Delta, ReferenceStore, check_change
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)

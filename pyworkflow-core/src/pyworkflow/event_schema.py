@@ -313,7 +313,7 @@ class VersionMarked(EventData):
 
 class _Log(EventData):
     message: str
-    fields: dict[str, JsonValue]  # pyright: ignore[reportIncompatibleMethodOverride]
+    fields: dict[str, JsonValue]  # pyright: ignore[reportIncompatibleMethodOverride] - a deprecated method of BaseModel
     logger: str | None = None
 
 

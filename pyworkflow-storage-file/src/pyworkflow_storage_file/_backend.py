@@ -32,8 +32,8 @@ from pyworkflow.spi import (
     StorageError,
     StorageInfo,
     WorkItem,
+    check_change,
 )
-from pyworkflow.spi.reference import check_change
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._journal import Journal
 from pyworkflow_storage_file._state import State
@@ -270,7 +270,9 @@ class FileStorageBackend(StorageBackend):
         end = loop.time() + timeout.total_seconds()
         while True:
             news: asyncio.Future[None] = loop.create_future()
-            writer.add_watcher(run_id, after, news)  # before the check, or news in between are missed
+            writer.add_watcher(
+                run_id, after, news
+            )  # before the check, or news in between are missed
             try:
                 if run_id is None:
                     await self.open()

@@ -12,8 +12,7 @@ from typing import cast
 
 from pydantic_core import from_json, to_json
 
-from pyworkflow.spi import Delta, Json, ReferenceStore, SerializationError, WorkItem
-from pyworkflow.spi.reference import RunDelta
+from pyworkflow.spi import Delta, Json, ReferenceStore, RunDelta, SerializationError, WorkItem
 from pyworkflow_storage_file._journal import Record
 
 __all__ = ["CLOCK", "DELTA", "State", "encode"]

@@ -188,8 +188,10 @@ class Writer:
         self._pending.clear()
 
     def add_watcher(self, run_id: str | None, after: int, future: asyncio.Future[None]) -> None:
-        """Have ``future`` done when the run has an event after ``after`` or ends; or with None,
-        when there may be work."""
+        """Have ``future`` done when the run has an event after ``after``, or ends.
+
+        With None, when there may be work.
+        """
         self._watchers.setdefault(run_id, {})[future] = after
         self._poll_pause = _POLL_FIRST
         if self._poll_timer is None:
@@ -229,9 +231,7 @@ class Writer:
             if not future.done():
                 future.set_result(None)
 
-    def _resolve(
-        self, answers: Answers, touched: dict[str, tuple[int, bool]], work: bool
-    ) -> None:
+    def _resolve(self, answers: Answers, touched: dict[str, tuple[int, bool]], work: bool) -> None:
         for operation, result, error in answers:
             self._pending.discard(operation)
             future = operation.future

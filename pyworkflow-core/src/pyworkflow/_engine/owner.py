@@ -54,6 +54,12 @@ def is_gone(owner: str) -> bool:
     if len(parts) != 5 or "/".join(parts[:2]) != _machine():
         return False
     _, boot, pid, started, _ = parts
-    if boot.startswith("-") or boot.endswith("-") or started == "-" or not pid.isdigit() or not Path("/proc/self").is_dir():
+    if (
+        boot.startswith("-")
+        or boot.endswith("-")
+        or started == "-"
+        or not pid.isdigit()
+        or not Path("/proc/self").is_dir()
+    ):
         return False
     return _started(int(pid)) != started

@@ -28,6 +28,10 @@ _COMMANDS = {
 }
 
 
+class _Unread(Exception):
+    """Nobody reads the output any more."""
+
+
 class _Root(click.Group):
     """Imports the module of a command when it is used, and asks plugins for those it lacks."""
 
@@ -43,6 +47,12 @@ class _Root(click.Group):
             return cast("click.Command", importlib.import_module(home).command)
         self._ask_plugins()
         return self.commands.get(cmd_name)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # which click would make an exit with status 1
+            raise _Unread from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -103,7 +113,7 @@ def execute(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
+    except (_Unread, BrokenPipeError):
         # The reader has seen enough (`| head`). The exit's own flush must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

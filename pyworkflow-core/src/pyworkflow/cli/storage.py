@@ -12,7 +12,7 @@ from pyworkflow.cli._options import in_store, shared, wants_json
 
 if TYPE_CHECKING:
     from pyworkflow._operations import Operations
-    from pyworkflow.spi.fsck import Violation
+    from pyworkflow.spi._fsck import Violation
 
 __all__ = ["command"]
 

@@ -15,8 +15,8 @@ import pytest
 from pyworkflow.errors import WorkflowError
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi._fsck import fsck
 from pyworkflow.spi.capabilities import Capabilities
-from pyworkflow.spi.fsck import fsck
 from pyworkflow.spi.storage import (
     TURN,
     Change,

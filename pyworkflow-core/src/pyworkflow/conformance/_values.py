@@ -232,7 +232,7 @@ class ValueChecks(Suite):
             nested = [{"a": nested}]
         await self._round_trip(t, nested)
         for bad in (math.nan, math.inf, -math.inf, b"bytes", {1: 1}, (1,), {1}, object()):
-            event = Event("log.info", "O", {"value": bad})  # type: ignore[dict-item]
+            event = Event("log.info", "O", {"value": bad})  # type: ignore[dict-item]  # what must be refused
             await t.refused(SerializationError, t.outside(events=[event]))
 
     @scenario

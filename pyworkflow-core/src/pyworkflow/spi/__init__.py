@@ -70,8 +70,8 @@ from pyworkflow.spi.storage import (
 )
 
 if TYPE_CHECKING:
+    from pyworkflow.spi._fsck import fsck
     from pyworkflow.spi._state import RunState
-    from pyworkflow.spi.fsck import fsck
     from pyworkflow.spi.hookspecs import Codec, hookimpl, hookspec
     from pyworkflow.spi.reference import (
         Delta,
@@ -164,7 +164,7 @@ _LAZY = {
     "RunDelta": "reference",
     "RunState": "_state",
     "check_change": "reference",
-    "fsck": "fsck",
+    "fsck": "_fsck",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
 }

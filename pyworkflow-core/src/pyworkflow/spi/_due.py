@@ -144,7 +144,8 @@ class DueIndex:
         for (queue, workflow, kind), bucket in self._buckets.items():
             if (
                 (queues is None or queue in queues)
-                and (workflows is None or workflow in workflows)
+                # A delivery runs no code of the workflow: any worker may carry it out.
+                and (workflows is None or kind is ItemKind.DELIVER or workflow in workflows)
                 and (kinds is None or kind in kinds)
             ):
                 yield bucket

@@ -171,7 +171,11 @@ class ReferenceStore:
                 and (not run.paused or item.kind is ItemKind.DELIVER)
                 and (request.queues is None or item.queue in request.queues)
                 and (request.kinds is None or item.kind in request.kinds)
-                and (request.workflows is None or run.workflow in request.workflows)
+                and (
+                    request.workflows is None
+                    or item.kind is ItemKind.DELIVER
+                    or run.workflow in request.workflows
+                )
             ):
                 found[run_id, item_id] = None
         return list(found)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from pyworkflow.errors import RunClosed, RunNotFound, Refusal
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ItemKind, ParentRef, Run, RunStatus, WorkItem
 from pyworkflow.spi.capabilities import StorageInfo
@@ -212,7 +212,7 @@ class ClaimRequest:
     """None: every queue."""
     kinds: frozenset[ItemKind] | None = None
     workflows: frozenset[str] | None = None
-    """Names of the workflows that the claimer has; None: any."""
+    """Names of the workflows that the claimer has; None: any. Deliveries are not filtered."""
     known: Mapping[str, int] = field(default_factory=dict[str, int])
     """Run id → seq up to which the claimer has the history; a backend may look at 100 of them."""
     max_bytes: int = 1024 * 1024
@@ -323,8 +323,11 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
-        """Give an item back uncounted. ``delay`` None keeps its due; else due at now + ``delay``.
-        False, and nothing done, when the claim is over."""
+        """Give an item back uncounted.
+
+        ``delay`` None keeps its due; else it is due at now + ``delay``. False, and nothing done,
+        when the claim is over.
+        """
 
     @abstractmethod
     async def next_due(
@@ -365,9 +368,12 @@ class StorageBackend(ABC):
         limit: int = 1000,
         key_retention: timedelta = timedelta(days=30),
     ) -> int:
-        """Remove up to ``limit`` runs that ended before ``before``, own no items and whose parent
-        is terminal or gone. Their idempotency keys stay taken until ``key_retention`` after their
-        end. Returns how many were removed; 0 when nothing is left to do."""
+        """Remove up to ``limit`` runs that ended before ``before``.
+
+        Only runs that own no items and whose parent is terminal or gone. Their idempotency keys
+        stay taken until ``key_retention`` after their end. Returns how many were removed; 0 when
+        nothing is left to do.
+        """
 
     @abstractmethod
     def twin(self) -> StorageBackend:
@@ -388,18 +394,18 @@ class StorageBackend(ABC):
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody rang for within ``mute``, which starts anew for them.
 
-        The default remembers nothing: it lists due items of open runs.
+        The default remembers nothing: it lists what is due.
         """
         now = await self.now()
         due: list[WorkItem] = []
         cursor: str | None = None
-        open_runs = frozenset(s for s in RunStatus if not s.is_terminal)
         while len(due) < limit:
-            page = await self.list_runs(RunQuery(status=open_runs, limit=1000), cursor)
+            page = await self.list_runs(RunQuery(limit=1000), cursor)
             for run in page.items:
                 for item in await self.list_work(run.run_id):
                     held = item.lease is not None and item.lease.until > now
-                    if item.due_at <= now and not held and not run.paused:
+                    paused = run.paused and item.kind is not ItemKind.DELIVER
+                    if item.due_at <= now and not held and not paused:
                         due.append(item)
             cursor = page.cursor
             if cursor is None:
@@ -422,8 +428,10 @@ class StorageBackend(ABC):
                 return sorted(owners)
 
     async def free(self, owner: str) -> int:
-        """End every lease of ``owner``, a process known to be gone: its items are due at once and
-        its claims stay counted. Returns how many."""
+        """End every lease of ``owner``, a process known to be gone; how many.
+
+        Its items are due at once, and its claims stay counted.
+        """
         freed = 0
         cursor: str | None = None
         while True:
@@ -439,8 +447,10 @@ class StorageBackend(ABC):
                 return freed
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
-        """Wait until ``run_id`` has an event after seq ``after`` or has ended; with None, until the
-        store may hold news for a worker. False on timeout. The default polls."""
+        """Wait until ``run_id`` has an event after seq ``after``, or has ended.
+
+        With None, until the store may hold news for a worker. False on timeout. The default polls.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout.total_seconds()
         pause = 0.02
