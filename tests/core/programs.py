@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -307,21 +308,21 @@ class Interpreter:
         queue: asyncio.Queue[Any] = asyncio.Queue(1)
         found: dict[int, Json] = {}
 
+        over = False
+
         async def consume() -> None:
-            task = asyncio.current_task()
-            # A program that swallows its cancellation must not wait for entries for ever.
-            while task is not None and not task.cancelling():
-                if (entry := await queue.get()) is None:
-                    return
+            # A consumer that swallows its cancellation must not wait for entries for ever.
+            while not over and (entry := await queue.get()) is not None:
                 found[entry[0]] = await self.caught(entry[1])
 
         async with asyncio.TaskGroup() as group:
             for _ in range(consumers):
                 group.create_task(consume())
-            for entry in enumerate(nodes):
-                await queue.put(entry)
-            for _ in range(consumers):
-                await queue.put(None)
+            try:
+                for entry in [*enumerate(nodes), *[None] * consumers]:
+                    await queue.put(entry)
+            finally:
+                over = sys.exc_info()[0] is not None
         return [found[i] for i in sorted(found)]
 
     async def do_limited(self, nodes: list[Any], slots: int) -> Json:

@@ -1218,6 +1218,37 @@ def test_drain_lets_steps_end_and_gives_back_what_does_not() -> None:
     asyncio.run(main())
 
 
+def test_drain_takes_no_further_step() -> None:
+    calls: Counter[int] = Counter()
+
+    @step
+    async def te_link(n: int) -> int:
+        calls[n] += 1
+        await asyncio.sleep(0.002)
+        return n
+
+    @workflow
+    async def te_chain() -> int:
+        return sum([await te_link(n) for n in range(300)])
+
+    async def main() -> None:
+        async with bench() as b:
+            run_id = await b.start(te_chain)
+            await eventually(lambda: calls[5])
+            worker = b.worker
+            assert worker is not None
+            await worker.drain(30)
+            assert len(calls) < 50
+            assert all(i.lease is None for i in (await b.items(run_id)).values())
+            await worker.close()
+            b.worker = None
+            await b.work()
+            assert await b.result(run_id) == 44_850
+        assert set(calls.values()) == {1}
+
+    asyncio.run(main())
+
+
 class Shaky(MemoryStorageBackend):
     """Every third batch is not answered: half of these were written all the same."""
 

@@ -243,6 +243,8 @@ class Cluster:
 async def check_history(storage: MemoryStorageBackend, run: Run) -> None:
     """What must hold of an ended run, whatever happened to it."""
     events = await storage.get_events(run.run_id)
+    if events[-1].data.get("kind") == "control":
+        return  # cancelled before any code ran
     replay = Replay(program, run.run_id)
     replay.feed(events)
     assert replay.problem is None, (replay.problem, [(e.seq, e.type, e.op) for e in events])

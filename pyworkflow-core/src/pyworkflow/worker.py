@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -30,7 +31,7 @@ def create_runtime(
 ) -> Runtime:
     """The worker of this process on the configured store. Does no I/O before it is opened."""
     config = config or settings()
-    _plugins.load_all()
+    _load_plugins(config)
     return Worker(
         storage if storage is not None else configured_storage(config),
         config,
@@ -38,6 +39,31 @@ def create_runtime(
         spread=spread,
         ring=ring,
     )
+
+
+class _Modules:
+    """The registry that plugins name their workflow modules to."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def add_module(self, module: str) -> None:
+        self.names.append(module)
+
+
+def _load_plugins(config: Settings) -> None:
+    """Load every plugin, tell it the settings, and import the modules that it names."""
+    _plugins.load_all()
+    hidden = ("storage", "executor", "broker_url")  # they may carry credentials
+    shown = {
+        field.name: str(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in hidden
+    }
+    _plugins.observe("pyworkflow_configure", config=shown)
+    modules = _Modules()
+    _plugins.observe("pyworkflow_register", registry=modules)
+    import_modules(modules.names)
 
 
 def import_modules(names: Iterable[str]) -> None:

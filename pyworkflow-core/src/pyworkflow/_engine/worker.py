@@ -21,6 +21,7 @@ from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
+from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper
 from pyworkflow._engine.observers import observed_hooks, tell_observers
@@ -28,6 +29,7 @@ from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import LiveRun, Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
+from pyworkflow._replay._cpython import prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
@@ -79,7 +81,9 @@ class Worker:
         self._queues = None if queues is None else frozenset(queues)
         self._ring = ring
         self.clock = StorageClock()
+        prepare()
         self.guard = shared_guard()
+        self.evictor = Evictor()
         self.pipeline = Pipeline(storage, self.clock, settings.lease.total_seconds())
         self.max_payload = min(settings.max_payload, storage.info().max_payload)
         self.runner = StepRunner(
@@ -97,8 +101,6 @@ class Worker:
         self._wake = asyncio.Event()
         self._stopping = False
         self._looked_for_gone = 0.0
-        self.stubborn: list[str] = []
-        """Coroutines that refused to be closed; kept, so that no collector meets them."""
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class Worker:
             await asyncio.wait(tasks, timeout=1.0)
         while self._kept:
             self._drop(self._kept.popitem()[1])
+        self.evictor.stop()
         self.runner.close()
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -408,15 +411,7 @@ class Worker:
 
     def _drop(self, live: LiveRun) -> None:
         """Evict a coroutine; always correct, since the history has everything."""
-        refused = live.replay.close()
-        if refused:
-            self.stubborn.extend(refused)
-            _log.warning(
-                "workflow code refuses to be closed: tasks=%s run_id=%s; do not await in finally "
-                "or swallow GeneratorExit",
-                ", ".join(refused),
-                live.run_id,
-            )
+        self.evictor.close(live.replay)
 
     def evict(self, run_id: str | None = None) -> None:
         """Drop the kept coroutine of a run, or all of them."""

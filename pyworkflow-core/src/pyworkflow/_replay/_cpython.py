@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pyworkflow.errors import ConfigurationError
+
 __all__ = ["ASYNCIO_PROFILE", "Entered", "prepare"]
 
 T = TypeVar("T")
@@ -124,7 +126,7 @@ def _install_gather_hash() -> None:
 
 
 def _self_test() -> None:
-    """Refuse a Python whose asyncio does not behave as replay needs. Raises ``RuntimeError``."""
+    """Refuse a Python whose asyncio does not behave as replay needs. Raises ``ConfigurationError``."""
     from pyworkflow._replay.loop import DeterministicLoop
 
     async def program() -> list[str]:
@@ -149,7 +151,7 @@ def _self_test() -> None:
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is the answer
         found = exc
     if found != (["a", "b"], True):
-        raise RuntimeError(
+        raise ConfigurationError(
             f"this Python's asyncio does not pass the replay self-test: "
             f"python={sys.version.split()[0]} found={found!r}; use CPython 3.11 to 3.13, or a "
             "newer PyWorkflow"

@@ -295,6 +295,8 @@ class DeterministicLoop(_Loop):
         self._check()
         timer = DurableTimer(when, callback, args, self, context)
         until = ceil(when * 1_000_000)
+        if until / 1_000_000 < when:
+            until += 1  # the product was rounded down: never early by the loop's own account
         if until <= self._elapsed:
             # Nothing to wait for: the same on every replay, since time is replayed.
             self._ready.append(timer)

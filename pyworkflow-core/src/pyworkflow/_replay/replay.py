@@ -453,6 +453,11 @@ class Replay:
         """Whether the watchdog interrupted the code."""
         return self._context is not None and self._context.loop.interrupted
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is left to close: not begun, ended, or closed."""
+        return self._context is None or not self._context.loop.unfinished()
+
     def close(self) -> list[str]:
         """Close the coroutine: eviction. The names of tasks that refused.
 
