@@ -16,7 +16,7 @@ from pyworkflow._engine.worker import Worker
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
 from pyworkflow.spi import StorageBackend, WorkItem
-from pyworkflow.spi._fsck import fsck
+from pyworkflow.spi import fsck
 from pyworkflow.storage.memory import MemoryStorageBackend
 
 __all__ = ["Bench", "bench", "eventually", "settings"]

@@ -117,6 +117,23 @@ def test_wrong_types_fail_at_the_caller_and_name_the_argument(args: Any, told: s
     asyncio.run(main())
 
 
+def test_parameters_without_annotations_take_anything() -> None:
+    @step
+    def bi_bare_step(value, *more, **named):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202
+        return (value, more, named)
+
+    @workflow
+    async def bi_bare(value, *more, extra=None, **named):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202
+        return await bi_bare_step(value, *more, extra=extra, **named)
+
+    async def main() -> None:
+        async with bench() as b:
+            for value in (1, "text", None, (1, 2), {"a": {3}}):
+                assert await b.run(bi_bare, value, value) == (value, (value,), {"extra": None})
+
+    asyncio.run(main())
+
+
 def test_a_step_argument_that_cannot_be_stored_raises_at_the_call_and_may_be_caught() -> None:
     @step
     async def bi_step(value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,7 +21,8 @@ from pyworkflow._definitions import RunOptions
 from pyworkflow._engine import dispatched, session
 from pyworkflow._engine.worker import Worker
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow._replay.commands import EmitLog, RunStep, StartSleep
+from pyworkflow._replay.commands import EmitLog, StartSleep
+from pyworkflow._replay.context import RunContext
 from pyworkflow._replay.replay import Replay
 from pyworkflow._serialization import decode
 from pyworkflow.errors import StorageUnavailable
@@ -34,7 +36,8 @@ from pyworkflow.spi.storage import (
     ClaimRequest,
     Committed,
 )
-from tests.core.programs import examples, on_body, program, programs, run_plain
+from pyworkflow import step, workflow
+from tests.core.programs import examples, ok, on_body, program, programs, run_plain
 
 pytestmark = pytest.mark.filterwarnings(
     # Code in a ``finally`` that is refused while a coroutine is closed leaves such traces.
@@ -247,7 +250,10 @@ async def check_history(storage: MemoryStorageBackend, run: Run) -> None:
         return  # cancelled before any code ran
     replay = Replay(program, run.run_id)
     replay.feed(events)
-    assert replay.problem is None, (replay.problem, [(e.seq, e.type, e.op) for e in events])
+    problem = replay.problem
+    if problem is not None:
+        replay.close()
+    assert problem is None, (problem, [(e.seq, e.type, e.op) for e in events])
     commands = replay.take()
     assert not [c for c in commands if isinstance(c, StartSleep)]
     lines = [c.message for c in commands if isinstance(c, EmitLog)]
@@ -279,6 +285,29 @@ def bodies(storage: MemoryStorageBackend) -> Iterator[list[tuple[str, str, int]]
     finally:
         on_body.remove(look)
     assert not late, f"bodies began after their results were recorded: {late}"
+
+
+@contextmanager
+def no_coroutine_left() -> Iterator[None]:
+    """Watch that every coroutine is closed: a collector that met one would run its code.
+
+    It would run inside whatever workflow spins at that moment, and emit ops there.
+    """
+    gc.collect()
+    before = {id(o) for o in gc.get_objects() if type(o) is RunContext}
+    gc.disable()
+    try:
+        yield
+        left = [o for o in gc.get_objects() if type(o) is RunContext and id(o) not in before]
+        unclosed = [c.run_id for c in left if not c.closed]
+    finally:
+        gc.enable()
+    assert not unclosed, f"never closed: {unclosed}"
+
+
+def run_in_a_cluster(nodes: list[Any], disturbance: Disturbance, **options: Any) -> list[Run]:
+    with no_coroutine_left():
+        return asyncio.run(run_programs(nodes, disturbance, **options))
 
 
 async def run_programs(
@@ -326,7 +355,7 @@ def test_undisturbed_runs_give_what_the_ordinary_program_gives(
     nodes: list[Any], seed: int, workers: int, spread: bool
 ) -> None:
     calm = Disturbance(seed, (), 0, 0)
-    compare(nodes, asyncio.run(run_programs(nodes, calm, workers=workers, traced=False, spread=spread)))
+    compare(nodes, run_in_a_cluster(nodes, calm, workers=workers, traced=False, spread=spread))
 
 
 @settings(phases=PHASES, max_examples=examples(60))
@@ -336,7 +365,7 @@ def test_crashes_evictions_and_lost_answers_change_no_result(
 ) -> None:
     crashes = Disturbance(seed, CRASHES, 0.2, 4)
     compare(
-        nodes, asyncio.run(run_programs(nodes, crashes, workers=workers, traced=False, spread=spread))
+        nodes, run_in_a_cluster(nodes, crashes, workers=workers, traced=False, spread=spread)
     )
 
 
@@ -344,7 +373,7 @@ def test_crashes_evictions_and_lost_answers_change_no_result(
 @given(several, seeds)
 def test_eviction_at_every_call_changes_no_result(nodes: list[Any], seed: int) -> None:
     evictions = Disturbance(seed, ("evicted",), 1.0, 10_000)
-    compare(nodes, asyncio.run(run_programs(nodes, evictions, workers=2, traced=False)))
+    compare(nodes, run_in_a_cluster(nodes, evictions, workers=2, traced=False))
 
 
 @settings(phases=PHASES, max_examples=examples(40))
@@ -353,7 +382,7 @@ def test_leases_that_end_under_living_workers_change_no_result(
     nodes: list[Any], seed: int, workers: int
 ) -> None:
     zombies = Disturbance(seed, ("shifted", "shifted", "evicted", "pause", "killed"), 0.2, 5)
-    compare(nodes, asyncio.run(run_programs(nodes, zombies, workers=workers, traced=False)))
+    compare(nodes, run_in_a_cluster(nodes, zombies, workers=workers, traced=False))
 
 
 @settings(phases=PHASES, max_examples=examples(60))
@@ -364,4 +393,136 @@ def test_races_timeouts_and_cancellation_replay_as_they_ran(
     nodes: list[Any], seed: int, workers: int, spread: bool
 ) -> None:
     all_kinds = Disturbance(seed, (*CRASHES, "shifted", "cancelled"), 0.2, 5)
-    asyncio.run(run_programs(nodes, all_kinds, workers=workers, traced=True, spread=spread))
+    run_in_a_cluster(nodes, all_kinds, workers=workers, traced=True, spread=spread)
+
+
+# --- what the properties found, in its smallest form ----------------------------------------------
+
+
+@step(dispatch="queue", max_retries=0)
+async def gated(n: int) -> int:
+    await _gates.setdefault(n, asyncio.Event()).wait()
+    return n
+
+
+_gates: dict[int, asyncio.Event] = {}
+
+
+@workflow
+async def waits_for_many(n: int) -> int:
+    async with asyncio.timeout(3600):
+        return sum(await asyncio.gather(*[gated(i) for i in range(n)]))
+
+
+@workflow
+async def leaves_a_step_behind() -> str:
+    left = asyncio.create_task(ok(1))
+    await asyncio.sleep(0)
+    assert not left.done()
+    return "done"
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    end = monotonic() + PATIENCE
+    while not await condition():
+        assert monotonic() < end, "the condition never held"
+        await asyncio.sleep(0.001)
+
+
+async def _started(cluster: Cluster, workflow: Any, *args: Any) -> str:
+    worker = cluster.workers[0]
+    operations = Operations(worker.storage, worker, None)
+    return await operations.start(workflow, args, {}, RunOptions())
+
+
+def calm() -> Disturbance:
+    return Disturbance(0, (), 0, 0)
+
+
+def test_h20_a_step_of_a_task_left_behind_never_begins() -> None:
+    async def main() -> None:
+        async with Cluster(calm(), 1) as cluster:
+            with bodies(cluster.calm) as begun:
+                run_id = await _started(cluster, leaves_a_step_behind)
+                (run,) = await cluster.ended([run_id])
+                assert decode(str(run.result)) == "done"
+            assert begun == []
+
+    asyncio.run(main())
+
+
+def test_turns_that_only_deliver_inputs_are_no_sign_of_poison() -> None:
+    async def main() -> None:
+        _gates.clear()
+        async with Cluster(calm(), 1) as cluster:
+            run_id = await _started(cluster, waits_for_many, 14)
+
+            async def all_begun() -> bool:
+                return len(_gates) == 14
+
+            await until(all_begun)
+            for n, gate in sorted(_gates.items()):
+                gate.set()
+
+                async def settled(n: int = n) -> bool:
+                    run = await cluster.calm.get_run(run_id)
+                    events = await cluster.calm.get_events(run_id)
+                    ended = sum(e.type == "step.completed" for e in events)
+                    assert run is not None
+                    return ended == n + 1 and not any(w.is_busy for w in cluster.workers) or (
+                        ended == n + 1 and n < 13 and run.seen_seq == max(
+                            e.seq for e in events if e.klass == "I"
+                        )
+                    )  # fmt: skip
+
+                await until(settled)
+            (run,) = await cluster.ended([run_id])
+            assert decode(str(run.result)) == sum(range(14))
+            types = {e.type for e in await cluster.calm.get_events(run_id)}
+            assert "workflow.stalled" not in types
+
+    asyncio.run(main())
+
+
+def test_a_start_whose_answer_was_lost_is_driven_at_once() -> None:
+    async def main() -> None:
+        once = Disturbance(1, ("lost",), 1.0, 1)
+        async with Cluster(once, 1) as cluster:
+            once.kinds = ()
+            worker = cluster.workers[0]
+            once.kinds = ("lost",)
+            operations = Operations(worker.storage, worker, None)
+            run_id = await operations.start(program, (["step", "ok", 1], False), {}, RunOptions())
+            before = cluster.calm._shared.offset
+            await cluster.ended([run_id])
+            assert cluster.calm._shared.offset - before < LEASE / 2, "it waited for a lease to end"
+
+    asyncio.run(main())
+
+
+def test_a_coroutine_that_another_one_replaces_is_closed() -> None:
+    async def main() -> None:
+        async with Cluster(calm(), 1) as cluster:
+            worker = cluster.workers[0]
+            started = Event(
+                "workflow.started",
+                "I",
+                {
+                    "workflow": program.name,
+                    "version": "1",
+                    "args": program.encode_call((["sleep", 1_000_000], False), {}),
+                    "seed": "ab" * 16,
+                    "profile": 1,
+                },
+                run_id="run_twice",
+                seq=1,
+            )
+            first, second = (session.LiveRun(program, "run_twice") for _ in range(2))
+            for live in (first, second):
+                live.replay.feed([started])
+                worker._keep(live)
+            await worker.close()
+            assert first.replay.context is not None and first.replay.context.closed
+            assert second.replay.context is not None and second.replay.context.closed
+
+    asyncio.run(main())

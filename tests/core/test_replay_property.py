@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyworkflow._clock import from_micros
@@ -301,6 +302,11 @@ def fresh(world: World, events: list[Event], seen_seq: int = 0) -> Replay:
     return replay
 
 
+pytestmark = pytest.mark.filterwarnings(
+    # Code in a ``finally`` that is refused while a coroutine is closed leaves such traces.
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
 seeds = st.integers(0, 2**32)
 
 
@@ -413,6 +419,12 @@ def test_the_order_of_events_does_not_matter_where_the_program_does_not_ask(
     assert isinstance(world.replay.outcome, CompleteRun), world.replay.outcome
     value, _ = decode(world.replay.outcome.result)  # type: ignore[misc]
     assert value == run_plain(node)[0]  # type: ignore[index]
+
+
+def test_futures_of_gather_keep_their_place_in_sets() -> None:
+    node = ["race", [["step", "ok", n] for n in range(12)] + [["spin", 1]], True]
+    traces = {outcome_of(World(node, 1, foreign=False).run().replay) for _ in range(10)}
+    assert len(traces) == 1
 
 
 # --- the hash seed --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 
 from pyworkflow._operations import Operations
 from pyworkflow.runs import Run
-from pyworkflow.spi._fsck import fsck
+from pyworkflow.spi import fsck
 from pyworkflow.storage.file import FileStorageBackend
 from tests.e2e import _program
 

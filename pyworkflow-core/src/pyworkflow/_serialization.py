@@ -59,15 +59,9 @@ def encode(value: object, adapter: TypeAdapter[Any] | None = None, *, root: str 
     Raises:
         SerializationError: something in it cannot be stored; the message leads to it.
     """
-    if value is None:
-        return "null"
-    kind = type(value)
-    if kind is bool:
-        return "true" if value else "false"
-    if kind is int and -_SMALL < cast("int", value) < _SMALL:
-        return str(value)
-    if kind is str and cast("str", value).isascii():
-        return to_json(value).decode()
+    plain = _plain(value)
+    if plain is not None:
+        return plain
     try:
         text = text_of(walk(value))
         if '"$py":"model' in text or '"$py":"pydantic_dataclass"' in text:
@@ -144,7 +138,9 @@ def encode_arguments(
     if not args and not kwargs:
         return _NO_ARGUMENTS
     get: _Get = adapters.get if adapters else _no_adapter
-    texts = [encode(item, get(at), root=f"args[{at}]") for at, item in enumerate(args)]
+    texts = [
+        _plain(item) or encode(item, get(at), root=f"args[{at}]") for at, item in enumerate(args)
+    ]
     text = f'{{"args":[{",".join(texts)}]'
     if kwargs:
         texts = [
@@ -172,6 +168,20 @@ def decode_arguments(
         args = [_decode_tree(item, get(at)) for at, item in enumerate(args)]
         kwargs = {name: _decode_tree(item, get(name)) for name, item in kwargs.items()}
     return tuple(args), kwargs
+
+
+def _plain(value: object) -> str | None:
+    """The text of what needs no tag and no check, or None."""
+    if value is None:
+        return "null"
+    kind = type(value)
+    if kind is int and -_SMALL < cast("int", value) < _SMALL:
+        return str(value)
+    if kind is str and cast("str", value).isascii():
+        return to_json(value).decode()
+    if kind is bool:
+        return "true" if value else "false"
+    return None
 
 
 def _no_adapter(_key: int | str) -> TypeAdapter[Any] | None:

@@ -34,6 +34,9 @@ _log = logging.getLogger("pyworkflow.engine")
 
 KILLS = 3
 """Claims of a step without progress after which it is taken to kill its worker."""
+_SUSPICION = 10.0
+"""Seconds that a step whose worker died runs before another such step may begin beside it."""
+_TURN_OF_A_SUSPECT = timedelta(milliseconds=250)
 
 
 class DispatchedSteps:
@@ -44,6 +47,7 @@ class DispatchedSteps:
         self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._changes: dict[ClaimRef, int] = {}
         self._workflows: dict[ClaimRef, str] = {}
+        self._suspect: tuple[tuple[str, str], float] | None = None
 
     def room(self) -> int:
         """How many more may begin."""
@@ -122,9 +126,26 @@ class DispatchedSteps:
             message = f"step {step.name!r} took its worker down {item.claims - 1} times"
             await self._give_up(what, StepEnd(error=WorkerLost(message), kind="worker_lost"), item)
             return
+        if item.claims > 1 and not self._may_begin(item):
+            await self._worker.storage.release(claim.ref, delay=_TURN_OF_A_SUSPECT)
+            return
         if step.semantics == "at_most_once" and not await self._mark_begun(what, item):
             return
         await self._run(what, item, started=step.semantics == "at_most_once")
+
+    def _may_begin(self, item: WorkItem) -> bool:
+        """Let steps whose worker died begin one at a time.
+
+        Each of them may be what took the worker down; beside each other, all would be counted
+        for what one does. After a while the next may begin all the same.
+        """
+        key, now = (item.run_id, item.item_id), monotonic()
+        if self._suspect is not None:
+            other, since = self._suspect
+            if other != key and other in self._running and now - since < _SUSPICION:
+                return False
+        self._suspect = key, now
+        return True
 
     async def _mark_begun(self, what: StepTry, item: WorkItem) -> bool:
         """Record that the body is about to begin; False when it must not any more."""
@@ -188,7 +209,8 @@ class DispatchedSteps:
 
     async def _result(self, item: WorkItem, events: list[Event]) -> None:
         worker = self._worker
-        answer = await self._commit(item, events, settle=Settle(), take_turn=worker.held())
+        held = None if worker.is_stopping else worker.held()
+        answer = await self._commit(item, events, settle=Settle(), take_turn=held)
         turn = next((i for i in answer.claims if i.item_id == TURN), None)
         if turn is None:
             worker.wake()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from time import monotonic
 from types import FrameType
+from typing import Any
 
 from pyworkflow._replay.context import current_run
 from pyworkflow._replay.loop import WorkflowBlocked
@@ -26,6 +27,14 @@ __all__ = ["Guard", "shared_guard"]
 _REFUSED = {
     "open": "opening a file",
     "os.listdir": "listing a directory",
+    "os.scandir": "listing a directory",
+    "os.rmdir": "removing a directory",
+    "os.link": "linking a file",
+    "os.symlink": "linking a file",
+    "os.truncate": "changing a file",
+    "os.chmod": "changing a file",
+    "os.chown": "changing a file",
+    "builtins.input": "reading the terminal",
     "os.mkdir": "making a directory",
     "os.remove": "removing a file",
     "os.rename": "renaming a file",
@@ -33,15 +42,32 @@ _REFUSED = {
     "os.exec": "running a program",
     "os.fork": "forking",
     "os.posix_spawn": "running a program",
+    "os.spawn": "running a program",
     "subprocess.Popen": "running a program",
     "socket.__new__": "opening a socket",
     "socket.connect": "connecting a socket",
+    "socket.bind": "opening a socket",
     "socket.getaddrinfo": "looking up a host",
+    "socket.gethostbyname": "looking up a host",
     "sqlite3.connect": "opening a database",
     "time.sleep": "time.sleep()",
     "_thread.start_new_thread": "starting a thread",
     "_thread.start_joinable_thread": "starting a thread",
 }
+#: Modules that read files of the installation on behalf of whatever code is running.
+_MACHINERY = frozenset(
+    {
+        "_frozen_importlib",
+        "_frozen_importlib_external",
+        "encodings",
+        "importlib",
+        "linecache",
+        "logging",
+        "traceback",
+        "warnings",
+        "zoneinfo",
+    }
+)
 _LIMIT = 2.0
 _POLL = 0.25
 
@@ -69,9 +95,7 @@ def _of_the_machinery(frame: FrameType | None) -> bool:
     """Whether the import system, logging or a traceback's printing asks, not the workflow."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith(
-            ("importlib.", "_frozen_importlib", "logging", "linecache", "traceback")
-        ):
+        if name.partition(".")[0] in _MACHINERY:
             return True
         if name.startswith("pyworkflow._replay"):
             return False
@@ -93,6 +117,20 @@ def _audit_sleep() -> None:
     time.sleep = sleep  # type: ignore[assignment]  # the same call, audited
 
 
+def _audit_threads() -> None:
+    """Starting a thread tells audit hooks from 3.12 on; before, a wrapper does."""
+    if sys.version_info >= (3, 12):
+        return
+    original: Any = getattr(threading, "_start_new_thread")  # noqa: B009 - private to threading
+
+    @functools.wraps(original)
+    def start_new_thread(*args: Any, **kwargs: Any) -> Any:
+        _audit("_thread.start_new_thread", ())
+        return original(*args, **kwargs)
+
+    setattr(threading, "_start_new_thread", start_new_thread)  # noqa: B010 - as above
+
+
 class Guard:
     """Runs workflow code, watched. One per process: an audit hook cannot be taken away."""
 
@@ -101,6 +139,7 @@ class Guard:
         self._thread: threading.Thread | None = None
         sys.addaudithook(_audit)
         _audit_sleep()
+        _audit_threads()
 
     def feed(self, replay: Replay, events: Sequence[Event]) -> None:
         """``replay.feed(events)``, interrupted when its code holds the thread for too long."""

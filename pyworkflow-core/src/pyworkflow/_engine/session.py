@@ -179,7 +179,15 @@ class Session:
             return False
         for warning in replay.take_warnings():
             _log.warning("%s run_id=%s", warning, self._run.run_id)
-        self._carry_out(replay.take())
+        commands = replay.take()
+        if self._worker.is_stopping and replay.outcome is None:
+            # What runs is recorded; nothing new begins here. The coroutine goes, and with it
+            # what it asked for: whoever claims the turn next asks again.
+            if not self._running and not self._ended:
+                await self._worker.storage.release(self._ref)
+                return False
+        else:
+            self._carry_out(commands)
         if replay.outcome is not None:
             return await self._finish()
         if self._running and not self._ended:
@@ -362,7 +370,7 @@ class Session:
             self._puts.append(self._put_of(place.what, claimed=held))
         handed = {p.what.op for p in handing}
         inputs = any(e.klass == INPUT for e in self._events)
-        settle = not inputs and not (self._running.keys() - handed)
+        settle = not (inputs or self._running.keys() - handed or self._worker.is_stopping)
         again: Settle | None = None
         if settle:
             timer = self._replay.next_timer()
@@ -587,6 +595,10 @@ class Session:
 
     async def _pause(self) -> None:
         """The run was paused: let steps end as items of their own, and give the turn back."""
+        ended, self._ended = self._ended, []
+        for place in ended:
+            del self._running[place.what.op]
+            self._record_end(place)
         self._handing = [p for p in self._running.values() if p.end is None]
         self._replay.take()
         held = self._worker.held()

@@ -166,6 +166,11 @@ class Worker:
         return {t for t in self._tasks if t is not self._server and not t.done()}
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether the worker drains: it begins nothing more."""
+        return self._stopping
+
+    @property
     def is_busy(self) -> bool:
         """Whether a turn or step of this worker is in progress."""
         return bool(self._busy())

@@ -31,18 +31,23 @@ _swap: Callable[[Any, Any], Any] | None = (
 
 
 class Entered:
-    """Context manager: within it, ``loop`` is the running loop of this thread."""
+    """Context manager: within it, ``loop`` is the running loop of this thread.
 
-    __slots__ = ("_hooks", "_loop", "_outer", "_task")
+    One object serves a loop again and again, but is not entered twice at once.
+    """
+
+    __slots__ = ("_hooks", "_loop", "_ours", "_outer", "_task")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        ours: Any = loop
+        self._ours: tuple[Any, Any] = (ours.asyncgen_started, ours.asyncgen_dropped)
 
     def __enter__(self) -> None:
         outer = self._outer = events._get_running_loop()
         self._task = _swap(outer, None) if _swap is not None and outer is not None else None
         self._hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(self._loop.asyncgen_started, self._loop.asyncgen_dropped)  # type: ignore[attr-defined]  # ours, see loop.py
+        sys.set_asyncgen_hooks(*self._ours)
         events._set_running_loop(self._loop)
 
     def __exit__(

@@ -91,7 +91,8 @@ class RunContext:
         self, step: StepSpec, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> str:
         """Emit a step; its result arrives at ``ops[op].future``."""
-        self._check_open(step.name)
+        if self.closed:
+            self._check_open(step.name)
         text = step.encode_call(args, kwargs)
         if self.max_payload and (size := payload_size(text)) > self.max_payload:
             raise PayloadTooLarge(f"the arguments of step {step.name!r}", size, self.max_payload)

@@ -67,11 +67,9 @@ _branch_of_context: contextvars.ContextVar[Branch] = contextvars.ContextVar("pyw
 
 
 class WorkflowFuture(asyncio.Future[T]):
-    """A future whose place in a set depends on the run alone."""
+    """A future whose place in a set depends on the run alone; made by ``create_future``."""
 
-    def __init__(self, *, loop: DeterministicLoop) -> None:
-        self._hash = loop.next_hash()
-        super().__init__(loop=loop)
+    _hash: int
 
     def __hash__(self) -> int:
         return self._hash
@@ -134,6 +132,7 @@ class DeterministicLoop(_Loop):
         self._generators: list[AsyncGenerator[Any, Any]] = []
         self._generators_limit = 16
         self._root_branch = Branch("1")
+        self._entered = Entered(self)
         self._root: asyncio.Task[Any] | None = None
         #: Set by the watchdog's interruption; the spin ends at once.
         self.interrupted = False
@@ -148,7 +147,7 @@ class DeterministicLoop(_Loop):
         context.run(_branch_of_context.set, self._root_branch)
         self._open = True
         try:
-            with Entered(self):
+            with self._entered:
                 root: WorkflowTask[T] = WorkflowTask(coro, loop=self, name="1", context=context)
                 root.branch = self._root_branch
                 self._root = root
@@ -166,7 +165,7 @@ class DeterministicLoop(_Loop):
         """
         self._open = True
         try:
-            with Entered(self):
+            with self._entered:
                 callback(*args)
                 self._drain()
         finally:
@@ -183,7 +182,7 @@ class DeterministicLoop(_Loop):
                 ready.clear()
                 return
             handle = ready.popleft()
-            if handle.cancelled():
+            if handle._cancelled:
                 continue
             try:
                 handle._run()
@@ -311,7 +310,9 @@ class DeterministicLoop(_Loop):
 
     def create_future(self) -> asyncio.Future[Any]:
         self._check()
-        return WorkflowFuture(loop=self)
+        future: WorkflowFuture[Any] = WorkflowFuture(loop=self)
+        future._hash = self.next_hash()
+        return future
 
     def create_task(
         self,

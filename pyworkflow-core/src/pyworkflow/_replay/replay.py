@@ -150,10 +150,11 @@ class Replay:
 
     def _recorded(self, event: Event) -> None:
         """A command event: the code must have emitted it."""
-        op = self._match(event)
-        if op is None:
+        matched = self._match(event)
+        if matched is None:
             return
-        op.state, _ = TABLE[op.kind, op.state, event.type]
+        op, state, _ = matched
+        op.state = state
         if event.type == EventType.STEP_SCHEDULED:
             op.recorded = True
         elif event.type == EventType.STEP_CANCELLED:
@@ -172,6 +173,8 @@ class Replay:
             return
         instant = to_micros(event.timestamp)
         match event.type:
+            case EventType.STEP_COMPLETED:
+                self._result(context, event, instant)
             case EventType.CANCEL_REQUESTED:
                 self._advance(context, event.seq, instant)
                 self._cancel(context, "cancel", str(event.data.get("reason", "")))
@@ -191,10 +194,11 @@ class Replay:
 
     def _result(self, context: RunContext, event: Event, instant: int) -> None:
         """The input of an op."""
-        op = self._match(event)
-        if op is None:
+        matched = self._match(event)
+        if matched is None:
             return
-        op.state, action = TABLE[op.kind, op.state, event.type]
+        op, state, action = matched
+        op.state = state
         if op.until:
             context.waiting_timers.pop(event.op or "", None)
             instant = max(instant, op.until) if action is Action.DELIVER else instant
@@ -205,7 +209,7 @@ class Replay:
             timer, op.timer = op.timer, None
             self._spin(context, context.loop.call_fired, timer)
             return
-        future, op.future = cast("asyncio.Future[Any]", op.future), None
+        future, op.future = op.future, None
         step, op.step = op.step, None
         try:
             if event.type == EventType.STEP_FAILED:
@@ -219,30 +223,41 @@ class Replay:
                 f"seq={event.seq}: {exc}"
             )
             return
-        self._spin(context, _set_result, future, value)
+        self._guarded(context, context.loop.deliver, _set_result, future, value)
 
-    def _match(self, event: Event) -> Op | None:
-        """The op that an event belongs to; None and a problem when the code did not emit it."""
+    def _match(self, event: Event) -> tuple[Op, OpState, Action] | None:
+        """The op that an event belongs to, and what the event does to it.
+
+        None and a problem when the code did not emit it.
+        """
         context = self._context
+        data = event.data
+        name, recorded = data.get("name"), data.get("digest")
         op = context.ops.get(event.op or "") if context is not None else None
-        name = event.data.get("name")
+        row = None
+        if op is not None:
+            row = TABLE.get((op.kind, op.state, event.type))
+            if (
+                row is not None
+                and (name is None or name == op.name)
+                and (recorded is None or recorded == op.digest)
+            ):
+                return op, *row
         expected = f"{event.type} op={event.op}" + (f" name={name}" if name is not None else "")
         if context is None or op is None:
             found = "no such op"
             if context is not None and (near := self._near(context, event.op or "")):
                 found += f"; the code emitted {near}"
-        elif (op.kind, op.state, event.type) not in TABLE:
+        elif row is None:
             found = f"{op.kind} op={event.op} that is {op.state}"
         elif name is not None and name != op.name:
             found = f"step op={event.op} name={op.name}"
-        elif (recorded := event.data.get("digest")) is not None and recorded != op.digest:
+        else:
             found = f"other arguments for step={op.name} op={event.op}: digest={op.digest}"
             expected += f" digest={recorded}"
             if self.workflow.check_args == "warn":
                 context.warnings.append(f"expected {expected}; found {found}")
-                return op
-        else:
-            return op
+                return op, *row
         self.problem = NonDeterminism(expected, found, event.seq)
         return None
 
@@ -470,13 +485,13 @@ class Replay:
         return context.loop.close_tasks()
 
 
-def _set_result(future: asyncio.Future[Any], value: object) -> None:
-    if not future.done():
+def _set_result(future: asyncio.Future[Any] | None, value: object) -> None:
+    if future is not None and not future.done():
         future.set_result(value)
 
 
-def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
+def _set_exception(future: asyncio.Future[Any] | None, error: BaseException) -> None:
+    if future is not None and not future.done():
         if isinstance(error, StopIteration):  # a future cannot carry it
             error = RuntimeError(f"the step raised {error!r}")
         future.set_exception(error)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-import pyworkflow
 from pyworkflow.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
@@ -82,8 +81,10 @@ def settle_settings() -> None:
 
     After the import of modules, which may call ``configure`` themselves: the command line wins.
     """
+    from pyworkflow._config import configure
+
     meta = click.get_current_context().meta
-    pyworkflow.configure(storage=meta.get(f"{_META}storage"), executor=meta.get(f"{_META}executor"))
+    configure(storage=meta.get(f"{_META}storage"), executor=meta.get(f"{_META}executor"))
 
 
 def store_hint() -> str:
@@ -154,7 +155,7 @@ def _where(error: BaseException | None) -> str:
     """The last line of the user's own code that an exception went through."""
     if error is None:
         return ""
-    ours = str(Path(pyworkflow.__file__).parent)
+    ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if not f.filename.startswith((ours, "<")) and f.line]
     if not theirs or theirs[-1].filename.endswith("importlib/__init__.py"):

@@ -11,7 +11,6 @@ from typing import cast
 
 import click
 
-from pyworkflow import __version__
 from pyworkflow.cli._options import Unusable, shared
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "MISUSED", "UNUSABLE", "execute"]
@@ -81,7 +80,7 @@ class _Root(click.Group):
     "unusable, 130 interrupted. Settings come from the options, PYWORKFLOW_* variables, and "
     "[tool.pyworkflow] in pyproject.toml, in this order.",
 )
-@click.version_option(__version__, prog_name="pyworkflow")
+@click.version_option(package_name="pyworkflow-core", prog_name="pyworkflow")
 @shared
 def root() -> None:
     r"""Durable workflows: start them, work on them, look at them.

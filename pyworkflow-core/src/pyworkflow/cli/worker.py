@@ -55,10 +55,10 @@ def command(
     pyworkflow worker app.py
     pyworkflow worker shop.orders shop.mails --queue default --queue slow
     """
-    from pyworkflow import configure, configure_logging
-    from pyworkflow._config import settings
+    from pyworkflow._config import configure, settings
     from pyworkflow._definitions import workflow_names
     from pyworkflow._local import configured_executor
+    from pyworkflow._logging import configure_logging
     from pyworkflow.worker import create_runtime
 
     if modules:
@@ -70,22 +70,22 @@ def command(
     if not modules:
         modules = settings().modules
         import_workflows(modules)
-    if not modules:
-        raise click.UsageError(
-            "no module is named whose workflows could be worked on; write `pyworkflow worker "
-            "MODULE`, or set modules in [tool.pyworkflow] or PYWORKFLOW_MODULES"
-        )
-    names = sorted(workflow_names())
-    if not names:
+    with opening():
+        executor = configured_executor(settings())
+        runtime = create_runtime(queues=queues or None, spread=executor.capabilities.distributed)
+    names = sorted(workflow_names())  # plugins may have brought some as well
+    if not names and modules:
         raise click.UsageError(
             f"no workflow is defined: modules={','.join(modules)}; decorate an async function "
             "with @workflow()"
         )
+    if not names:
+        raise click.UsageError(
+            "no module is named whose workflows could be worked on; write `pyworkflow worker "
+            "MODULE`, or set modules in [tool.pyworkflow] or PYWORKFLOW_MODULES"
+        )
     if not logging.getLogger().handlers:
         configure_logging(level=log_level.upper(), json_logs=wants_json())
-    with opening():
-        executor = configured_executor(settings())
-        runtime = create_runtime(queues=queues or None, spread=executor.capabilities.distributed)
     log = logging.getLogger("pyworkflow.worker")
     log.info("the worker has workflows: %s", ", ".join(names))
     with opening():
