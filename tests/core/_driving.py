@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from pyworkflow._operations import Operations
 from pyworkflow._config import Settings
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker
+from pyworkflow._operations import Operations
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
-from pyworkflow.spi import StorageBackend, WorkItem
-from pyworkflow.spi import fsck
+from pyworkflow.spi import StorageBackend, WorkItem, fsck
 from pyworkflow.storage.memory import MemoryStorageBackend
 
 __all__ = ["Bench", "bench", "eventually", "settings"]

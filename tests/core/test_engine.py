@@ -653,9 +653,7 @@ def test_deliveries_to_nobody_and_to_a_taken_id_are_dropped_with_words(
             taken = await b.start(te_receiver)
             await owe(b, "a", "deliver:1", event_payload("nobody", "cancel.requested", {}))
             other = new_run("te_sender", parent=ParentRef(run_id="b", op="1#1:child"))
-            await owe(
-                b, "b", "deliver:1", run_payload(taken, other, started("te_sender").data)
-            )
+            await owe(b, "b", "deliver:1", run_payload(taken, other, started("te_sender").data))
 
             async def settled() -> bool:
                 return await b.items("a") == {} == await b.items("b")
@@ -890,7 +888,11 @@ def test_a_claim_is_renewed_while_a_step_outlives_its_lease() -> None:
 
 @pytest.mark.parametrize(
     ("cleanup", "ends", "outcome"),
-    [("10s", "raise", WorkflowTimeout), ("10s", "return", "cleaned"), ("5m", "raise", WorkflowTimeout)],
+    [
+        ("10s", "raise", WorkflowTimeout),
+        ("10s", "return", "cleaned"),
+        ("5m", "raise", WorkflowTimeout),
+    ],
 )
 def test_max_duration_cancels_and_gives_a_grace_period(
     cleanup: str, ends: str, outcome: Any
@@ -1041,7 +1043,7 @@ def test_a_busy_loop_stalls_its_run_and_not_the_worker() -> None:
     def make(busy: bool) -> Any:
         @workflow
         async def te_busy() -> str:
-            while busy:
+            while busy:  # noqa: ASYNC110 - the very thing under test
                 await asyncio.sleep(0)
             return "calm"
 
@@ -1105,7 +1107,7 @@ def test_a_history_that_reaches_its_limit_fails_the_run() -> None:
         for n in itertools.count():
             try:
                 await te_count(n)
-            except Exception:  # noqa: BLE001, S110 - nothing helps
+            except Exception:  # noqa: BLE001 - nothing helps
                 pass
 
     async def main() -> None:
@@ -1123,7 +1125,7 @@ def test_a_history_that_reaches_its_limit_fails_the_run() -> None:
 def test_a_history_that_grows_by_sleeps_alone_reaches_its_limit_too() -> None:
     @workflow
     async def te_sleeper() -> None:
-        while True:
+        while True:  # noqa: ASYNC110 - the history shall grow
             await asyncio.sleep(3600)
 
     async def main() -> None:

@@ -293,7 +293,6 @@ def no_coroutine_left() -> Iterator[None]:
 
     It would run inside whatever workflow spins at that moment, and emit ops there.
     """
-    gc.collect()
     before = {id(o) for o in gc.get_objects() if type(o) is RunContext}
     gc.disable()
     try:
@@ -349,7 +348,7 @@ def compare(nodes: list[Any], runs: list[Run]) -> None:
         assert decode(str(run.result)) == run_plain(node)[0], node  # type: ignore[index]
 
 
-@settings(phases=PHASES, max_examples=examples(30))
+@settings(phases=PHASES, max_examples=examples(20))
 @given(several, seeds, st.integers(1, 2), st.booleans())
 def test_undisturbed_runs_give_what_the_ordinary_program_gives(
     nodes: list[Any], seed: int, workers: int, spread: bool
@@ -358,7 +357,7 @@ def test_undisturbed_runs_give_what_the_ordinary_program_gives(
     compare(nodes, run_in_a_cluster(nodes, calm, workers=workers, traced=False, spread=spread))
 
 
-@settings(phases=PHASES, max_examples=examples(60))
+@settings(phases=PHASES, max_examples=examples(40))
 @given(several, seeds, st.integers(1, 3), st.booleans())
 def test_crashes_evictions_and_lost_answers_change_no_result(
     nodes: list[Any], seed: int, workers: int, spread: bool
@@ -369,7 +368,7 @@ def test_crashes_evictions_and_lost_answers_change_no_result(
     )
 
 
-@settings(phases=PHASES, max_examples=examples(25))
+@settings(phases=PHASES, max_examples=examples(20))
 @given(several, seeds)
 def test_eviction_at_every_call_changes_no_result(nodes: list[Any], seed: int) -> None:
     evictions = Disturbance(seed, ("evicted",), 1.0, 10_000)
@@ -385,7 +384,7 @@ def test_leases_that_end_under_living_workers_change_no_result(
     compare(nodes, run_in_a_cluster(nodes, zombies, workers=workers, traced=False))
 
 
-@settings(phases=PHASES, max_examples=examples(60))
+@settings(phases=PHASES, max_examples=examples(40))
 @given(
     st.lists(programs(), min_size=1, max_size=2), seeds, st.integers(1, 3), st.booleans()
 )

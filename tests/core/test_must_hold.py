@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import subprocess
 import sys
 import threading
@@ -490,12 +491,10 @@ def test_m06_retry_delay_and_max_retries_do_what_they_say(delay: Any, expected: 
             for number, seconds in enumerate(expected, 1):
                 await b.has(run_id, "step.retrying", number)
                 await b.pass_time(seconds)
-            with pytest.raises(ConnectionError, match="^no$"):
+            with pytest.raises(ConnectionError, match=r"^no$"):
                 await b.result(run_id)
             assert tries == list(range(1, len(expected) + 2))
-            for found, wanted in zip(
-                retry_delays(await b.events(run_id)), expected, strict=True
-            ):
+            for found, wanted in zip(retry_delays(await b.events(run_id)), expected, strict=True):
                 # The delay counts from the failure, the event comes with the commit after it.
                 assert wanted - 5 < found <= wanted
 
@@ -685,7 +684,9 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
 
     async def main() -> None:
         first = (
-            MemoryStorageBackend() if kind == "memory" else FileStorageBackend(tmp_path, fsync=False)
+            MemoryStorageBackend()
+            if kind == "memory"
+            else FileStorageBackend(tmp_path, fsync=False)
         )
         second = first.twin()
         async with first, second, bench(first) as b:
@@ -707,9 +708,7 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
                 )
                 assert again == ids[0]
                 with pytest.raises(IdempotencyConflict) as caught:
-                    await clients[1].start(
-                        m08_flow, 2, {"a": 1, "b": 2}, idempotency_key="order-7"
-                    )
+                    await clients[1].start(m08_flow, 2, {"a": 1, "b": 2}, idempotency_key="order-7")
                 assert caught.value.run_id == ids[0]
                 assert caught.value.differences == {"n": ("1", "2")}
                 assert "order-7" in str(caught.value)
@@ -974,7 +973,7 @@ def test_m13_a_run_of_5000_steps_costs_time_linear_in_its_steps() -> None:
         async with bench() as b:
             run_id = await b.start(m13_long)
             await b.until(run_id, "suspended", timeout=60)
-            thousands = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+            thousands = [b - a for a, b in itertools.pairwise(marks)]
             assert len(thousands) == 5
             # Quadratic cost would make the last thousand nine times the first.
             assert thousands[-1] < 3 * min(thousands[:2])

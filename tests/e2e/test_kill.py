@@ -77,7 +77,9 @@ class Stage:
         async def begin(storage: FileStorageBackend) -> list[str]:
             ops = Operations(storage, None, None)
             return [
-                await ops.start(workflow, (n,), {}, workflow.options(idempotency_key=f"run-{n}").options)
+                await ops.start(
+                    workflow, (n,), {}, workflow.options(idempotency_key=f"run-{n}").options
+                )
                 for n in runs
             ]
 

@@ -121,7 +121,8 @@ class _Signature:
         problems: list[str] = []
         cause: ValidationError | None = None
         for name, value in bound.arguments.items():
-            adapter = adapter_for(self.hints.get(name))
+            # ``None`` is an annotation, and another thing than none at all.
+            adapter = adapter_for(self.hints[name]) if name in self.hints else None
             if adapter is None:
                 continue
             kind = self.signature.parameters[name].kind
@@ -148,7 +149,7 @@ class _Signature:
     @functools.cached_property
     def result(self) -> Any:
         """The adapter of the return annotation, or None."""
-        return adapter_for(self.hints.get("return"))
+        return adapter_for(self.hints["return"]) if "return" in self.hints else None
 
 
 class Step(Generic[P, R]):

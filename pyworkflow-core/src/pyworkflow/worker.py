@@ -94,8 +94,13 @@ def _import_one(name: str) -> object:
         raise ConfigurationError(f"no such file: {name}; give the path of a workflow module")
     stem = os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122 - as above
     standing = sys.modules.get(stem)
-    if standing is not None and getattr(standing, "__file__", None) == path:
-        return standing
+    if standing is not None:
+        if getattr(standing, "__file__", None) == path:
+            return standing
+        raise ConfigurationError(
+            f"another module has this name already: file={name} module={stem}; rename the file, "
+            "or name it as Python imports it"
+        )
     spec = importlib.util.spec_from_file_location(stem, path)
     if spec is None or spec.loader is None:
         raise ConfigurationError(f"not a Python file: {name}")

@@ -1,8 +1,8 @@
-"""The one thread that does all file work of a backend object.
+"""What is done to the files and the state of a backend object, a batch at a time.
 
-The event loop queues operations; the thread takes everything that waits, takes the lock once,
-applies each to the state, writes all records at once, flushes once, lets go of the lock, and hands
-all answers to the loop in one call. The loop never waits for a disk.
+A batch takes the lock once, applies each operation to the state, writes all records at once,
+flushes once, and lets go of the lock. It is done by the dispatcher's thread or by the loop; whoever
+does it holds ``mutex``.
 """
 
 from __future__ import annotations
@@ -109,217 +109,56 @@ Answers = list[tuple[Operation, Any, BaseException | None]]
 
 
 class Writer:
-    """A thread, its journal, and the loop that it answers to."""
+    """A journal and the state it amounts to. Everything here blocks."""
 
-    def __init__(
-        self,
-        make_journal: Callable[[State], Journal],
-        loop: asyncio.AbstractEventLoop,
-        *,
-        calls: Calls,
-        lock_timeout: float,
-    ) -> None:
-        self._loop = loop
-        self._lock_timeout = lock_timeout
+    def __init__(self, make_journal: Callable[[State], Journal], *, calls: Calls) -> None:
+        self.mutex = threading.Lock()
+        """Held by whoever calls ``take``, ``take_news``, ``rewrite``, ``recover`` or ``close``."""
+        self.is_open = False
+        """The journal was read, and not closed yet."""
         self._state = State()
         self._journal = make_journal(self._state)
-        self._opened = False
-        self._inbox: SimpleQueue[Operation | None] = SimpleQueue()
+        self.lock = self._journal.lock
+        self.pace = self._journal.pace
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
         self._calls = calls
         self._last_clocks = calls.clocks()
         self._rewrite_at = _REWRITE_BYTES
-        # The rest belongs to the loop.
-        self._pending: set[Operation] = set()
-        self._stuck_timer: asyncio.TimerHandle | None = None
-        # By run, what waits for an event after a seq, or for the end; None: what waits for work.
-        self._watchers: dict[str | None, dict[asyncio.Future[None], int]] = {}
-        self._poll_timer: asyncio.TimerHandle | None = None
-        self._poll_pause = _POLL_FIRST
-        self._work_news = 0
-        self._work_known = 0
-        self._stopped: asyncio.Future[None] | None = None
-        self._thread = threading.Thread(
-            target=self._main, name="pyworkflow-storage-file", daemon=True
-        )
         _live.add(self)
-        self._thread.start()
 
-    # --- on the loop --------------------------------------------------------------------------
+    def take(self, waiting: list[Operation], answers: Answers, *, wait: bool) -> int:
+        """Do as many of the operations as fit into one batch; how many.
 
-    def submit(
-        self,
-        run: Callable[[Batch], Any],
-        *,
-        writes: bool,
-        undo: Callable[[Any], None] | None = None,
-    ) -> asyncio.Future[Any]:
-        """Queue an operation. ``undo`` gets the answer when the caller was cancelled meanwhile."""
-        future: asyncio.Future[Any] = self._loop.create_future()
-        operation = Operation(run, future, writes, undo)
-        self._pending.add(operation)
-        self._inbox.put(operation)
-        if self._stuck_timer is None:
-            self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck)
-        return future
-
-    def stop(self) -> None:
-        """End the thread when it has done what is queued. Idempotent, from any thread."""
-        self._inbox.put(None)
-
-    async def join(self) -> None:
-        """Wait until the thread has ended; not for ever, another process may hold the lock."""
-        thread = self._thread
-        deadline = time.monotonic() + self._lock_timeout
-        pause = 0.0002
-        while thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.02)
-        if asyncio.get_running_loop() is not self._loop:
-            return
-        for timer in (self._stuck_timer, self._poll_timer):
-            if timer is not None:
-                timer.cancel()
-        self._stuck_timer = self._poll_timer = None
-        for operation in self._pending:
-            if not operation.future.done():
-                operation.future.set_exception(StorageError("the storage was closed"))
-        self._pending.clear()
-
-    def add_watcher(self, run_id: str | None, after: int, future: asyncio.Future[None]) -> None:
-        """Have ``future`` done when the run has an event after ``after``, or ends.
-
-        With None, when there may be work.
+        Without ``wait``, 0 and nothing has happened when the lock is taken, or when there is more
+        to do than these operations: what others wrote, repairs, a new segment.
         """
-        self._watchers.setdefault(run_id, {})[future] = after
-        self._poll_pause = _POLL_FIRST
-        if self._poll_timer is None:
-            self._poll_timer = self._loop.call_later(_POLL_FIRST, self._poll)
-
-    def drop_watcher(self, run_id: str | None, future: asyncio.Future[None]) -> None:
-        """Take a future back."""
-        futures = self._watchers.get(run_id)
-        if futures is not None:
-            futures.pop(future, None)
-            if not futures:
-                del self._watchers[run_id]
-
-    def take_work_news(self) -> bool:
-        """Whether there may be work that was not there at the last claim or call."""
-        fresh = self._work_news != self._work_known
-        self._work_known = self._work_news
-        return fresh
-
-    def _poll(self) -> None:
-        self._poll_timer = None
-        if self._watchers:
-            future = self.submit(_nothing, writes=False)
-            future.add_done_callback(self._polled)
-
-    def _polled(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and future.exception() is not None:
-            for futures in self._watchers.values():  # who waits shall ask, and learn of the error
-                self._wake(futures)
-        if self._watchers and self._poll_timer is None:
-            self._poll_timer = self._loop.call_later(self._poll_pause, self._poll)
-            self._poll_pause = min(self._poll_pause * 1.5, _POLL_LAST)
-
-    def _wake(self, futures: Iterable[asyncio.Future[None]]) -> None:
-        self._poll_pause = _POLL_FIRST
-        for future in futures:
-            if not future.done():
-                future.set_result(None)
-
-    def _resolve(self, answers: Answers, touched: dict[str, tuple[int, bool]], work: bool) -> None:
-        for operation, result, error in answers:
-            self._pending.discard(operation)
-            future = operation.future
-            if not future.done():
-                if error is None:
-                    future.set_result(result)
-                else:
-                    future.set_exception(error)
-            elif operation.undo is not None and error is None:
-                operation.undo(result)
-        if work:
-            self._work_news += 1
-        if self._watchers:
-            if work:
-                self._wake(self._watchers.get(None, ()))
-            for run_id, (seq, ended) in touched.items():
-                futures = self._watchers.get(run_id)
-                if futures is not None:
-                    self._wake([f for f, after in futures.items() if ended or seq > after])
-
-    def _look_if_stuck(self) -> None:
-        """Fail what waits when another process has held the lock for too long."""
-        self._stuck_timer = None
-        if not self._pending:
-            return
-        since = self._journal.lock.waiting_since
-        if since is not None and time.monotonic() - since > self._lock_timeout:
-            for operation in self._pending:
-                if not operation.future.done():
-                    operation.future.set_exception(
-                        StorageUnavailable(
-                            f"another process holds the store's lock: "
-                            f"path={self._journal.lock.path} seconds={self._lock_timeout:g}; "
-                            "is one of its processes stopped? Try again"
-                        )
-                    )
-            self._pending.clear()
-        self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck)
-
-    # --- on the thread ------------------------------------------------------------------------
-
-    def _main(self) -> None:
-        inbox = self._inbox
-        waiting: list[Operation] = []
-        stopping = False
-        while not stopping or waiting:
-            if not waiting:
-                operation = inbox.get()
-                if operation is None:
-                    break
-                waiting.append(operation)
-            try:
-                while len(waiting) < _BATCH_OPERATIONS:
-                    operation = inbox.get_nowait()
-                    if operation is None:
-                        stopping = True
-                    else:
-                        waiting.append(operation)
-            except Empty:
-                pass
-            taken = self._take(waiting)
-            del waiting[:taken]
-        self._journal.close()
-
-    def _take(self, waiting: list[Operation]) -> int:
-        """Do as many of the operations as fit into one batch, and answer them."""
-        answers: Answers = []
         try:
-            if not self._opened:
+            if not self.is_open:
                 self._journal.open()
-                self._opened = True
-            if any(operation.writes for operation in waiting):
-                taken = self._write(waiting, answers)
-            else:
-                taken = self._read(waiting, answers)
+                self.is_open = True
+            if any([operation.writes for operation in waiting]):
+                return self._write(waiting, answers, wait)
+            return self._read(waiting, answers, wait)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             if isinstance(error, OSError):
                 error = storage_error("cannot use the store", self._journal.directory, error)
-            taken = len(waiting)
-            answers = [(operation, None, _copy(error)) for operation in waiting]
-        touched, work = self._state.take_news()
-        try:
-            self._loop.call_soon_threadsafe(self._resolve, answers, touched, work)
-        except RuntimeError:
-            pass  # the loop was closed: nobody waits any more
-        if self._state.garbage > self._rewrite_at:
-            self._rewrite()
-        return taken
+            answers[:] = [(operation, None, _copy(error)) for operation in waiting]
+            return len(waiting)
+
+    def take_news(self) -> tuple[dict[str, tuple[int, bool]], bool]:
+        """The runs that changed since the last call, and whether there may be work."""
+        return self._state.take_news()
+
+    def recover(self) -> None:
+        """Something was thrown into a batch from outside: believe nothing, hold nothing."""
+        self._journal.invalidate()
+        self._journal.release()
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        self.is_open = False
+        self._journal.close()
 
     def _read(self, waiting: list[Operation], answers: Answers) -> int:
         if not self._journal.is_current() or self._has_jumped():

@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 import time
+import zoneinfo
 from collections.abc import Sequence
 from time import monotonic
 from types import FrameType
@@ -82,6 +83,8 @@ def _audit(event: str, args: tuple[object, ...]) -> None:
     run = current_run()
     if run is None or run.evicting or _of_the_machinery(sys._getframe(1)):
         return
+    if event == "open" and str(args[0]).startswith(zoneinfo.TZPATH):
+        return  # the C part of zoneinfo reads them in the name of whoever asks
     what = _REFUSED[event]
     if event in ("open", "time.sleep") and args:
         what += f" ({args[0]!r:.80})"
