@@ -16,8 +16,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
-import pyworkflow
 from hypothesis import strategies as st
+
+import pyworkflow
 from pyworkflow import step, workflow
 from pyworkflow.events import Json
 
@@ -136,7 +137,7 @@ class Interpreter:
         """The value of a node, or the name of the exception that it ends in."""
         try:
             return await self.run(node)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever the program raises is a value
             return type(exc).__name__
 
     # --- leaves ---------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class Interpreter:
     async def do_try(self, node: Any, handler: Any) -> Json:
         try:
             return await self.run(node)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - as a careless program has it
             self.note("caught", type(exc).__name__)
             return [type(exc).__name__, await self.run(handler)]
 
@@ -372,7 +373,7 @@ def numbered(node: Any) -> Any:
     numbers = itertools.count(1)
 
     def walk(part: Any) -> Any:
-        if isinstance(part, list) and part and part[0] in ("step",):
+        if isinstance(part, list) and part and part[0] == "step":
             return [part[0], part[1], part[2] * 64 + next(numbers)]
         if isinstance(part, list) and part and part[0] in ("sleep", "asleep"):
             return [part[0], part[1] * 1000 + next(numbers)]

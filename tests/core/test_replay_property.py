@@ -1,4 +1,4 @@
-"""Random programs × random histories: what replay must give, whatever happened between commits."""
+"""Random programs and random histories: what replay must give, whatever happened between commits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pyworkflow._clock import from_micros
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import (
@@ -30,7 +32,15 @@ from pyworkflow._replay.replay import DEADLINE_OP, Replay
 from pyworkflow._replay.transitions import OpState
 from pyworkflow._serialization import decode, decode_arguments
 from pyworkflow.events import Event
-from tests.core.programs import CANCELLED, duration, examples, program, program_bare, programs, run_plain
+from tests.core.programs import (
+    CANCELLED,
+    duration,
+    examples,
+    program,
+    program_bare,
+    programs,
+    run_plain,
+)
 
 START = 1_790_000_000_000_000
 RUN = "run_property"
@@ -82,9 +92,7 @@ class World:
                 return
             self.keys.add(event.key)
         at = from_micros(self.clock)
-        self.history.append(
-            event._replace(run_id=RUN, seq=len(self.history) + 1, timestamp=at)
-        )
+        self.history.append(event._replace(run_id=RUN, seq=len(self.history) + 1, timestamp=at))
 
     def _tick(self) -> None:
         if not self.plain:
@@ -227,7 +235,8 @@ class World:
             if self.replay.outcome is not None:
                 return self._finish()
             if self._next_instant() is None:
-                return self  # it swallowed a cancellation, and waits for what never comes
+                self.replay.close()  # it swallowed a cancellation, and waits for what never comes
+                return self
             if not self.plain and self.random.random() < 0.1:
                 self.crash()
                 continue
@@ -344,7 +353,9 @@ def test_a_fresh_replay_stands_where_the_live_one_stands(node: Any, seed: int) -
 
 @settings(max_examples=examples(60))
 @given(programs(), seeds)
-def test_every_prefix_of_a_history_replays_and_goes_on_to_the_same_end(node: Any, seed: int) -> None:
+def test_every_prefix_of_a_history_replays_and_goes_on_to_the_same_end(
+    node: Any, seed: int
+) -> None:
     world = World(node, seed).run()
     whole = emitted(world.replay)
     for length in range(1, len(world.history)):
@@ -383,6 +394,7 @@ def test_what_is_emitted_follows_from_the_inputs_alone(
     assert replay.problem is None
     assert outcome_of(replay) == outcome_of(world.replay)
     assert emitted(replay) == emitted(world.replay)
+    replay.close()
 
 
 @settings(max_examples=examples(80))
@@ -392,6 +404,7 @@ def test_log_lines_are_recorded_once(node: Any, seed: int) -> None:
     recorded = [e.data["message"] for e in world.history if e.type.startswith("log.")]
     again = fresh(world, world.history)
     assert recorded == [c.message for c in again.take() if isinstance(c, EmitLog)]
+    again.close()
 
 
 @settings(max_examples=examples(150))
@@ -439,7 +452,9 @@ def _histories(count: int) -> str:
     def collect(node: Any, seed: int) -> None:
         world = World(node, seed).run()
         found.append(
-            json.dumps([[e.type, e.op, e.seq, dict(e.data), str(e.timestamp)] for e in world.history])
+            json.dumps(
+                [[e.type, e.op, e.seq, dict(e.data), str(e.timestamp)] for e in world.history]
+            )
         )
 
     collect()
@@ -455,7 +470,7 @@ def test_histories_do_not_depend_on_the_hash_seed() -> None:
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            cwd=os.getcwd(),
+            cwd=Path.cwd(),
             capture_output=True,
             text=True,
             check=True,

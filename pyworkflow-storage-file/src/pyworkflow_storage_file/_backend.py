@@ -1,4 +1,4 @@
-"""The file backend: the storage contract on top of the writer thread."""
+"""The file backend: the storage contract as operations on the state."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from pyworkflow.spi import (
     check_change,
 )
 from pyworkflow_storage_file._calls import Calls
+from pyworkflow_storage_file._dispatch import Dispatcher, nothing
 from pyworkflow_storage_file._journal import Journal
 from pyworkflow_storage_file._state import State
 from pyworkflow_storage_file._writer import Batch, Writer, forks
@@ -46,6 +47,8 @@ MAX_EVENTS: Final = 10_000
 
 _SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _LONGEST_NAME = 150
+#: So many changes or leases the loop may handle by itself, if it waits for nothing else.
+_FEW: Final = 8
 
 
 class FileStorageBackend(StorageBackend):
@@ -78,7 +81,7 @@ class FileStorageBackend(StorageBackend):
         self.namespace = namespace
         self._directory = self.path / _directory_name(namespace)
         self._fsync = fsync
-        self._writer: Writer | None = None
+        self._dispatcher: Dispatcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = 0
         self._closed = False
@@ -95,15 +98,14 @@ class FileStorageBackend(StorageBackend):
             ConfigurationError: the path is no directory.
             StorageError: it cannot be used; ``StorageDamaged`` and ``SchemaTooNew`` are such.
         """
-        await self._read(_nothing)
+        await self._read(nothing, small=True)
 
     async def close(self) -> None:
         """Finish what was begun and end the thread. Idempotent."""
         self._closed = True
-        writer, self._writer = self._writer, None
-        if writer is not None and self._forks == forks():
-            writer.stop()
-            await writer.join()
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None and self._forks == forks():
+            await dispatcher.close()
 
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits."""
@@ -138,7 +140,7 @@ class FileStorageBackend(StorageBackend):
 
     async def now(self) -> datetime:
         """This machine's clock plus the offset that the store keeps."""
-        now: datetime = await self._read(_now)
+        now: datetime = await self._read(_now, small=True)
         return now
 
     async def shift_clock(self, by: timedelta) -> None:
@@ -150,22 +152,25 @@ class FileStorageBackend(StorageBackend):
     async def commit(self, change: Change) -> Committed:
         """Apply a change; durable on return."""
         self._check(change)
-        committed: Committed = await self._write(partial(_commit, change))
+        committed: Committed = await self._write(partial(_commit, change), small=True)
         return committed
 
     async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
         """Apply independent changes with one write."""
         for change in changes:
             self._check(change)
-        answers: list[Answer] = await self._write(partial(_commit_many, changes))
+        run = partial(_commit_many, changes)
+        answers: list[Answer] = await self._write(run, small=len(changes) <= _FEW)
         return answers
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items. A caller that is cancelled meanwhile gives them back."""
-        writer = self._started()
-        writer.take_work_news()
-        give_back = partial(_give_back, writer)
-        answer = writer.submit(partial(_claim, request), writes=True, undo=give_back)
+        dispatcher = self._started()
+        dispatcher.watchers.take_work_news()
+        give_back = partial(_give_back, dispatcher)
+        answer = dispatcher.submit(
+            partial(_claim, request), writes=True, small=True, undo=give_back
+        )
         try:
             claimed: Claimed = await answer
         except asyncio.CancelledError:
@@ -177,12 +182,14 @@ class FileStorageBackend(StorageBackend):
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
         """Extend leases."""
-        renewed: list[bool] = await self._write(partial(_renew, refs, lease))
+        renewed: list[bool] = await self._write(
+            partial(_renew, refs, lease), small=len(refs) <= _FEW
+        )
         return renewed
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
-        released: bool = await self._write(partial(_release, ref, delay))
+        released: bool = await self._write(partial(_release, ref, delay), small=True)
         return released
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
@@ -216,19 +223,22 @@ class FileStorageBackend(StorageBackend):
     ) -> datetime | None:
         """When an item can be claimed next."""
         due: datetime | None = await self._read(
-            lambda batch: batch.store.next_due(queues=queues, workflows=workflows, now=batch.now)
+            lambda batch: batch.store.next_due(queues=queues, workflows=workflows, now=batch.now),
+            small=True,
         )
         return due
 
     async def get_run(self, run_id: str) -> Run | None:
         """The run, or None."""
-        run: Run | None = await self._read(lambda batch: batch.store.get_run(run_id, now=batch.now))
+        run: Run | None = await self._read(
+            lambda batch: batch.store.get_run(run_id, now=batch.now), small=True
+        )
         return run
 
     async def find_run(self, idempotency_key: str) -> str | None:
         """The run that has the key, or had it and was purged; or None."""
         run_id: str | None = await self._read(
-            lambda batch: batch.store.find_run(idempotency_key, now=batch.now)
+            lambda batch: batch.store.find_run(idempotency_key, now=batch.now), small=True
         )
         return run_id
 
@@ -244,13 +254,15 @@ class FileStorageBackend(StorageBackend):
     ) -> list[Event]:
         """Events after ``after``, in order."""
         events: list[Event] = await self._read(
-            lambda batch: batch.store.get_events(run_id, after=after, limit=limit)
+            lambda batch: batch.store.get_events(run_id, after=after, limit=limit), small=True
         )
         return events
 
     async def list_work(self, run_id: str) -> list[WorkItem]:
         """The run's items."""
-        items: list[WorkItem] = await self._read(lambda batch: batch.store.list_work(run_id))
+        items: list[WorkItem] = await self._read(
+            lambda batch: batch.store.list_work(run_id), small=True
+        )
         return items
 
     async def holders(self) -> list[str]:
@@ -265,18 +277,17 @@ class FileStorageBackend(StorageBackend):
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait for news. Changes by this object wake at once, others within 0.1 s."""
-        writer = self._started()
+        watchers = self._started().watchers
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout.total_seconds()
         while True:
             news: asyncio.Future[None] = loop.create_future()
-            writer.add_watcher(
-                run_id, after, news
-            )  # before the check, or news in between are missed
+            # Before the check, or news in between are missed.
+            watchers.add(run_id, after, news)
             try:
                 if run_id is None:
                     await self.open()
-                    if writer.take_work_news():
+                    if watchers.take_work_news():
                         return True
                 else:
                     run = await self.get_run(run_id)
@@ -287,32 +298,32 @@ class FileStorageBackend(StorageBackend):
                     return False
                 await asyncio.wait([news], timeout=left)
             finally:
-                writer.drop_watcher(run_id, news)
+                watchers.drop(run_id, news)
 
-    # --- the thread ---------------------------------------------------------------------------
+    # --- the files ----------------------------------------------------------------------------
 
-    def _started(self) -> Writer:
+    def _started(self) -> Dispatcher:
         if self._closed:
             raise StorageError(
                 f"the storage was closed: path={self.path}; make another object for it"
             )
         loop = asyncio.get_running_loop()
-        writer = self._writer
-        if writer is not None and self._loop is loop and self._forks == forks():
-            return writer
-        if writer is not None and self._forks == forks():
+        dispatcher = self._dispatcher
+        if dispatcher is not None and self._forks == forks():
+            if self._loop is loop:
+                return dispatcher
             raise StorageError(
                 f"the storage object belongs to another event loop: path={self.path}; "
                 "use twin() to make one for this loop"
             )
         # The first use, or the first one in a forked child.
-        self._writer = writer = Writer(
-            self._make_journal, loop, calls=self._calls, lock_timeout=self._lock_timeout
-        )
-        weakref.finalize(self, writer.stop).atexit = False
+        writer = Writer(self._make_journal, calls=self._calls)
+        dispatcher = Dispatcher(writer, loop, lock_timeout=self._lock_timeout)
+        self._dispatcher = dispatcher
+        weakref.finalize(self, dispatcher.stop).atexit = False
         self._loop = loop
         self._forks = forks()
-        return writer
+        return dispatcher
 
     @staticmethod
     def _check(change: Change) -> None:
@@ -328,18 +339,14 @@ class FileStorageBackend(StorageBackend):
             segment_bytes=self._segment_bytes,
         )
 
-    def _read(self, run: Callable[[Batch], Any]) -> asyncio.Future[Any]:
-        return self._started().submit(run, writes=False)
+    def _read(self, run: Callable[[Batch], Any], *, small: bool = False) -> asyncio.Future[Any]:
+        return self._started().submit(run, writes=False, small=small)
 
-    def _write(self, run: Callable[[Batch], Any]) -> asyncio.Future[Any]:
-        return self._started().submit(run, writes=True)
-
-
-# --- operations, as the thread runs them ------------------------------------------------------
+    def _write(self, run: Callable[[Batch], Any], *, small: bool = False) -> asyncio.Future[Any]:
+        return self._started().submit(run, writes=True, small=small)
 
 
-def _nothing(_: Batch) -> None:
-    """The batch itself opens the store and reads what is new."""
+# --- operations, as the writer runs them ------------------------------------------------------
 
 
 def _now(batch: Batch) -> datetime:
@@ -376,9 +383,9 @@ def _claim(request: ClaimRequest, batch: Batch) -> Claimed:
     return Claimed(claims=claims, now=batch.now)
 
 
-def _give_back(writer: Writer, claimed: Claimed) -> None:
+def _give_back(dispatcher: Dispatcher, claimed: Claimed) -> None:
     for claim in claimed.claims:
-        released = writer.submit(partial(_release, claim.ref, None), writes=True)
+        released = dispatcher.submit(partial(_release, claim.ref, None), writes=True, small=True)
         released.add_done_callback(_forget)
 
 

@@ -144,8 +144,11 @@ class Dispatcher:
                 if not writer.take([operation], answers, wait=False):
                     return False
                 touched, work = writer.take_news()
-            except BaseException:  # of a signal: it can come anywhere, as long as this is the main
-                writer.recover()  # thread, and the caller shall get it
+            except BaseException:
+                # A signal's handler raised: nobody can know how far the batch came.
+                writer.recover()
+                self._pending.discard(operation)
+                operation.future.cancel()
                 raise
         self._resolve(answers, touched, work)
         if writer.wants_rewrite:

@@ -40,7 +40,7 @@ class Manifest(NamedTuple):
 
 
 class Files:
-    """The files in ``directory``. Used by one thread."""
+    """The files in ``directory``. Used by one thread at a time."""
 
     def __init__(self, directory: Path, *, namespace: str, sync: bool, calls: Calls) -> None:
         self.directory = directory

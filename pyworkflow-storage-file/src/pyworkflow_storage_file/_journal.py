@@ -4,7 +4,7 @@ Sequence of a write: take the lock, read what others appended, append, flush, le
 go of the lock. Whoever takes the lock compares the marker with the length of the last segment; if
 they differ, a holder died, and the file is flushed before a byte of it is believed. What is left of
 a write that was cut short is cut off; any other damage is named and nothing is changed.
-Everything here blocks, and belongs to one thread.
+Everything here blocks, and is for one thread at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pyworkflow_storage_file._lock import (
     StoreLock,
     boot_id,
 )
+from pyworkflow_storage_file._pace import Pace
 
 __all__ = ["Journal", "Record", "Sink"]
 
@@ -67,6 +68,7 @@ class Journal:
     ) -> None:
         self.directory = directory
         self.lock = StoreLock(directory)
+        self.pace = Pace()
         self._sink = sink
         self._calls = calls if calls is not None else Calls()
         self._files = Files(directory, namespace=namespace, sync=sync, calls=self._calls)
@@ -160,18 +162,9 @@ class Journal:
         self.lock.acquire()
         try:
             marker = self.lock.read()
-            if marker is not None and marker.boot != self._boot:
-                self.last_marker = None
-            else:
-                self.last_marker = marker
-                if (
-                    marker is not None
-                    and marker.state == CLEAN
-                    and self._is_here(marker)
-                    and os.fstat(self._fd).st_size == self._offset == marker.end
-                ):
-                    return
-            self._catch_up(marker)
+            self.last_marker = marker if marker is not None and marker.boot == self._boot else None
+            if not self._is_level(marker):
+                self._catch_up(marker)
         except OSError as error:
             self.lock.release()
             raise storage_error("cannot read the journal", self.directory, error) from error
@@ -179,13 +172,43 @@ class Journal:
             self.lock.release()
             raise
 
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free, nothing is to be read, and the next append is a mere append.
+
+        Raises:
+            StorageError: and the lock is not held.
+        """
+        if self._offset >= self._segment_bytes or not self.lock.try_acquire():
+            return False
+        try:
+            marker = self.lock.read()
+            if self._is_level(marker):
+                self.last_marker = marker
+                return True
+        except OSError as error:
+            self.lock.release()
+            raise storage_error("cannot read the journal", self.directory, error) from error
+        except BaseException:
+            self.lock.release()
+            raise
+        self.lock.release()
+        return False
+
     def release(self) -> None:
         """Let go of the lock."""
         self.lock.release()
 
+    def drop_lock(self) -> None:
+        """Hold no lock, however far an ``acquire`` came that something was thrown into."""
+        self.lock.drop()
+
     def invalidate(self) -> None:
-        """The state is ahead of the files: the next ``acquire`` reads everything anew."""
+        """The state may be ahead of the files: unless ``validate`` comes, all is read anew."""
         self._loaded = False
+
+    def validate(self) -> None:
+        """The state is level with the files again."""
+        self._loaded = True
 
     # --- writing, with the lock held ----------------------------------------------------------
 
@@ -219,7 +242,9 @@ class Journal:
             self._files.write(self._fd, data, start)
             if durable:
                 flushing = True
+                began = self._calls.ticks()
                 self._files.flush(self._fd)
+                self.pace.flushed(self._calls.ticks() - began)
         except OSError as error:
             # A failed flush may have lost more than this write: everything since the last good one.
             self._undo(synced if flushing else start, error)
@@ -294,6 +319,15 @@ class Journal:
             and marker.generation == self._generation
             and marker.segments == len(self._segments)
             and marker.cuts == self._cuts
+        )
+
+    def _is_level(self, marker: Marker | None) -> bool:
+        """Whether the state holds all that there is, whoever had the lock before."""
+        return (
+            marker is not None
+            and marker.state == CLEAN
+            and self._is_here(marker)
+            and os.fstat(self._fd).st_size == self._offset == marker.end
         )
 
     def _catch_up(self, marker: Marker | None) -> None:

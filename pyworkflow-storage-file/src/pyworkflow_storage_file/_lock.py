@@ -18,7 +18,7 @@ from zlib import crc32
 from pyworkflow.spi import ConfigurationError, StorageError
 
 try:
-    from fcntl import LOCK_EX, LOCK_UN, flock
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 except ModuleNotFoundError as error:
     raise ConfigurationError(
         "the file backend needs POSIX file locks, which this system lacks; use sqlite"
@@ -75,7 +75,7 @@ class Marker(NamedTuple):
 
 
 class StoreLock:
-    """The exclusive lock of one namespace. Used by one thread."""
+    """The exclusive lock of one namespace. Used by one thread at a time."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -106,6 +106,24 @@ class StoreLock:
         finally:
             flock(self._gate, LOCK_UN)
             self.waiting_since = None
+        self._refuse_deleted()
+
+    def try_acquire(self) -> bool:
+        """Take the lock if nobody has it or waits for it."""
+        try:
+            flock(self._gate, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return False
+        try:
+            flock(self._fd, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            flock(self._gate, LOCK_UN)
+        self._refuse_deleted()
+        return True
+
+    def _refuse_deleted(self) -> None:
         if os.fstat(self._fd).st_nlink == 0:
             self.release()
             raise StorageError(
@@ -116,6 +134,12 @@ class StoreLock:
     def release(self) -> None:
         """Let the next one have it."""
         flock(self._fd, LOCK_UN)
+
+    def drop(self) -> None:
+        """Have neither the lock nor the gate, whatever was taken."""
+        for each in (self._gate, self._fd):
+            if each >= 0:
+                flock(each, LOCK_UN)
 
     def read(self) -> Marker | None:
         """The marker; None when there is none yet, or when it is half written or foreign.

@@ -26,7 +26,7 @@ _OVERHEAD = 80
 
 
 class State:
-    """The state of one namespace. Used by the thread of its journal alone."""
+    """The state of one namespace. Used by whoever holds the writer's mutex."""
 
     def __init__(self) -> None:
         self.store = ReferenceStore()

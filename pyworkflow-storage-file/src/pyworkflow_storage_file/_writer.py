@@ -12,11 +12,9 @@ import logging
 import os
 import secrets
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from pyworkflow.spi import (
@@ -25,20 +23,17 @@ from pyworkflow.spi import (
     Refusal,
     RunClosed,
     RunNotFound,
-    StorageError,
-    StorageUnavailable,
 )
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._files import storage_error
 from pyworkflow_storage_file._journal import Journal, Record
 from pyworkflow_storage_file._state import DELTA, State, encode
 
-__all__ = ["Batch", "Operation", "Writer", "forks"]
+__all__ = ["Answers", "Batch", "Operation", "Writer", "forks"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
-#: A batch ends at this many operations or bytes, so that one payload does not hold up the others.
-_BATCH_OPERATIONS: Final = 1000
+#: A batch ends at this many bytes, so that one payload does not hold up the others.
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 #: The journal is rewritten when it is larger than this and mostly garbage.
 _REWRITE_BYTES: Final = 8 * 1024 * 1024
@@ -46,8 +41,6 @@ _REWRITE_BYTES: Final = 8 * 1024 * 1024
 _JUMP: Final = 1_000_000_000
 #: What an operation may raise without having touched the state.
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
-#: Polls of the journal for what other processes wrote, in seconds.
-_POLL_FIRST, _POLL_LAST = 0.02, 0.1
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -88,7 +81,7 @@ class Batch:
 
 
 class Operation:
-    """One call of the contract on its way through the thread."""
+    """One call of the contract on its way to the files."""
 
     __slots__ = ("future", "run", "undo", "writes")
 
@@ -105,6 +98,8 @@ class Operation:
         self.undo = undo
 
 
+#: Wall clock and time since boot, ns.
+Clocks = tuple[int, int]
 Answers = list[tuple[Operation, Any, BaseException | None]]
 
 
@@ -137,12 +132,13 @@ class Writer:
             if not self.is_open:
                 self._journal.open()
                 self.is_open = True
-            if any([operation.writes for operation in waiting]):
+            if any(operation.writes for operation in waiting):
                 return self._write(waiting, answers, wait)
             return self._read(waiting, answers, wait)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             if isinstance(error, OSError):
                 error = storage_error("cannot use the store", self._journal.directory, error)
+            self._journal.drop_lock()
             answers[:] = [(operation, None, _copy(error)) for operation in waiting]
             return len(waiting)
 
@@ -153,18 +149,23 @@ class Writer:
     def recover(self) -> None:
         """Something was thrown into a batch from outside: believe nothing, hold nothing."""
         self._journal.invalidate()
-        self._journal.release()
+        self._journal.drop_lock()
 
     def close(self) -> None:
         """Close the files. Idempotent."""
         self.is_open = False
         self._journal.close()
 
-    def _read(self, waiting: list[Operation], answers: Answers) -> int:
-        if not self._journal.is_current() or self._has_jumped():
-            self._acquire()
+    def _read(self, waiting: list[Operation], answers: Answers, wait: bool) -> int:
+        clocks = self._calls.clocks()
+        if not self._journal.is_current() or self._has_jumped(clocks):
+            if not wait:
+                return 0
+            self._acquire(wait)
             self._journal.release()
-        batch = Batch(self._state, self._now(), self._token)
+            clocks = self._calls.clocks()
+        self._last_clocks = clocks
+        batch = Batch(self._state, self._instant(clocks), self._token)
         for operation in waiting:
             if not operation.future.done():
                 try:
@@ -173,12 +174,15 @@ class Writer:
                     answers.append((operation, None, error))
         return len(waiting)
 
-    def _write(self, waiting: list[Operation], answers: Answers) -> int:
+    def _write(self, waiting: list[Operation], answers: Answers, wait: bool) -> int:
         journal, state = self._journal, self._state
-        self._acquire()
-        written = False
+        clocks = self._acquire(wait)
+        if clocks is None:
+            return 0
         try:
-            batch = Batch(state, self._now(), self._token)
+            # From here on the state may be ahead of the files, whatever is thrown.
+            journal.invalidate()
+            batch = Batch(state, self._instant(clocks), self._token)
             taken = 0
             for operation in waiting:
                 taken += 1
@@ -196,63 +200,83 @@ class Writer:
                     break
             if batch.records:
                 journal.append(batch.records, durable=batch.durable)
-            written = True
+            journal.validate()
             return taken
         finally:
-            if not written:
-                journal.invalidate()  # the state may be ahead of the files
             journal.release()
 
     def _rebuild(self, batch: Batch) -> None:
         """Make the state anew from what is written and what this batch is going to write."""
-        self._journal.reload()
+        journal = self._journal
+        journal.reload()
+        journal.invalidate()
         for record in batch.records:
             self._state.load(*record)
         batch.store = self._state.store
 
-    def _acquire(self) -> None:
-        """Take the lock; if somebody set the wall clock, leases do not move with it."""
+    def _acquire(self, wait: bool) -> Clocks | None:
+        """Take the lock, and read the clocks; None without the lock when that would take long.
+
+        If somebody set the wall clock, leases do not move with it.
+        """
         journal = self._journal
-        journal.acquire()
+        if wait:
+            journal.acquire()
+        elif not journal.try_acquire():
+            return None
         try:
+            clocks = wall, boottime = self._calls.clocks()
             marker = journal.last_marker
             if marker is None:
-                return
-            wall, boottime = self._calls.clocks()
+                return clocks
             jump = (wall - marker.wall) - (boottime - marker.boottime)
             if abs(jump) > _JUMP:
-                _log.warning("the wall clock was set: seconds=%.3f", jump / 1e9)
-                delta = self._state.follow_jump(timedelta(microseconds=jump // 1000), self._now())
-                if delta is None:
-                    journal.touch()
-                else:
-                    body = encode(delta.to_json())
-                    self._state.note(delta, len(body))
-                    journal.append([Record(DELTA, body)], durable=False)
+                if not wait:
+                    journal.release()
+                    return None
+                self._follow(jump, clocks)
+            return clocks
         except BaseException:
-            journal.invalidate()
             journal.release()
             raise
 
-    def _has_jumped(self) -> bool:
-        wall, boottime = self._calls.clocks()
-        last_wall, last_boottime = self._last_clocks
-        self._last_clocks = wall, boottime
-        return abs((wall - last_wall) - (boottime - last_boottime)) > _JUMP
+    def _follow(self, jump: int, clocks: Clocks) -> None:
+        """With the lock held: somebody set the wall clock, by so many ns."""
+        journal = self._journal
+        _log.warning("the wall clock was set: seconds=%.3f", jump / 1e9)
+        journal.invalidate()
+        now = self._instant(clocks)
+        delta = self._state.follow_jump(timedelta(microseconds=jump // 1000), now)
+        if delta is None:
+            journal.touch()
+        else:
+            body = encode(delta.to_json())
+            self._state.note(delta, len(body))
+            journal.append([Record(DELTA, body)], durable=False)
+        journal.validate()
 
-    def _now(self) -> datetime:
-        wall = self._calls.clocks()[0]
-        return _EPOCH + timedelta(microseconds=wall // 1000) + self._state.shift
+    def _has_jumped(self, clocks: Clocks) -> bool:
+        last = self._last_clocks
+        return abs((clocks[0] - last[0]) - (clocks[1] - last[1])) > _JUMP
+
+    def _instant(self, clocks: Clocks) -> datetime:
+        """What the store calls now."""
+        return _EPOCH + timedelta(microseconds=clocks[0] // 1000) + self._state.shift
 
     def _token(self) -> str:
         self._tokens += 1
         return f"{self._token_prefix}{self._tokens:x}"
 
-    def _rewrite(self) -> None:
+    @property
+    def wants_rewrite(self) -> bool:
+        """Whether there is so much garbage that ``rewrite`` should look."""
+        return self._state.garbage > self._rewrite_at
+
+    def rewrite(self) -> None:
         """Drop the garbage from the journal, when most of it is."""
         journal, state = self._journal, self._state
         try:
-            self._acquire()
+            self._acquire(wait=True)
             try:
                 if journal.size > _REWRITE_BYTES and state.garbage * 2 > journal.size:
                     journal.rewrite(state.compact())
@@ -266,12 +290,11 @@ class Writer:
     # --- after a fork -------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """In a forked child: let go of the parent's files, without unlocking them."""
-        self._journal.close()
+        """In a forked child: let go of the parent's files, without unlocking them.
 
-
-def _nothing(_: Batch) -> None:
-    """What a poll does: the batch reads what others wrote."""
+        Whoever held ``mutex`` does not exist in the child.
+        """
+        self.close()
 
 
 def _copy(error: BaseException) -> BaseException:

@@ -21,9 +21,6 @@ PATIENCE = 2.0
 """Seconds that closing one coroutine may take."""
 _IDLE = 5.0
 
-# What refused to be closed outlives its worker: a collector that met it would run its code.
-_kept_for_ever: list[Replay] = []
-
 
 class Evictor:
     """Closes replays one after the other."""
@@ -71,7 +68,6 @@ class Evictor:
 
     def _keep(self, replay: Replay) -> None:
         self.stubborn.append(replay)
-        _kept_for_ever.append(replay)
 
     def _leave_behind(self) -> None:
         replay, self._closing, self._since, self._thread = self._closing, None, None, None

@@ -85,8 +85,11 @@ class Pipeline:
                         future.set_exception(answer)
                 if answers and isinstance(answers[-1], Committed):
                     self._clock.update(answers[-1].now)
-                # Let the sessions that were just answered send their next change along.
+                # Let the sessions that were just answered send their next change along: at once,
+                # or when the short step that they begin has ended.
                 await asyncio.sleep(0)
+                if not self._waiting:
+                    await asyncio.sleep(0)
         finally:
             self._sender = None
 

@@ -76,6 +76,7 @@ class Worker:
         self.storage = storage
         self.settings = settings
         self.owner = new_owner()
+        self._held = Held(self.owner, settings.lease)
         self.spread = spread
         """Parallel branches go to other workers too: the executor is distributed."""
         self._queues = None if queues is None else frozenset(queues)
@@ -182,7 +183,7 @@ class Worker:
 
     def held(self) -> Held:
         """How this worker asks to hold an item."""
-        return Held(self.owner, self.settings.lease)
+        return self._held
 
     # --- claiming -----------------------------------------------------------------------------
 
@@ -364,10 +365,41 @@ class Worker:
         if live is not None and live.workflow is not workflow:
             self._drop(live)
             live = None
-        events: Sequence[Event] = claim.events
-        fresh = live is None
+        replayed = 0 if live is not None else len(claim.events)
         if live is None:
             live = LiveRun(workflow, run.run_id)
+        _plugins.observe(
+            "pyworkflow_turn_started",
+            run_id=run.run_id,
+            workflow=run.workflow,
+            replayed=replayed,
+        )
+        began = monotonic()
+        keep = False
+        try:
+            with _plugins.around(
+                "pyworkflow_around_turn", run_id=run.run_id, workflow=run.workflow
+            ):
+                keep = await self._drive(live, claim, resumed)
+        finally:
+            # A coroutine is kept or closed, never forgotten: a collector that met it would run
+            # its ``finally`` inside whatever is running then.
+            if keep:
+                self._keep(live)
+            else:
+                self._drop(live)
+            self.leases.discard(claim.ref)
+            _plugins.observe(
+                "pyworkflow_turn_ended",
+                run_id=run.run_id,
+                workflow=run.workflow,
+                seconds=monotonic() - began,
+            )
+
+    async def _drive(self, live: LiveRun, claim: Claim, resumed: bool) -> bool:
+        """See a turn through; whether the coroutine may be kept."""
+        run = claim.run
+        events: Sequence[Event] = claim.events
         if claim.cut or live.replay.fed < claim.after:
             events = await self.storage.get_events(run.run_id, after=live.replay.fed)
         session = Session(self, live, run, claim.item, resumed=resumed and run.seen_seq > 0)
@@ -375,38 +407,21 @@ class Worker:
             # It was put aside for long enough: record that, or it would be counted no more.
             await session.unstall()
         elif claim.item.claims > POISON and run.stalled is None:
-            self._drop(live)
             again = self.clock.micros() + 3_600_000_000
             await session.stall(_POISONED, from_micros(again))
-            return
-        observed = _plugins.hooks_active("pyworkflow_turn_ended")
-        _plugins.observe(
-            "pyworkflow_turn_started",
-            run_id=run.run_id,
-            workflow=run.workflow,
-            replayed=len(events) if fresh else 0,
-        )
-        began = monotonic() if observed else 0.0
-        keep = False
-        try:
-            with _plugins.around(
-                "pyworkflow_around_turn", run_id=run.run_id, workflow=run.workflow
-            ):
-                keep = await session.drive(events, run.seen_seq)
-        finally:
-            if keep:
-                self._keep(live)
-            else:
-                self._drop(live)
-            if observed:
-                _plugins.observe(
-                    "pyworkflow_turn_ended",
-                    run_id=run.run_id,
-                    workflow=run.workflow,
-                    seconds=monotonic() - began,
-                )
+            return False
+        return await session.drive(events, run.seen_seq)
 
     def _keep(self, live: LiveRun) -> None:
+        if self._stopping:
+            self._drop(live)
+            return
+        standing = self._kept.pop(live.run_id, None)
+        if standing is not None and standing is not live:
+            # Two turns of the run overlapped here: the one that got further is kept.
+            if standing.replay.fed > live.replay.fed:
+                live, standing = standing, live
+            self._drop(standing)
         self._kept[live.run_id] = live
         self._known[live.run_id] = live.replay.fed
         while len(self._kept) > self.settings.sessions:

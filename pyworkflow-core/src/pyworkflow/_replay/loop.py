@@ -232,7 +232,7 @@ class DeterministicLoop(_Loop):
                 finally:
                     closer.close()
         self._ready.clear()
-        self._tasks.clear()
+        self._tasks = [t for t in self._tasks if t.get_name() in stubborn and not t.done()]
         self._generators.clear()
         return stubborn
 

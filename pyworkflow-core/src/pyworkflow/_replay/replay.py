@@ -63,6 +63,10 @@ class WorkflowSpec(Protocol):
         ...
 
 
+# Replays whose code has begun and was not closed. The collector must not meet them: it would throw
+# GeneratorExit into their code in the middle of whatever runs then, perhaps another run.
+_alive: set[Replay] = set()
+
 _CLOSING = frozenset(
     {EventType.WORKFLOW_COMPLETED, EventType.WORKFLOW_FAILED, EventType.WORKFLOW_CANCELLED}
 )
@@ -316,6 +320,7 @@ class Replay:
         self._guarded(context, self._launch, context, coro)
 
     def _launch(self, context: RunContext, coro: Coroutine[Any, Any, object]) -> None:
+        _alive.add(self)
         self._root = context.loop.start(coro)
 
     def _cancel(self, context: RunContext, cause: str, reason: str) -> None:
@@ -379,7 +384,8 @@ class Replay:
         context.waiting_timers.clear()
         self.deadline = self.grace = None
         context.evicting = True
-        context.loop.close_tasks()
+        if not context.loop.close_tasks():
+            _alive.discard(self)
 
     # --- taking ---------------------------------------------------------------------------------
 
@@ -482,7 +488,10 @@ class Replay:
         if context is None:
             return []
         context.closed = context.evicting = True
-        return context.loop.close_tasks()
+        refused = context.loop.close_tasks()
+        if not refused:
+            _alive.discard(self)
+        return refused
 
 
 def _set_result(future: asyncio.Future[Any] | None, value: object) -> None:

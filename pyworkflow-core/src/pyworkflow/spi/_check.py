@@ -109,7 +109,17 @@ def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:
 
 
 def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - user data
-    if isinstance(value, str):
+    if type(value) is dict and depth <= _MAX_DEPTH:
+        # Most of what is stored: checked without a call for each plain entry.
+        plain: dict[Any, Any] = value
+        for key, entry in plain.items():
+            if type(key) is not str or not key.isascii():
+                _check_key(key, limit)
+            if type(entry) is str and len(entry) <= limit and entry.isascii():
+                continue
+            if entry is not None and entry is not True and entry is not False:
+                _check_json(entry, limit, depth + 1)
+    elif isinstance(value, str):
         if len(value) > limit or not value.isascii():
             _check_text("a value", limit, (value,))
     elif value is None or value is True or value is False:
@@ -127,12 +137,7 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
     elif isinstance(value, dict) or (depth == 0 and isinstance(value, Mapping)):
         fields = cast("Mapping[object, Any]", value)
         for key, entry in fields.items():
-            if type(key) is not str:
-                raise SerializationError(
-                    f"JSON objects have text keys: key={key!r} type={type(key).__name__}"
-                )
-            if not key.isascii():
-                _check_text("a key", limit, (key,))
+            _check_key(key, limit)
             _check_json(entry, limit, depth + 1)
     elif isinstance(value, list):
         entries = cast("Sequence[Any]", value)
@@ -142,3 +147,12 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
         raise SerializationError(
             f"not a JSON value: type={type(value).__name__}; encode it with the serializer"
         )
+
+
+def _check_key(key: object, limit: int) -> None:
+    if type(key) is not str:
+        raise SerializationError(
+            f"JSON objects have text keys: key={key!r} type={type(key).__name__}"
+        )
+    if not key.isascii():
+        _check_text("a key", limit, (key,))
