@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from pyworkflow.spi import StorageBackend
 
@@ -77,7 +77,7 @@ class Workload:
 class Stopwatch:
     """Wall and CPU time of a ``with`` block."""
 
-    def __enter__(self) -> Stopwatch:
+    def __enter__(self) -> Self:
         gc.collect()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self

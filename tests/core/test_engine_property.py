@@ -175,7 +175,6 @@ class Cluster:
         self.disturbance.kinds = ()
         for worker in self.workers:
             await worker.close()
-            assert [live.replay.is_closed for live in (first, second)] == [True, True]
         if self.deaths:
             await asyncio.wait(self.deaths)
 
@@ -485,13 +484,17 @@ def test_turns_that_only_deliver_inputs_are_no_sign_of_poison() -> None:
 
 def test_a_start_whose_answer_was_lost_is_driven_at_once() -> None:
     async def main() -> None:
-        once = Disturbance(1, ("lost",), 1.0, 1)
+        once = Disturbance(1, (), 1.0, 1)
         async with Cluster(once, 1) as cluster:
             worker = cluster.workers[0]
+            for _ in range(50):
+                await asyncio.sleep(0)  # the worker has looked for work, and waits for news
+            once.kinds = ("lost",)
             operations = Operations(worker.storage, worker, None)
             run_id = await operations.start(program, (["step", "ok", 1], False), {}, RunOptions())
             before = cluster.calm._shared.offset
             await cluster.ended([run_id])
+            assert once.done == ["lost"]
             assert cluster.calm._shared.offset - before < LEASE / 2, "it waited for a lease to end"
 
     asyncio.run(main())

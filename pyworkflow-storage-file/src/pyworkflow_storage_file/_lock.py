@@ -82,6 +82,8 @@ class StoreLock:
         self.path = directory / "lock"
         self._gate = -1
         self._fd = -1
+        self._known: tuple[bytes, Marker | None] = b"", None
+        """What was read or written last, and what it means."""
         self.waiting_since: float | None = None
         """Monotonic time since when ``acquire`` waits; None when it does not. Read by others."""
 
@@ -146,11 +148,18 @@ class StoreLock:
 
         Without the lock the answer may be out of date at once.
         """
-        return Marker.unpack(os.pread(self._fd, _SIZE, 0))
+        data = os.pread(self._fd, _SIZE, 0)
+        known, marker = self._known
+        if data != known:
+            marker = Marker.unpack(data)
+            self._known = data, marker
+        return marker
 
     def write(self, marker: Marker) -> None:
         """Leave the marker. Only with the lock held."""
-        os.pwrite(self._fd, marker.pack(), 0)
+        data = marker.pack()
+        os.pwrite(self._fd, data, 0)
+        self._known = data, marker
 
 
 def boot_id() -> bytes:

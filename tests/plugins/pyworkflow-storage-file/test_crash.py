@@ -252,13 +252,12 @@ def append(path, number):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("power", [False, True])
-def test_cra01_death_at_any_point_keeps_what_was_acknowledged(tmp_path, power):
+def die_everywhere(tmp_path, make_calls):
+    """Die at the first call, at the second, and so on, until nothing is left to die at."""
     generations = set()
     for left in range(1, 1000):
         path = tmp_path / str(left)
-        calls = LosingPower(left, path / "default") if power else Dying(left)
-        acknowledged, ended = live_and_die(path, calls)
+        acknowledged, ended = live_and_die(path, make_calls(left, path / "default"))
         there = stored(path, "r")
         assert len(acknowledged) <= len(there) <= len(acknowledged) + 1, left
         generations |= {file.name[:6] for file in (path / "default").glob("*.jsonl")}
@@ -269,6 +268,30 @@ def test_cra01_death_at_any_point_keeps_what_was_acknowledged(tmp_path, power):
             break
     assert left > 50
     assert len(generations) > 2
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_cra01_death_at_any_point_keeps_what_was_acknowledged(tmp_path, power):
+    die_everywhere(tmp_path, lambda left, path: LosingPower(left, path) if power else Dying(left))
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_cra01_death_at_any_point_of_the_loops_own_writes(tmp_path, power):
+    class AtOnce:
+        """Flushes seem to take no time: the loop writes all that it may."""
+
+        def ticks(self):
+            return 0
+
+    class OnLoop(AtOnce, Dying):
+        pass
+
+    class OnLoopLosingPower(AtOnce, LosingPower):
+        pass
+
+    die_everywhere(
+        tmp_path, lambda left, path: OnLoopLosingPower(left, path) if power else OnLoop(left)
+    )
 
 
 def test_cra01_death_while_repairing_keeps_what_was_acknowledged(tmp_path):
