@@ -52,6 +52,13 @@ class Stage:
         self.processes.append(process)
         return process
 
+    def alive(self, process: subprocess.Popen[str]) -> bool:
+        """True; fails at once, with the reason, when a process that shall run has ended."""
+        if process.poll() is not None:
+            out, err = process.communicate()
+            pytest.fail(f"the process ended: status={process.returncode} {out}\n{err}")
+        return True
+
     def executions(self) -> Counter[tuple[str, str]]:
         """How often each (run, step) was begun."""
         return Counter((run, name) for run, name, _ in self.lines())
@@ -267,7 +274,10 @@ def test_m09_a_step_that_takes_its_worker_down_three_times_fails(stage: Stage) -
 def test_sigterm_lets_a_step_end_and_a_second_worker_goes_on(stage: Stage) -> None:
     worker = stage.begin("serve", stage.store)
     (run_id,) = stage.start(_program.slow, range(1))
-    eventually(lambda: ["0", "patient", str(worker.pid)] in stage.lines(), "the step begins")
+    eventually(
+        lambda: stage.alive(worker) and ["0", "patient", str(worker.pid)] in stage.lines(),
+        "the step begins",
+    )
     worker.send_signal(signal.SIGTERM)
     out, err = worker.communicate(timeout=PATIENCE)
     assert (worker.returncode, out) == (0, ""), err
@@ -304,7 +314,10 @@ def test_a_script_that_ends_waits_for_its_runs_and_says_what_sleeps(stage: Stage
 
 def test_a_killed_script_leaves_its_runs_to_the_next_worker(stage: Stage) -> None:
     script = stage.begin("ends", stage.store)
-    eventually(lambda: ["1", "patient", str(script.pid)] in stage.lines(), "the step begins")
+    eventually(
+        lambda: stage.alive(script) and ["1", "patient", str(script.pid)] in stage.lines(),
+        "the step begins",
+    )
     script.kill()
     script.wait()
     assert all(not r.status.is_terminal for r in stage.runs() if r.workflow == "slow")

@@ -204,7 +204,9 @@ class Step(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         self._signature.check(args, kwargs)
-        if current_run() is not None:
+        run = current_run()
+        if run is not None:
+            run.check_open(f"step {self.name!r}")
             return self._durable(args, kwargs)
         return self._plain(args, kwargs)
 

@@ -25,6 +25,8 @@ from pyworkflow_storage_file._writer import Answers, Batch, Operation, Writer
 
 __all__ = ["Dispatcher", "nothing"]
 
+#: The runs that changed, and whether there may be work.
+News = tuple[dict[str, tuple[int, bool]], bool]
 #: A batch ends at this many operations, so that the first do not wait for the last.
 _BATCH_OPERATIONS: Final = 1000
 
@@ -43,7 +45,9 @@ class Dispatcher:
         # The rest belongs to the loop.
         self.watchers = Watchers(loop, self._look)
         self._pending: set[Operation] = set()
-        """At the thread, or waiting for the next turn."""
+        """Not answered yet."""
+        self._handed_over = 0
+        """How many the thread has, answered or not: with none, it leaves the mutex alone."""
         self._gathered: list[Operation] = []
         """What waits for the next turn of the loop."""
         self._turn_is_used = False
@@ -74,7 +78,7 @@ class Dispatcher:
         operation = Operation(run, self._loop.create_future(), writes, undo)
         if self._gathered:
             self._gather(operation)
-        elif not small or self._pending or not self._may_do(operation):
+        elif not small or self._handed_over or not self._may_do(operation):
             self._hand_over(operation)
         elif self._turn_is_used or self._crowded:
             self._gather(operation)
@@ -144,13 +148,19 @@ class Dispatcher:
                 if not writer.take([operation], answers, wait=False):
                     return False
                 touched, work = writer.take_news()
-            except BaseException:
+            except BaseException as error:
                 # A signal's handler raised: nobody can know how far the batch came.
                 writer.recover()
-                self._pending.discard(operation)
-                operation.future.cancel()
+                if operation in self._pending:  # else the caller itself gets what was raised
+                    self._pending.discard(operation)
+                    operation.future.set_exception(
+                        StorageUnavailable(
+                            "cannot tell whether a change was written, the handler of a signal "
+                            f"came between: error={error!r}; send the same change again"
+                        )
+                    )
                 raise
-        self._resolve(answers, touched, work)
+        self._answer(answers, touched, work)
         if writer.wants_rewrite:
             self._hand_over(Operation(nothing, self._loop.create_future(), False, None))
         return True
@@ -162,7 +172,7 @@ class Dispatcher:
     def _next_turn(self) -> None:
         self._turn_is_used = False
         gathered = self._gathered
-        if len(gathered) == 1 and len(self._pending) == 1 and self._may_do(gathered[0]):
+        if len(gathered) == 1 and not self._handed_over and self._may_do(gathered[0]):
             self._crowded = False
             self._gathered = []
             if self._do(gathered[0]):
@@ -179,11 +189,17 @@ class Dispatcher:
 
     def _hand_over(self, operation: Operation) -> None:
         self._pending.add(operation)
+        self._handed_over += 1
         self._inbox.put(operation)
         if self._stuck_timer is None:
             self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck)
 
-    def _resolve(
+    def _taken(self, count: int, answers: Answers, news: News) -> None:
+        """The thread is done with so many of the operations that it was handed."""
+        self._handed_over -= count
+        self._answer(answers, *news)
+
+    def _answer(
         self, answers: Answers, touched: Mapping[str, tuple[int, bool]], work: bool
     ) -> None:
         for operation, result, error in answers:
@@ -239,8 +255,7 @@ class Dispatcher:
                         waiting.append(operation)
             except Empty:
                 pass
-            with writer.mutex:
-                del waiting[: self._take(waiting)]
+            del waiting[: self._take(waiting)]
         with writer.mutex:
             writer.close()
 
@@ -248,15 +263,22 @@ class Dispatcher:
         """Do as many of the operations as fit into one batch, and answer them."""
         writer = self._writer
         answers: Answers = []
-        taken = writer.take(waiting, answers, wait=True)
-        touched, work = writer.take_news()
+        with writer.mutex:
+            taken = writer.take(waiting, answers, wait=True)
+            news = writer.take_news()
+            if writer.wants_rewrite:
+                self._tell(taken, answers, news)
+                writer.rewrite()
+                return taken
+        # After the mutex was given back: who gets the answer may come with the next one at once.
+        self._tell(taken, answers, news)
+        return taken
+
+    def _tell(self, count: int, answers: Answers, news: News) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._resolve, answers, touched, work)
+            self._loop.call_soon_threadsafe(self._taken, count, answers, news)
         except RuntimeError:
             pass  # the loop was closed: nobody waits any more
-        if writer.wants_rewrite:
-            writer.rewrite()
-        return taken
 
 
 def nothing(_: Batch) -> None:

@@ -44,7 +44,8 @@ class DispatchedSteps:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._running: dict[tuple[str, str], tuple[str, asyncio.Task[Any]]] = {}
+        """(run, item) → the claim's token, and the task that works under it."""
         self._changes: dict[ClaimRef, int] = {}
         self._workflows: dict[ClaimRef, str] = {}
         self._suspect: tuple[tuple[str, str], float] | None = None
@@ -80,10 +81,10 @@ class DispatchedSteps:
 
     def _track(self, ref: ClaimRef, task: asyncio.Task[Any]) -> None:
         key = (ref.run_id, ref.item_id)
-        self._running[key] = task
+        self._running[key] = ref.token, task
 
         def done(ended: asyncio.Task[Any]) -> None:
-            if self._running.get(key) is ended:
+            if self._running.get(key) == (ref.token, ended):
                 del self._running[key]
             self._changes.pop(ref, None)
             self._workflows.pop(ref, None)
@@ -93,11 +94,11 @@ class DispatchedSteps:
 
         task.add_done_callback(done)
 
-    def cancel(self, run_id: str, item_id: str) -> None:
-        """End a step that nobody waits for, if it runs here."""
-        task = self._running.get((run_id, item_id))
-        if task is not None:
-            task.cancel()
+    def cancel(self, run_id: str, item_id: str, token: str | None = None) -> None:
+        """End a step that nobody waits for, if it runs here (``token``: under that claim)."""
+        found = self._running.get((run_id, item_id))
+        if found is not None and token in (None, found[0]):
+            found[1].cancel()
 
     # --- one try --------------------------------------------------------------------------------
 

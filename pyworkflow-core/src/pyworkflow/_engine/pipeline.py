@@ -108,13 +108,13 @@ class Pipeline:
                     _log.error("the storage failed; giving up %d changes: %s", len(changes), exc)
                     return [exc] * len(changes)
                 _log.warning("the storage does not answer; trying again: %s", exc)
-            except (PayloadTooLarge, SerializationError, ValueError) as exc:
-                if len(changes) == 1:
-                    return [exc]
-                # One of them cannot be stored: it must not take the others along.
-                return [answer for c in changes for answer in await self._deliver([c])]
             except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
+                if len(changes) > 1:
+                    # One of them cannot be stored: it must not take the others along.
+                    return [answer for c in changes for answer in await self._deliver([c])]
+                if isinstance(exc, PayloadTooLarge | SerializationError | ValueError):
+                    return [exc]
                 _log.exception("the storage failed in an unexpected way")
-                return [StorageError(f"unexpected: {exc!r}")] * len(changes)
+                return [StorageError(f"unexpected: {exc!r}")]
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)

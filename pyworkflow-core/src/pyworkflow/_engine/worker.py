@@ -475,7 +475,7 @@ class Worker:
 
     def _lost(self, ref: ClaimRef) -> None:
         if ref.item_id != TURN:
-            self._steps.cancel(ref.run_id, ref.item_id)
+            self._steps.cancel(ref.run_id, ref.item_id, ref.token)
 
     # --- after commits --------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ class RunContext:
     ) -> str:
         """Emit a step; its result arrives at ``ops[op].future``."""
         if self.closed:
-            self._check_open(step.name)
+            self.check_open(step.name)
         text = step.encode_call(args, kwargs)
         if self.max_payload and (size := payload_size(text)) > self.max_payload:
             raise PayloadTooLarge(f"the arguments of step {step.name!r}", size, self.max_payload)
@@ -116,7 +116,7 @@ class RunContext:
 
     def start_sleep(self, until: int) -> str:
         """Emit a sleep that ends at ``until``."""
-        self._check_open("sleep")
+        self.check_open("sleep")
         name = self.loop.branch().next_op("sleep")
         op = self._timer_op(OpKind.SLEEP, name, until)
         op.future = self.loop.create_future()
@@ -125,7 +125,7 @@ class RunContext:
 
     def start_timer(self, elapsed: int, timer: DurableTimer) -> str:
         """Emit a timer of asyncio; ``elapsed`` µs after the start of the run."""
-        self._check_open("a timer")
+        self.check_open("a timer")
         name = self.loop.branch().next_op("timer")
         self._timer_op(OpKind.TIMER, name, self.start + elapsed).timer = timer
         return name
@@ -151,7 +151,7 @@ class RunContext:
             elif self.is_replaying:
                 decided = False
             else:
-                self._check_open("patched")
+                self.check_open("patched")
                 decided = True
                 self.commands.append(MarkVersion(id))
             self._patched[id] = decided
@@ -199,7 +199,8 @@ class RunContext:
             exc = context.get("exception")
             self.warnings.append(f"{context.get('message', '')}: {exc!r}")
 
-    def _check_open(self, what: str) -> None:
+    def check_open(self, what: str) -> None:
+        """Raise when the run takes no further command."""
         if self.closed:
             raise WorkflowContextError(
                 f"the run is over or being put aside: {what} cannot start; "
