@@ -1039,6 +1039,48 @@ def test_a_step_whose_worker_disappears_three_times_fails_with_worker_lost() -> 
     asyncio.run(main())
 
 
+def test_steps_beside_one_that_takes_the_worker_down_are_not_blamed() -> None:
+    async def main() -> None:
+        deaths: list[int] = []
+        died = asyncio.Event()
+
+        @step(queue="default")
+        async def te_culprit() -> str:
+            deaths.append(1)
+            died.set()
+            await asyncio.sleep(60)
+            return "?"
+
+        @step(queue="default")
+        async def te_bystander(n: int) -> str:
+            await asyncio.sleep(0.05)
+            return f"fine {n}"
+
+        @workflow
+        async def te_crowd() -> list[str]:
+            async def told(work: Any) -> str:
+                try:
+                    return str(await work)
+                except Exception as exc:  # noqa: BLE001 - whatever comes is told
+                    return type(exc).__name__
+
+            works = [te_bystander(0), te_culprit(), te_bystander(1), te_bystander(2)]
+            return list(await asyncio.gather(*map(told, works)))
+
+        async with bench() as b:
+            run_id = await b.start(te_crowd)
+            for _ in range(3):
+                await asyncio.wait_for(died.wait(), 15)
+                died.clear()
+                await b.crash()
+                await b.pass_time("31s")
+                await b.work()
+            assert await b.result(run_id) == ["fine 0", "WorkerLost", "fine 1", "fine 2"]
+        assert len(deaths) == 3
+
+    asyncio.run(main())
+
+
 def test_a_busy_loop_stalls_its_run_and_not_the_worker() -> None:
     def make(busy: bool) -> Any:
         @workflow

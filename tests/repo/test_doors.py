@@ -35,7 +35,6 @@ def doors() -> list[Path]:
 
 def test_the_memory_door_needs_no_plugin() -> None:
     from pyworkflow._memory import MemoryStorageBackend as own
-
     from pyworkflow.storage.memory import MemoryStorageBackend as through_the_door
 
     assert through_the_door is own

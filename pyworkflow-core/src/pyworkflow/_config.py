@@ -192,8 +192,7 @@ def _read(configured: Mapping[str, object], environ: Mapping[str, str]) -> Setti
         values["renew_every"] = cast("timedelta", values["lease"]) / 3
     if "concurrency" in values:
         values["threads"] = values["concurrency"]
-    # Each value came from the parser of its field.
-    return Settings(**values)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return Settings(**values)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - each value came from the parser of its field
 
 
 def _project_table() -> tuple[Path | None, Mapping[str, object]]:

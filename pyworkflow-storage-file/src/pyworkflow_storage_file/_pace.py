@@ -12,6 +12,8 @@ __all__ = ["Pace"]
 
 #: With flushes slower than this, the loop does not wait for any, ns.
 _SLOW: Final = 1_000_000
+#: Counts as no more than this: one stall alone, of whatever length, says nothing of the next flush.
+_STALL: Final = 3 * _SLOW
 #: So many flushes are left to the thread after the mean became slow; then the mean is asked again.
 _REST: Final = 64
 
@@ -35,6 +37,7 @@ class Pace:
 
     def flushed(self, took: int) -> None:
         """A flush took so many ns."""
+        took = min(took, _STALL)
         mean = took if self._mean is None else self._mean + (took - self._mean) // 4
         self._mean = mean
         if self._rest:

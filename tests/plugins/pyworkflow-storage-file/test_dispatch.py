@@ -125,7 +125,7 @@ def test_lone_commits_are_flushed_by_the_loop_once_flushes_are_known_to_be_fast(
     run(main)
 
 
-def test_after_a_slow_flush_the_thread_flushes_for_a_while(tmp_path):
+def test_after_slow_flushes_the_thread_flushes_for_a_while(tmp_path):
     async def main():
         async with opened(tmp_path) as backend:
             disk = backend._calls
@@ -133,7 +133,8 @@ def test_after_a_slow_flush_the_thread_flushes_for_a_while(tmp_path):
             await backend.commit(note("r", "fast"))
             disk.takes = SLOW
             await backend.commit(note("r", "slow"))
-            disk.taken()
+            await backend.commit(note("r", "slow again"))
+            assert disk.taken()[-2:] == ["loop", "loop"]
             disk.takes = FAST
             for n in range(70):
                 await backend.commit(note("r", str(n)))

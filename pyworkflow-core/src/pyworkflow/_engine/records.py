@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow._clock import from_micros
 from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow._failures import encode_error
+from pyworkflow._replay.commands import CancelRun, CompleteRun, FailRun, Outcome
+from pyworkflow._serialization import payload_size
+from pyworkflow.errors import PayloadTooLarge
 from pyworkflow.events import Event, EventClass, EventType
-from pyworkflow.runs import ErrorInfo
+from pyworkflow.runs import ErrorInfo, RunStatus
+from pyworkflow.spi.storage import Update
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
@@ -17,13 +23,51 @@ __all__ = [
     "COMMAND",
     "INPUT",
     "OBSERVATION",
+    "Ending",
     "cancelled_error",
     "end_events",
+    "ending_of",
     "scheduled_event",
     "started_event",
 ]
 
 COMMAND, INPUT, OBSERVATION = (str(k) for k in EventClass)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What the end of a run changes."""
+
+    status: RunStatus
+    event: Event
+    update: Update
+
+
+def ending_of(outcome: Outcome, workflow: str, max_payload: int) -> Ending:
+    """The end that an outcome comes to; a result that is too large is a failure."""
+    if isinstance(outcome, CompleteRun) and (size := payload_size(outcome.result)) > max_payload:
+        what = f"the result of workflow {workflow!r}"
+        outcome = FailRun(PayloadTooLarge(what, size, max_payload))
+    match outcome:
+        case CompleteRun(result):
+            return Ending(
+                status=RunStatus.COMPLETED,
+                event=Event(EventType.WORKFLOW_COMPLETED, COMMAND, {"result": result}),
+                update=Update(result=result),
+            )
+        case FailRun(error):
+            encoded: Any = encode_error(error)
+            return Ending(
+                status=RunStatus.FAILED,
+                event=Event(EventType.WORKFLOW_FAILED, COMMAND, {"error": encoded}),
+                update=Update(error=ErrorInfo.from_json(encoded)),
+            )
+        case CancelRun(reason):
+            return Ending(
+                status=RunStatus.CANCELLED,
+                event=Event(EventType.WORKFLOW_CANCELLED, COMMAND, {"reason": reason}),
+                update=Update(error=cancelled_error(reason)),
+            )
 
 
 def cancelled_error(reason: str) -> ErrorInfo:

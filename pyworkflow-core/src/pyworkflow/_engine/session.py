@@ -22,27 +22,24 @@ from pyworkflow._engine.records import (
     OBSERVATION,
     cancelled_error,
     end_events,
+    ending_of,
     scheduled_event,
     started_event,
 )
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import (
-    CancelRun,
     CancelStep,
     Command,
-    CompleteRun,
     EmitLog,
-    FailRun,
     MarkVersion,
     RunStep,
     StartSleep,
 )
 from pyworkflow._replay.replay import DEADLINE_OP, Replay
-from pyworkflow._serialization import payload_size
 from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, SerializationError, UnseenInput
 from pyworkflow.events import Event, EventType
-from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.storage import (
     TURN,
     Change,
@@ -120,6 +117,7 @@ class Session:
         self._resumed = resumed
         self._control: Control | None = None
         self._cancel: str | None = None
+        self._abandoned = False
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
             self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
@@ -168,6 +166,9 @@ class Session:
                     place.task.cancel()
 
     def _abandon(self, error: Exception) -> None:
+        if self._abandoned:
+            raise error  # not even the failure can be stored: the turn is given up
+        self._abandoned = True
         self._events, self._puts, self._drops = [], [], []
         self._replay.abandon(error, again=True)
 
@@ -493,27 +494,7 @@ class Session:
         """Commit the run's end. None when inputs came that it did not know: deliver and repeat."""
         outcome = self._replay.outcome
         assert outcome is not None
-        limit = self._worker.max_payload
-        if isinstance(outcome, CompleteRun) and (size := payload_size(outcome.result)) > limit:
-            what = f"the result of workflow {self._run.workflow!r}"
-            outcome = FailRun(PayloadTooLarge(what, size, limit))
-        info: ErrorInfo | None = None
-        update: Update | None = None
-        match outcome:
-            case CompleteRun(result):
-                final = RunStatus.COMPLETED
-                last = Event(EventType.WORKFLOW_COMPLETED, COMMAND, {"result": result})
-                update = Update(result=result)
-            case FailRun(error):
-                encoded: Any = encode_error(error)
-                info = ErrorInfo.from_json(encoded)
-                final = RunStatus.FAILED
-                last = Event(EventType.WORKFLOW_FAILED, COMMAND, {"error": encoded})
-                update = Update(error=info)
-            case CancelRun(reason):
-                final = RunStatus.CANCELLED
-                last = Event(EventType.WORKFLOW_CANCELLED, COMMAND, {"reason": reason})
-                update = Update(error=cancelled_error(reason))
+        ending = ending_of(outcome, self._run.workflow, self._worker.max_payload)
         if self._replay.leftover:
             _log.warning(
                 "the workflow returned while tasks were running; they were closed: tasks=%s "
@@ -523,14 +504,14 @@ class Session:
             )
             self._replay.leftover = []
         try:
-            await self._commit(final=final, update=update, last=last)
+            await self._commit(final=ending.status, update=ending.update, last=ending.event)
         except UnseenInput as refusal:
             await self._feed(refusal.inputs)
             return None
         except (PayloadTooLarge, SerializationError) as exc:
             self._abandon(exc)
             return None
-        self._worker.run_ended(self._run, final, info)
+        self._worker.run_ended(self._run, ending.status, ending.update.error)
         return False
 
     async def _stall(self, problem: Exception) -> None:

@@ -111,7 +111,7 @@ def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:
 def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - user data
     if type(value) is dict and depth <= _MAX_DEPTH:
         # Most of what is stored: checked without a call for each plain entry.
-        plain: dict[Any, Any] = value
+        plain: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType] - its type was asked
         for key, entry in plain.items():
             if type(key) is not str or not key.isascii():
                 _check_key(key, limit)
