@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -19,6 +20,7 @@ from pyworkflow._plugins import make_storage
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import (
     ArgumentError,
+    WorkflowContextError,
 )
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
@@ -105,7 +107,29 @@ _starter = Starter()
 set_starter(_starter)
 
 
+_importing: str | None = None
+
+
+@contextmanager
+def importing(module: str) -> Iterator[None]:
+    """Within it, a module is imported for its definitions: starting runs is refused.
+
+    A script that starts a run when it is imported would start one more in each worker.
+    """
+    global _importing
+    standing, _importing = _importing, module
+    try:
+        yield
+    finally:
+        _importing = standing
+
+
 def _not_in_workflow(what: str) -> None:
+    if _importing is not None:
+        raise WorkflowContextError(
+            f"{what} was called while {_importing} is imported for its workflows; put it under "
+            '`if __name__ == "__main__":`'
+        )
     running = current_run()
     if running is not None:
         running.refuse(f"{what} cannot be called in workflow code; call it in a step")

@@ -12,6 +12,8 @@ __all__ = ["EPOCH", "ensure_utc", "from_micros", "to_micros", "utcnow"]
 
 #: 1970-01-01T00:00:00Z, the zero of ``to_micros``.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST = datetime(1, 1, 1, tzinfo=UTC)
+LAST = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 
 
 def utcnow() -> datetime:
@@ -52,4 +54,7 @@ def ensure_utc(instant: datetime, *, stacklevel: int = 2) -> datetime:
             stacklevel=stacklevel,
         )
         return instant.replace(tzinfo=UTC)
-    return instant.astimezone(UTC)
+    try:
+        return instant.astimezone(UTC)
+    except OverflowError:  # within a day of the first or the last instant there is
+        return LAST if instant.year > 1 else FIRST

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_DEFAULT_THREADS = 4
 _HALF_SECOND = timedelta(milliseconds=500)
 
 
@@ -107,6 +108,15 @@ class EmbeddedHost:
             await self.executor.open({})
             return
         self.worker = Worker(self.storage, self.config)
+        # From 3.12 on no thread can start once the script has ended, while runs may still go on:
+        # those that sync steps and asyncio.to_thread() need start now.
+        self.worker.runner.begin_threads()
+        self.worker.guard.begin()
+        default = concurrent.futures.ThreadPoolExecutor(_DEFAULT_THREADS)
+        barrier = threading.Barrier(_DEFAULT_THREADS)
+        for _ in range(_DEFAULT_THREADS):
+            default.submit(barrier.wait, 10.0)
+        self.loop.set_default_executor(default)
         await self.worker.open()
         self.worker.serve()
 

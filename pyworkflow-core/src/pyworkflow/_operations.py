@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, cast
 
 from pyworkflow import _plugins
+from pyworkflow._clock import LAST
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
@@ -115,8 +116,10 @@ class Operations:
         options: RunOptions,
         max_payload: int,
     ) -> tuple[Change, Event]:
-        longest = options.max_duration or workflow.max_duration
-        deadline = None if longest is None else await self.storage.now() + longest
+        longest = options.max_duration
+        if longest is None:
+            longest = workflow.max_duration
+        deadline = None if longest is None else _after(await self.storage.now(), longest)
         priority = workflow.priority if options.priority is None else options.priority
         new = NewRun(
             workflow=workflow.name,
@@ -257,6 +260,13 @@ def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
         update=Update(error=cancelled_error(reason)),
         events=[Event(EventType.WORKFLOW_CANCELLED, EventClass.COMMAND, data)],
     )
+
+
+def _after(now: datetime, duration: timedelta) -> datetime:
+    try:
+        return now + duration
+    except OverflowError:
+        return LAST
 
 
 def _new_id() -> str:

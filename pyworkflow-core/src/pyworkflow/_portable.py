@@ -20,7 +20,9 @@ __all__ = ["is_portable", "main_name", "portable_name", "register_portable", "re
 _registered = {"pyworkflow"}
 _MAIN = ("__main__", "__mp_main__")
 #: Modules of the standard library that do something when imported.
-_NEVER = frozenset({"antigravity", "idlelib", "test", "this", "turtledemo"})
+_NEVER = frozenset({"antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"})
+#: Parts of a module's name, below its package, that promise the same.
+_DOES_SOMETHING = frozenset({"__main__", "test"})
 
 
 def register_portable(module_name: str) -> None:
@@ -34,7 +36,9 @@ def register_portable(module_name: str) -> None:
 
 def is_portable(module_name: str) -> bool:
     """Whether every worker can import this module: built in, standard library, or registered."""
-    root = module_name.partition(".")[0]
+    root, *rest = module_name.split(".")
+    if any(part in _DOES_SOMETHING for part in rest):
+        return False
     if root in _MAIN:
         root = main_name().partition(".")[0]
     return root in _registered or (root in sys.stdlib_module_names and root not in _NEVER)
@@ -116,7 +120,7 @@ def _modules(name: str, module_name: str) -> Iterator[object]:
     if module is None and is_portable(module_name) and module_name not in _MAIN:
         try:
             module = importlib.import_module(module_name)
-        except Exception as failed:  # an import runs any code
+        except (Exception, SystemExit) as failed:  # an import runs any code
             raise SerializationError(
                 f"the module of a stored type cannot be imported: type={name!r}: "
                 f"{type(failed).__name__}: {failed}; repair or install it on this worker"

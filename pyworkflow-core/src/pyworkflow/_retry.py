@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from types import CodeType
 from typing import Literal
 
+from pyworkflow._clock import LAST
 from pyworkflow._duration import D, format_duration, parse_duration, resolve_instant
 from pyworkflow.errors import FatalError, RetryableError
 
@@ -106,7 +107,10 @@ def decide(
             return Retry(max(now, resolve_instant(exc.retry_after, now)))
         except (ValueError, OverflowError) as bad:
             exc.add_note(f"retry_after is ignored: {bad}")
-    return Retry(now + policy.delay_for(attempt))
+    try:
+        return Retry(now + policy.delay_for(attempt))
+    except OverflowError:
+        return Retry(LAST)
 
 
 def is_programming_error(exc: BaseException, code: CodeType | None = None) -> bool:

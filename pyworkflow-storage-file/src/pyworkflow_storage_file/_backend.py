@@ -56,6 +56,8 @@ class FileStorageBackend(StorageBackend):
 
     The whole state is kept in memory, and every change is a line of a journal on disk. A commit
     that returned survives the death of the process, and with ``fsync`` (the default) power loss.
+    A thread writes; a lone small change is written by the loop itself while flushes take less than
+    a millisecond, since waking the thread would take about as long.
     An object belongs to the event loop that first used it; ``twin`` makes one for another.
     After a fork, parent and child go on with files of their own.
 

@@ -111,6 +111,7 @@ class Dispatcher:
             pause = min(pause * 2, 0.02)
         if not on_loop:
             return
+        await asyncio.sleep(0)  # what the thread answered last is on its way
         self.watchers.close()
         if self._stuck_timer is not None:
             self._stuck_timer.cancel()

@@ -42,12 +42,23 @@ class Evictor:
             self._waiting.append(replay)
             if self._since is not None and monotonic() - self._since > PATIENCE:
                 self._leave_behind()
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="pyworkflow-evictor", daemon=True
-                )
-                self._thread.start()
-            self._changed.notify_all()
+            if self._thread is None and not self._begin():
+                self._waiting.remove(replay)
+            else:
+                self._changed.notify_all()
+                return
+        replay.close()
+
+    def _begin(self) -> bool:
+        """Start the thread; False at the end of the process, when no thread can start."""
+        thread = threading.Thread(target=self._run, name="pyworkflow-evictor", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:
+            self._thread = None
+            return False
+        return True
 
     def flush(self, timeout: float = PATIENCE) -> None:
         """Wait until everything is closed, or for ``timeout`` seconds."""

@@ -147,11 +147,7 @@ class Guard:
     def feed(self, replay: Replay, events: Sequence[Event]) -> None:
         """``replay.feed(events)``, interrupted when its code holds the thread for too long."""
         thread = threading.get_ident()
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(
-                target=self._run, name="pyworkflow-watchdog", daemon=True
-            )
-            self._thread.start()
+        self.begin()
         _spinning[thread] = (replay, monotonic())
         try:
             replay.feed(events)
@@ -163,6 +159,17 @@ class Guard:
                 if replay.is_interrupted:
                     # It may not have been raised yet, and must not hit the worker's own code.
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def begin(self) -> None:
+        """See to it that the watchdog's thread runs."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        thread = threading.Thread(target=self._run, name="pyworkflow-watchdog", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return  # the process ends: no thread can start, and nobody is held up for long
+        self._thread = thread
 
     def _run(self) -> None:
         idle = 0

@@ -42,12 +42,14 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._heard = monotonic()
+        self._task: asyncio.Task[None] | None = None
+        """Renews in place of the thread, when none can start."""
 
     def add(self, ref: ClaimRef) -> None:
         """From now on ``ref`` is renewed."""
         with self._lock:
             self._held[ref] = monotonic()
-        if self._thread is None and self._timer is None:
+        if self._thread is None and self._timer is None and self._task is None:
             # Most claims are over long before they need renewal: the thread starts for those
             # that are not.
             self._loop = asyncio.get_running_loop()
@@ -65,20 +67,31 @@ class LeaseKeeper:
 
     def _look(self) -> None:
         self._timer = None
-        if self._stop.is_set() or not self._held or self._thread is not None:
+        begun = self._thread is not None or self._task is not None
+        if self._stop.is_set() or not self._held or begun:
             return
         self._heard = monotonic()
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=lambda: asyncio.run(self._renew()), name="pyworkflow-leases", daemon=True
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            # At the end of the process no thread can start: renew from the worker's own loop.
+            assert self._loop is not None
+            self._task = self._loop.create_task(self._renew())
+        else:
+            self._thread = thread
 
     async def _renew(self) -> None:
         storage = self._storage.twin()
         try:
+            last = 0.0
             while not self._stop.is_set():
-                await self._renew_once(storage)
-                await asyncio.to_thread(self._stop.wait, self._every / 2)
+                if monotonic() - last >= self._every / 2:
+                    last = monotonic()
+                    await self._renew_once(storage)
+                await asyncio.sleep(min(self._every / 2, 0.5))
         finally:
             await storage.close()
 

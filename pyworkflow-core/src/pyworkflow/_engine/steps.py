@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -100,7 +102,10 @@ class StepRunner:
             attempt=what.attempt,
         )
         running_step.set(context)
-        async with self._slots if what.step.is_async else self._busy:
+        slots = self._slots if what.step.is_async else self._busy
+        threads: list[asyncio.Future[Any]] = []
+        await slots.acquire()
+        try:
             what.began = utcnow()
             end = StepEnd()
             try:
@@ -116,7 +121,7 @@ class StepRunner:
                     if what.step.is_async:
                         value = await self._async(what, args, kwargs)
                     else:
-                        value = await self._sync(what, args, kwargs)
+                        value = await self._sync(what, args, kwargs, threads)
                 end.result = self._encode(what, value)
             except asyncio.CancelledError as exc:
                 task = asyncio.current_task()
@@ -130,6 +135,13 @@ class StepRunner:
             except BaseException as exc:  # noqa: BLE001 - whatever a step raises is its result
                 end.error = exc
             return end
+        finally:
+            if threads and not threads[0].done():
+                # A thread cannot be stopped: its slot is free when it has ended.
+                threads[0].add_done_callback(_forget)
+                threads[0].add_done_callback(lambda _: slots.release())
+            else:
+                slots.release()
 
     async def _async(self, what: StepTry, args: Any, kwargs: Any) -> object:
         if what.timeout is None:
@@ -143,12 +155,25 @@ class StepRunner:
                 raise _TimedOut(_took_too_long(what)) from None
             raise
 
-    async def _sync(self, what: StepTry, args: Any, kwargs: Any) -> object:
+    def begin_threads(self) -> None:
+        """Start the threads of sync steps now: at the end of a process none can start."""
+        barrier = threading.Barrier(self._threads)
+        for _ in range(self._threads):
+            self._executor().submit(barrier.wait, 10.0)
+
+    def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pyworkflow-step")
+        return self._pool
+
+    async def _sync(
+        self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Any]]
+    ) -> object:
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
-        body = loop.run_in_executor(self._pool, lambda: context.run(what.step.fn, *args, **kwargs))
+        call = functools.partial(context.run, what.step.fn, *args, **kwargs)
+        body = loop.run_in_executor(self._executor(), call)
+        threads.append(body)
         if what.timeout is None:
             return await asyncio.shield(body)
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
@@ -156,7 +181,6 @@ class StepRunner:
             return body.result()
         message = _took_too_long(what)
         if what.attempt > what.policy.max_retries:
-            body.add_done_callback(_forget)
             raise _TimedOut(
                 message + "; its thread is still running, for threads cannot be stopped"
             )

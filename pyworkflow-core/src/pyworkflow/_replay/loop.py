@@ -22,6 +22,9 @@ __all__ = ["Branch", "BusyLoop", "DeterministicLoop", "WorkflowBlocked", "Workfl
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+#: µs since the epoch of the last instant that a date can name.
+LAST_INSTANT = 253_402_300_799_999_999
+
 #: Callbacks that one input may cause. Beyond it the code is taken to wait by spinning.
 BUDGET = 100_000
 
@@ -293,9 +296,13 @@ class DeterministicLoop(_Loop):
     ) -> asyncio.TimerHandle:
         self._check()
         timer = DurableTimer(when, callback, args, self, context)
-        until = ceil(when * 1_000_000)
-        if until / 1_000_000 < when:
-            until += 1  # the product was rounded down: never early by the loop's own account
+        last: int = LAST_INSTANT - self.run.start if self.run is not None else LAST_INSTANT
+        if when >= last / 1_000_000:
+            until = last  # for ever, as far as dates go: infinity too
+        else:
+            until = ceil(when * 1_000_000)
+            if until / 1_000_000 < when:
+                until += 1  # the product was rounded down: never early by the loop's own account
         if until <= self._elapsed:
             # Nothing to wait for: the same on every replay, since time is replayed.
             self._ready.append(timer)

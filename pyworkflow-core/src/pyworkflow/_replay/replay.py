@@ -476,8 +476,8 @@ class Replay:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is left to close: not begun, ended, or closed."""
-        return self._context is None or not self._context.loop.unfinished()
+        """Whether no code is left to close: it has not begun, or was closed."""
+        return self not in _alive
 
     def close(self) -> list[str]:
         """Close the coroutine: eviction. The names of tasks that refused.
