@@ -130,9 +130,9 @@ def test_a_well_known_scheme_without_plugin_names_the_pip_line(url, distribution
 
 
 def test_an_unknown_scheme_is_told_apart_by_kind(install):
-    with pytest.raises(PluginNotFound, match="storage URLs with nowhere:"):
+    with pytest.raises(PluginNotFound, match="storage URLs of the scheme 'nowhere'"):
         make_storage("nowhere://x")
-    with pytest.raises(PluginNotFound, match="executor URLs with nowhere:"):
+    with pytest.raises(PluginNotFound, match="executor URLs of the scheme 'nowhere'"):
         make_executor("nowhere://x")
     with pytest.raises(PluginNotFound, match="executor URLs with memory:"):
         make_executor("memory://")

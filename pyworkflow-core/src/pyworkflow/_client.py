@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -99,6 +98,7 @@ class Starter:
         timeout: D | None = None,
     ) -> Any:
         """Start and wait for the result."""
+        _not_in_workflow("run()")
         refuse_in_host("run()")
         return result(self.start(workflow, args, kwargs, options), timeout=timeout)
 
@@ -110,18 +110,23 @@ set_starter(_starter)
 _importing: str | None = None
 
 
-@contextmanager
-def importing(module: str) -> Iterator[None]:
+class Importing:
     """Within it, a module is imported for its definitions: starting runs is refused.
 
     A script that starts a run when it is imported would start one more in each worker.
     """
-    global _importing
-    standing, _importing = _importing, module
-    try:
-        yield
-    finally:
-        _importing = standing
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._outer: str | None = None
+
+    def __enter__(self) -> None:
+        global _importing
+        self._outer, _importing = _importing, self._module
+
+    def __exit__(self, *_: object) -> None:
+        global _importing
+        _importing = self._outer
 
 
 def _not_in_workflow(what: str) -> None:
@@ -227,6 +232,7 @@ def result(run_id: str, *, timeout: D | None = None) -> Any:
         TimeoutError: it has not ended within ``timeout``; it goes on.
         Exception: what the workflow raised.
     """
+    _not_in_workflow("result()")
     refuse_in_host("result()")
     return _sync("result()", lambda ops: ops.result(run_id, timeout))
 

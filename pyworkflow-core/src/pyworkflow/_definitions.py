@@ -191,7 +191,7 @@ class Step(Generic[P, R]):
             )
         functools.update_wrapper(self, fn)
         self.fn = fn
-        self.name = name or fn.__name__
+        self.name = _check_name("step", name, fn)
         self.policy = RetryPolicy(max_retries, _delay(retry_delay))
         self.timeout = None if timeout is None else _duration("timeout", timeout)
         self.queue = queue
@@ -286,7 +286,11 @@ class Workflow(Generic[P, R]):
                     "start() and its relatives use themselves; rename it"
                 )
         self.fn = fn
-        self.name = name or fn.__name__
+        self.name = _check_name("workflow", name, fn)
+        if not isinstance(version, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may lie
+            raise DefinitionError(
+                f"version={version!r} is not text; write version={str(version)!r}"
+            )
         self.version = version
         self.max_duration = (
             None if max_duration is None else _duration("max_duration", max_duration)
@@ -297,8 +301,9 @@ class Workflow(Generic[P, R]):
         self.check_args = check_args
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
-        if current_run() is not None:
-            raise WorkflowContextError(
+        run = current_run()
+        if run is not None:
+            run.refuse(
                 f"workflow {self.name!r} was called inside a workflow: child workflows are not "
                 "there yet; call an ordinary async function, or start it from a step"
             )
@@ -528,6 +533,14 @@ def _file(fn: Callable[..., object]) -> str:
 def _where(fn: Callable[..., object]) -> str:
     code = fn.__code__
     return f"{fn.__module__}:{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _check_name(kind: str, name: object, fn: Callable[..., object]) -> str:
+    if name is None:
+        return fn.__name__
+    if not isinstance(name, str) or not name:
+        raise DefinitionError(f"@{kind}(name={name!r}): a name is text, and not empty")
+    return name
 
 
 def _check_function(kind: str, fn: Callable[..., object]) -> None:

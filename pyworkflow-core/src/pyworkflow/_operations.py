@@ -57,6 +57,7 @@ D = str | int | float | timedelta
 _POLL = timedelta(seconds=5)
 _NEVER = 2**62
 _LONGEST_REASON = 4096
+_LONGEST_KEY = 1024
 
 
 class Operations:
@@ -83,6 +84,11 @@ class Operations:
     ) -> str:
         """Make a run durable and have it begun; its id."""
         text = workflow.encode_call(args, kwargs)
+        key: Any = options.idempotency_key
+        if key is not None and not (isinstance(key, str) and 0 < len(key) <= _LONGEST_KEY):
+            raise ArgumentError(
+                f"idempotency_key={key!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
+            )
         await self.storage.open()
         limit = min(self._settings.max_payload, self.storage.info().max_payload)
         if (size := payload_size(text)) > limit:
@@ -192,6 +198,11 @@ class Operations:
                 continue
             left = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
             if end is not None and left <= timedelta(0):
+                if found.stalled is not None:
+                    raise TimeoutError(
+                        f"the run is stalled: run_id={run_id}: {found.stalled}; it goes on when "
+                        f"a worker has code that fits, `pyworkflow runs show {run_id}` tells more"
+                    )
                 raise TimeoutError(
                     f"the run has not ended within timeout={timeout}: run_id={run_id} "
                     f"status={found.status}; it goes on, ask again later"

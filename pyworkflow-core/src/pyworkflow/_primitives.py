@@ -99,6 +99,9 @@ def step_context() -> StepContext:
     Raises:
         WorkflowContextError: called outside of a step.
     """
+    run = current_run()
+    if run is not None:
+        run.refuse("step_context() was called in workflow code; call it in the body of a step")
     step = running_step.get()
     if step is None:
         raise WorkflowContextError("step_context() works in the body of a step that a run started")

@@ -148,7 +148,7 @@ class PayloadTooLarge(WorkflowError):
 
     def __str__(self) -> str:
         return (
-            f"{self.what} is too large: size={self.size} limit={self.limit} bytes; "
+            f"too large to store: {self.what} size={self.size} limit={self.limit} bytes; "
             "store the data elsewhere and pass a reference, or raise the setting max_payload"
         )
 
@@ -270,11 +270,13 @@ class PluginNotFound(ConfigurationError):
 
     def __str__(self) -> str:
         remedy = (
-            f"pip install {self.distribution}"
+            f"pip install {self.distribution}, from a clone ./{self.distribution}"
             if self.distribution
             else "`pyworkflow plugins` lists what is installed"
         )
-        return f"no installed plugin serves {self.kind} URLs with {self.scheme}: ; {remedy}"
+        return (
+            f"no installed plugin serves {self.kind} URLs of the scheme {self.scheme!r}; {remedy}"
+        )
 
 
 class PluginBroken(ConfigurationError):

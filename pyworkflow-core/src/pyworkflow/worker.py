@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from pyworkflow import _plugins
-from pyworkflow._client import importing
+from pyworkflow._client import Importing
 from pyworkflow._config import Settings, settings
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
@@ -77,7 +77,7 @@ def import_modules(names: Iterable[str]) -> None:
         sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
     for name in names:
         try:
-            with importing(name):
+            with Importing(name):
                 _import_one(name)
         except ConfigurationError:
             raise

@@ -48,6 +48,8 @@ class DispatchedSteps:
         """(run, item) → the claim's token, and the task that works under it."""
         self._changes: dict[ClaimRef, int] = {}
         self._workflows: dict[ClaimRef, str] = {}
+        self._ending: set[str] = set()
+        """Tokens of claims that a commit under way settles: nobody's to cancel any more."""
         self._suspect: tuple[tuple[str, str], float] | None = None
 
     def room(self) -> int:
@@ -88,6 +90,7 @@ class DispatchedSteps:
                 del self._running[key]
             self._changes.pop(ref, None)
             self._workflows.pop(ref, None)
+            self._ending.discard(ref.token)
             self._worker.leases.discard(ref)
             if self.room() == 1:
                 self._worker.wake()
@@ -97,8 +100,12 @@ class DispatchedSteps:
     def cancel(self, run_id: str, item_id: str, token: str | None = None) -> None:
         """End a step that nobody waits for, if it runs here (``token``: under that claim)."""
         found = self._running.get((run_id, item_id))
-        if found is not None and token in (None, found[0]):
+        if found is not None and token in (None, found[0]) and found[0] not in self._ending:
             found[1].cancel()
+
+    def ending(self) -> list[asyncio.Task[Any]]:
+        """Tasks whose last commit is on its way: it may bring a turn that they must drive."""
+        return [task for token, task in self._running.values() if token in self._ending]
 
     # --- one try --------------------------------------------------------------------------------
 
@@ -233,6 +240,8 @@ class DispatchedSteps:
         take_turn: Held | None = None,
     ) -> Committed:
         ref = _ref(item)
+        if settle is not None and not settle.keep:
+            self._ending.add(ref.token)
         number = self._changes[ref] = self._changes.get(ref, 0) + 1
         answer = await self._worker.pipeline.commit(
             Change(

@@ -6,8 +6,6 @@ import asyncio
 import contextvars
 import functools
 import logging
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,6 +14,7 @@ from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._context import StepContext, running_step
 from pyworkflow._definitions import Step
+from pyworkflow._engine.threads import StepThreads
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
 from pyworkflow._serialization import decode_arguments, payload_size
@@ -87,9 +86,9 @@ class StepRunner:
 
     def __init__(self, *, concurrency: int, threads: int, max_payload: int) -> None:
         self._slots = asyncio.Semaphore(concurrency)
-        self._threads = threads
+        self._threads = StepThreads(threads)
+        self._in_threads: set[tuple[str, str]] = set()
         self._max_payload = max_payload
-        self._pool: ThreadPoolExecutor | None = None
         self._busy = asyncio.Semaphore(threads)
 
     async def run(self, what: StepTry) -> StepEnd:
@@ -157,23 +156,22 @@ class StepRunner:
 
     def begin_threads(self) -> None:
         """Start the threads of sync steps now: at the end of a process none can start."""
-        barrier = threading.Barrier(self._threads)
-        for _ in range(self._threads):
-            self._executor().submit(barrier.wait, 10.0)
+        self._threads.begin()
 
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pyworkflow-step")
-        return self._pool
+    def in_threads(self, run_id: str) -> bool:
+        """Whether a thread still runs a step of this run, be it given up or not."""
+        return any(run == run_id for run, _ in self._in_threads)
 
     async def _sync(
         self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Any]]
     ) -> object:
-        loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
         call = functools.partial(context.run, what.step.fn, *args, **kwargs)
-        body = loop.run_in_executor(self._executor(), call)
+        body = self._threads.submit(call)
         threads.append(body)
+        key = (what.run_id, what.op)
+        self._in_threads.add(key)
+        body.add_done_callback(lambda _: self._in_threads.discard(key))
         if what.timeout is None:
             return await asyncio.shield(body)
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
@@ -230,8 +228,7 @@ class StepRunner:
 
     def close(self) -> None:
         """Let go of the threads; those that still run a step end by themselves."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 class _TimedOut(Exception):

@@ -101,6 +101,7 @@ class Worker:
         self._server: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._stopping = False
+        self._claimed_at = monotonic()
         self._looked_for_gone = 0.0
 
     # --- life ---------------------------------------------------------------------------------
@@ -126,12 +127,18 @@ class Worker:
         end = monotonic() + parse_duration(grace).total_seconds()
         while (busy := self._busy()) and (left := end - monotonic()) > 0:
             await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if ending := self._steps.ending():
+            await asyncio.wait(ending, timeout=5.0)
         refs = self.leases.held()
         for task in self._busy():
             task.cancel()
         if busy := self._busy():
             await asyncio.wait(busy, timeout=1.0)
         for ref in refs:
+            if self.runner.in_threads(ref.run_id):
+                # A thread cannot be stopped: nobody may begin beside it. What the process held
+                # is free when it has ended, or when the lease has.
+                continue
             try:
                 await self.storage.release(ref)
             except StorageError as exc:
@@ -243,6 +250,7 @@ class Worker:
 
     async def claim_due(self, items: Sequence[tuple[str, str]] | None = None) -> int:
         """Claim what is due (or just ``items``) and begin it; how much was taken."""
+        await self._renew_after_pause()
         kinds = {ItemKind.DELIVER}
         if (turns := self._room()) > 0:
             kinds.add(ItemKind.TURN)
@@ -261,9 +269,24 @@ class Worker:
             )
         )
         self.clock.update(claimed.now)
+        self._claimed_at = monotonic()
         for claim in claimed.claims:
             self._begin(claim)
         return len(claimed.claims)
+
+    async def _renew_after_pause(self) -> None:
+        """Keep what ran out while this process was stopped, and was taken by nobody.
+
+        Otherwise it would claim its own running work again, and run it beside itself.
+        """
+        held = self.leases.held()
+        if not held or monotonic() - self._claimed_at < self.settings.lease.total_seconds() / 2:
+            return
+        kept = await self.storage.renew(held, self.settings.lease)
+        for ref, ok in zip(held, kept, strict=True):
+            if not ok:
+                self.leases.discard(ref)
+                self._lost(ref)
 
     def _begin(self, claim: Claim) -> None:
         match claim.item.kind:

@@ -296,7 +296,7 @@ class DeterministicLoop(_Loop):
     ) -> asyncio.TimerHandle:
         self._check()
         timer = DurableTimer(when, callback, args, self, context)
-        last: int = LAST_INSTANT - self.run.start if self.run is not None else LAST_INSTANT
+        last: int = LAST_INSTANT - self.run.start
         if when >= last / 1_000_000:
             until = last  # for ever, as far as dates go: infinity too
         else:

@@ -1,0 +1,83 @@
+"""Daemon threads for the bodies of sync steps.
+
+A library's pool would be joined at the end of the interpreter: a process that gave a step back
+could then not end while its body still runs. These threads end with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+__all__ = ["StepThreads"]
+
+_Call = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], object]]
+
+
+class StepThreads:
+    """Up to ``number`` threads, begun as they are needed; callers see to the bound."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._idle = 0
+
+    def begin(self) -> None:
+        """Begin all of them now: at the end of a process none can start."""
+        with self._lock:
+            while self._begun < self._number:
+                self._start()
+
+    def submit(self, call: Callable[[], object]) -> asyncio.Future[object]:
+        """Run ``call`` in a thread; the future belongs to the running loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[object] = loop.create_future()
+        with self._lock:
+            if self._idle == 0 and self._begun < self._number:
+                self._start()
+            self._idle -= 1
+        self._calls.put((loop, future, call))
+        return future
+
+    def close(self) -> None:
+        """Let the threads end once they have nothing to do."""
+        for _ in range(self._begun):
+            self._calls.put(None)
+
+    def _start(self) -> None:
+        name = f"pyworkflow-step-{self._begun}"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._begun += 1
+        self._idle += 1
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            loop, future, call = item
+            value: object = None
+            error: BaseException | None = None
+            try:
+                value = call()
+            except BaseException as exc:  # noqa: BLE001 - it is the step's result
+                error = exc
+            with self._lock:
+                self._idle += 1
+            try:
+                loop.call_soon_threadsafe(_resolve, future, value, error)
+            except RuntimeError:
+                pass  # the loop is closed: the step was given back long ago
+            del item, future, call, value, error
+
+
+def _resolve(future: asyncio.Future[object], value: object, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    elif isinstance(error, StopIteration):  # a future cannot carry it
+        future.set_exception(RuntimeError(f"the step raised {error!r}"))
+    else:
+        future.set_exception(error)
