@@ -134,7 +134,7 @@ def test_an_unknown_scheme_is_told_apart_by_kind(install):
         make_storage("nowhere://x")
     with pytest.raises(PluginNotFound, match="executor URLs of the scheme 'nowhere'"):
         make_executor("nowhere://x")
-    with pytest.raises(PluginNotFound, match="executor URLs with memory:"):
+    with pytest.raises(PluginNotFound, match="executor URLs of the scheme 'memory'"):
         make_executor("memory://")
     install("shelf", ["shelf"], STORAGE)
     with pytest.raises(PluginNotFound, match="executor URLs with shelf:"):

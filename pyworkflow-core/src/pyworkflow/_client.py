@@ -289,6 +289,7 @@ class Client:
         self._executor = executor
         self._namespace = namespace
         self._own: Operations | None = None
+        self._opening: asyncio.Lock | None = None
         self._worker: Worker | None = None
         self._opened: StorageBackend | None = None
 
@@ -316,6 +317,14 @@ class Client:
     async def _operations(self) -> Operations:
         if self._own is not None:
             return self._own
+        if self._opening is None:
+            self._opening = asyncio.Lock()
+        async with self._opening:
+            # Several first calls at once share one worker.
+            own: Operations | None = self._own
+            return await self._open() if own is None else own
+
+    async def _open(self) -> Operations:
         config = settings()
         if self._storage is None and self._executor is None and self._namespace is None:
             embedded = await asyncio.to_thread(host)
@@ -330,7 +339,11 @@ class Client:
         if executor is None or isinstance(executor, str):
             wanted = config if executor is None else dataclasses.replace(config, executor=executor)
             executor = configured_executor(wanted)
-        await storage.open()
+        try:
+            await storage.open()
+        except BaseException:
+            await self.close()
+            raise
         if executor.capabilities.distributed:
             await executor.open({})
             self._own = Operations(storage, None, executor)

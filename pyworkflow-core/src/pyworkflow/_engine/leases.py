@@ -13,7 +13,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
 
-from pyworkflow.errors import StorageError
 from pyworkflow.spi.storage import ClaimRef, StorageBackend
 
 __all__ = ["LeaseKeeper"]
@@ -115,8 +114,8 @@ class LeaseKeeper:
             return
         try:
             kept = await storage.renew(refs, self._lease)
-        except StorageError as exc:
-            _log.warning("leases could not be renewed: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - a backend's own bug must not end the renewal
+            _log.warning("leases could not be renewed: %r", exc)
             return
         for ref, ok in zip(refs, kept, strict=True):
             if not ok:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
-from pyworkflow._definitions import Step, Workflow
+from pyworkflow._definitions import Step
+from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
     COMMAND,
     INPUT,
@@ -26,7 +27,7 @@ from pyworkflow._engine.records import (
     scheduled_event,
     started_event,
 )
-from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow._engine.steps import StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import (
     CancelStep,
@@ -36,7 +37,7 @@ from pyworkflow._replay.commands import (
     RunStep,
     StartSleep,
 )
-from pyworkflow._replay.replay import DEADLINE_OP, Replay
+from pyworkflow._replay.replay import DEADLINE_OP
 from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, SerializationError, UnseenInput
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
@@ -56,40 +57,16 @@ from pyworkflow.spi.storage import (
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
 
-__all__ = ["FLUSH", "LiveRun", "Session"]
+__all__ = ["FLUSH", "Session"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
 _WARN_AT = 10_240
+_BYTES = 8 * 1024 * 1024
+"""Characters of results after which a change takes no further one."""
 _SLICE = 500
-
-
-class LiveRun:
-    """A coroutine that may be kept between turns."""
-
-    __slots__ = ("replay", "run_id", "warned", "workflow")
-
-    def __init__(self, workflow: Workflow[Any, Any], run_id: str) -> None:
-        self.run_id = run_id
-        self.workflow = workflow
-        self.replay = Replay(workflow, run_id)
-        self.warned = False
-
-
-class _InPlace:
-    """A step that runs in this session, or is about to be handed off."""
-
-    __slots__ = ("end", "item", "since", "task", "what")
-
-    def __init__(self, what: StepTry) -> None:
-        self.what = what
-        self.since = monotonic()
-        self.task: asyncio.Task[None] | None = None
-        self.end: StepEnd | None = None
-        self.item: WorkItem | None = None
-        """Set once it was handed off: from then on it is a dispatched step."""
 
 
 class Session:
@@ -110,14 +87,16 @@ class Session:
         self._events: list[Event] = []
         self._puts: list[Put] = []
         self._drops: list[str] = []
-        self._running: dict[str, _InPlace] = {}
-        self._handing: list[_InPlace] = []
-        self._ended: list[_InPlace] = []
+        self._running: dict[str, InPlace] = {}
+        self._handing: list[InPlace] = []
+        self._ended: list[InPlace] = []
         self._waiter: asyncio.Future[None] | None = None
         self._resumed = resumed
         self._control: Control | None = None
         self._cancel: str | None = None
         self._abandoned = False
+        # Half of what the storage takes in one change: a round adds to what commands made.
+        self._most = max(1, worker.max_events // 2)
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
             self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
@@ -189,6 +168,9 @@ class Session:
                 return False
         else:
             self._carry_out(commands)
+        if len(self._events) > self._most:
+            await self._commit_part(self._most)
+            return None
         if replay.outcome is not None:
             return await self._finish()
         if self._running and not self._ended:
@@ -260,7 +242,7 @@ class Session:
             if self._is_queued(what.step):
                 self._dispatch(what)
             elif self._careful:
-                self._handing.append(_InPlace(what))
+                self._handing.append(InPlace(what))
             elif self._worker.spread and not own:
                 self._dispatch(what)
             else:
@@ -288,11 +270,11 @@ class Session:
         )
 
     def _start(self, what: StepTry) -> None:
-        place = _InPlace(what)
+        place = InPlace(what)
         self._running[what.op] = place
         place.task = asyncio.get_running_loop().create_task(self._body(place))
 
-    async def _body(self, place: _InPlace) -> None:
+    async def _body(self, place: InPlace) -> None:
         place.end = end = await self._worker.runner.run(place.what)
         if place.item is not None:
             await self._worker.finish_step(place.what, end, place.item, started=True)
@@ -339,10 +321,11 @@ class Session:
     # --- committing -------------------------------------------------------------------------------
 
     async def _commit_round(
-        self, due: list[tuple[str, str, int]], overdue: list[_InPlace]
+        self, due: list[tuple[str, str, int]], overdue: list[InPlace]
     ) -> bool | None:
         """Record what ended and what is due, hand off what takes long, settle when idle."""
-        for place in overdue:
+        several = max(1, self._most // 4)
+        for place in overdue[:several]:
             if place.what.began is None and place.task is not None:
                 # It waits for a free slot: somebody else may have one.
                 place.task.cancel()
@@ -350,12 +333,15 @@ class Session:
                 self._dispatch(place.what)
             else:
                 self._handing.append(place)
-        ended, self._ended = self._ended, []
-        for place in ended:
+        size = 0
+        while self._ended and several > 0 and size < _BYTES:
+            place = self._ended.pop(0)
+            several -= 1
+            size += len(place.end.result or "") if place.end is not None else 0
             del self._running[place.what.op]
             self._record_end(place)
         now = self._worker.clock.micros()
-        for op, type, until in due:
+        for op, type, until in due[: self._most]:
             data: dict[str, Any] = {
                 "until": from_micros(until).isoformat(),
                 "lag": max(0, now - until) / 1_000_000,
@@ -394,7 +380,7 @@ class Session:
         await self._deliver(answer, events)
         return None
 
-    def _record_end(self, place: _InPlace) -> None:
+    def _record_end(self, place: InPlace) -> None:
         what, end = place.what, place.end
         assert end is not None
         events, retry_us = end_events(self._worker, what, end, started=False)
@@ -420,6 +406,7 @@ class Session:
         final: RunStatus | None = None,
         update: Update | None = None,
         last: Event | None = None,
+        seen: bool = True,
     ) -> tuple[Committed, list[Event]]:
         """Commit what has gathered; the answer, and the events as they were sent."""
         events = self._events if last is None else [*self._events, last]
@@ -429,7 +416,7 @@ class Session:
                 run_id=self._run.run_id,
                 key=f"{self._ref.token}:{self._changes}",
                 claim=self._ref,
-                seen=self._replay.seen or None,
+                seen=self._replay.seen or None if seen else None,
                 events=events,
                 settle=settle,
                 put=self._puts,
@@ -450,6 +437,22 @@ class Session:
             self._worker.announce_puts(self._run, puts)
         self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
         return answer, events
+
+    async def _commit_part(self, number: int) -> None:
+        """Commit the first ``number`` events alone: one change may not hold them all.
+
+        Without ``seen``: what the delivered inputs produced is not complete yet.
+        """
+        part, events = self._events[:number], self._events[number:]
+        items = {f"step:{event.op}" for event in part}
+        puts = [p for p in self._puts if p.item_id not in items]
+        drops = [d for d in self._drops if d not in items]
+        self._puts = [p for p in self._puts if p.item_id in items]
+        self._drops = [d for d in self._drops if d in items]
+        self._events = part
+        answer, sent = await self._commit(seen=False)
+        self._events, self._puts, self._drops = events, puts, drops
+        await self._deliver(answer, sent)
 
     async def _deliver(self, answer: Committed, events: list[Event]) -> None:
         """Feed what others added and what was just committed, strictly by seq."""
@@ -476,7 +479,7 @@ class Session:
             warning: dict[str, Any] = {"message": message, "fields": {}}
             self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
 
-    def _take_over(self, handing: list[_InPlace], answer: Committed) -> None:
+    def _take_over(self, handing: list[InPlace], answer: Committed) -> None:
         """Steps that were handed off go on under a claim of their own."""
         for place in handing:
             item_id = f"step:{place.what.op}"

@@ -24,10 +24,11 @@ from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper
+from pyworkflow._engine.live import LiveRun
 from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
-from pyworkflow._engine.session import LiveRun, Session
+from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._replay._cpython import prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
@@ -86,6 +87,7 @@ class Worker:
         self.guard = shared_guard()
         self.evictor = Evictor()
         self.pipeline = Pipeline(storage, self.clock, settings.lease.total_seconds())
+        self.max_events = storage.info().max_events_per_commit
         self.max_payload = min(settings.max_payload, storage.info().max_payload)
         self.runner = StepRunner(
             concurrency=settings.concurrency,
@@ -212,6 +214,9 @@ class Worker:
             except StorageError as exc:
                 _log.warning("no work can be claimed: %s", exc)
                 timeout, pause = pause, min(pause * 2, 5.0)
+            except Exception:  # noqa: BLE001 - a backend's own bug must not end the worker
+                _log.exception("no work can be claimed: the storage failed in an unexpected way")
+                timeout, pause = pause, min(pause * 2, 5.0)
             if timeout > 0:
                 await self._idle(timeout)
             else:
@@ -225,8 +230,8 @@ class Worker:
         if due is None:
             return 1.0
         left = (to_micros(due) - self.clock.micros()) / 1_000_000
-        if left <= 0 and not self._room():
-            left = 0.05
+        if left <= 0 and not (self._room() and self._steps.room()):
+            left = 0.25  # what is due waits for room here, which wakes us, or is for others
         # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
         return min(max(left, 0.001), 1.0)
 
