@@ -137,7 +137,7 @@ def test_an_unknown_scheme_is_told_apart_by_kind(install):
     with pytest.raises(PluginNotFound, match="executor URLs of the scheme 'memory'"):
         make_executor("memory://")
     install("shelf", ["shelf"], STORAGE)
-    with pytest.raises(PluginNotFound, match="executor URLs with shelf:"):
+    with pytest.raises(PluginNotFound, match="executor URLs of the scheme 'shelf'"):
         make_executor("shelf://x")
 
 
