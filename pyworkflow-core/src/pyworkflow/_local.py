@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_log = logging.getLogger("pyworkflow.worker")
 _DEFAULT_THREADS = 4
 _HALF_SECOND = timedelta(milliseconds=500)
 
@@ -100,7 +102,14 @@ class EmbeddedHost:
             ready.set_exception(exc)
             return
         ready.set_result(None)
-        self.loop.run_forever()
+        while True:
+            try:
+                self.loop.run_forever()
+            except BaseException:  # noqa: BLE001 - a KeyboardInterrupt that somebody raised
+                # Whoever waits for an answer of this loop would wait for ever.
+                _log.exception("the embedded worker was interrupted; it goes on")
+            else:
+                return
 
     async def _open(self) -> None:
         await self.storage.open()
@@ -117,6 +126,7 @@ class EmbeddedHost:
         for _ in range(_DEFAULT_THREADS):
             default.submit(barrier.wait, 10.0)
         self.loop.set_default_executor(default)
+        self.worker.on_run_ended = self.started.discard
         await self.worker.open()
         self.worker.serve()
 
@@ -145,9 +155,9 @@ class EmbeddedHost:
         if self.pid != os.getpid() or self.loop.is_closed() or not self.thread.is_alive():
             return
         try:
-            waiting = self.call(self._wait_for_started()) if self.started else []
+            waiting = self._wait_at_the_end() if self.started else []
         except KeyboardInterrupt:
-            _tell("left: the runs are durable, and a worker goes on with them")
+            _tell("left: the runs are durable; `pyworkflow worker MODULE` goes on with them")
             waiting = []
         except StorageError as exc:
             _tell(str(exc))
@@ -160,6 +170,14 @@ class EmbeddedHost:
             pass
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(timeout=2)
+
+    def _wait_at_the_end(self) -> list[tuple[Run, float]]:
+        future = self.submit(self._wait_for_started())
+        try:
+            return future.result(timeout=1.0)
+        except TimeoutError:
+            _tell("waiting for runs that this script started to end or sleep; Ctrl-C leaves them")
+        return future.result()
 
     async def _wait_for_started(self) -> list[tuple[Run, float]]:
         if self.worker is None:

@@ -256,7 +256,9 @@ class _Catalogue:
                 "remove it from PYWORKFLOW_DISABLE_PLUGINS (setting disable_plugins)"
             )
         if not enabled:
-            raise PluginNotFound(kind, scheme, _WELL_KNOWN.get(scheme))
+            distribution = _WELL_KNOWN.get(scheme)
+            planned = distribution not in (None, "pyworkflow-storage-file")
+            raise PluginNotFound(kind, scheme, distribution, planned)
         if len(enabled) > 1:
             raise ConfigurationError(_conflict(scheme, enabled))
         return enabled[0]

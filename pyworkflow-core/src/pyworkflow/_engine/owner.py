@@ -29,13 +29,16 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process began, so that a reused id is not mistaken; ``""`` when it is not there."""
+    """When the process began, so that a reused id is not mistaken.
+
+    ``""`` when it is not to be seen, ``dead`` when it waits to be reaped.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
         return ""
     fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] in ("Z", "X") else fields[19]
+    return "dead" if fields[0] in ("Z", "X") else fields[19]
 
 
 def owner_of(pid: int) -> str:
@@ -62,4 +65,16 @@ def is_gone(owner: str) -> bool:
         or not Path("/proc/self").is_dir()
     ):
         return False
-    return _started(int(pid)) != started
+    now = _started(int(pid))
+    return now != started and (now != "" or not _exists(int(pid)))
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process has this id, be it one that ``/proc`` does not show to us."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

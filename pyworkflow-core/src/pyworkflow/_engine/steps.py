@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import logging
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._context import StepContext, running_step
 from pyworkflow._definitions import Step
-from pyworkflow._engine.threads import StepThreads
+from pyworkflow._engine.threads import Ended, StepThreads
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
 from pyworkflow._serialization import decode_arguments, payload_size
@@ -102,7 +103,7 @@ class StepRunner:
         )
         running_step.set(context)
         slots = self._slots if what.step.is_async else self._busy
-        threads: list[asyncio.Future[Any]] = []
+        threads: list[asyncio.Future[Ended]] = []
         await slots.acquire()
         try:
             what.began = utcnow()
@@ -127,8 +128,10 @@ class StepRunner:
                 if task is not None and task.cancelling():
                     raise
                 end.error = exc  # raised by the body itself
-            except KeyboardInterrupt:
-                raise
+            except KeyboardInterrupt as exc:
+                if threading.current_thread() is threading.main_thread() and not threads:
+                    raise  # Ctrl-C; it never arrives in another thread
+                end.error = exc
             except _TimedOut as exc:
                 end.error, end.kind = StepTimeout(str(exc)), "timeout"
             except BaseException as exc:  # noqa: BLE001 - whatever a step raises is its result
@@ -137,7 +140,6 @@ class StepRunner:
         finally:
             if threads and not threads[0].done():
                 # A thread cannot be stopped: its slot is free when it has ended.
-                threads[0].add_done_callback(_forget)
                 threads[0].add_done_callback(lambda _: slots.release())
             else:
                 slots.release()
@@ -163,7 +165,7 @@ class StepRunner:
         return any(run == run_id for run, _ in self._in_threads)
 
     async def _sync(
-        self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Any]]
+        self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Ended]]
     ) -> object:
         context = contextvars.copy_context()
         call = functools.partial(context.run, what.step.fn, *args, **kwargs)
@@ -173,10 +175,10 @@ class StepRunner:
         self._in_threads.add(key)
         body.add_done_callback(lambda _: self._in_threads.discard(key))
         if what.timeout is None:
-            return await asyncio.shield(body)
+            return _returned(await asyncio.shield(body))
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
         if done:
-            return body.result()
+            return _returned(body.result())
         message = _took_too_long(what)
         if what.attempt > what.policy.max_retries:
             raise _TimedOut(
@@ -184,7 +186,6 @@ class StepRunner:
             )
         # A thread cannot be stopped: the next try starts when this one has ended, never beside it.
         await asyncio.wait({body})
-        _forget(body)
         raise _TimedOut(message)
 
     def _encode(self, what: StepTry, value: object) -> str:
@@ -206,7 +207,7 @@ class StepRunner:
         opinion = _plugins.error_class(error) if isinstance(error, Exception) else None
         if isinstance(error, SerializationError | PayloadTooLarge | ArgumentError):
             opinion = "fatal"  # the same again: trying again only repeats the effect
-        elif isinstance(error, asyncio.CancelledError | SystemExit):
+        elif not isinstance(error, Exception):
             error = RetryableError(f"the step raised {type(error).__name__}: {error}")
         decision = decide(what.policy, what.attempt, error, now, opinion=opinion)
         if what.attempt == 1 and is_programming_error(end.error, what.step.fn.__code__):  # type: ignore[arg-type]  # not None, see above
@@ -243,6 +244,8 @@ def _took_too_long(what: StepTry) -> str:
     )
 
 
-def _forget(body: asyncio.Future[Any]) -> None:
-    if not body.cancelled():
-        body.exception()
+def _returned(ended: Ended) -> object:
+    value, error = ended
+    if error is not None:
+        raise error
+    return value

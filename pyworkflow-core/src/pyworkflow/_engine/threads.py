@@ -11,9 +11,12 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-__all__ = ["StepThreads"]
+__all__ = ["Ended", "StepThreads"]
 
-_Call = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], object]]
+#: What a call returned, and what it raised: never the exception of a future, for asyncio and the
+#: coroutines under it take some of those (StopIteration, GeneratorExit) for their own.
+Ended = tuple[object, BaseException | None]
+_Call = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Ended]", Callable[[], object]]
 
 
 class StepThreads:
@@ -32,10 +35,10 @@ class StepThreads:
             while self._begun < self._number:
                 self._start()
 
-    def submit(self, call: Callable[[], object]) -> asyncio.Future[object]:
+    def submit(self, call: Callable[[], object]) -> asyncio.Future[Ended]:
         """Run ``call`` in a thread; the future belongs to the running loop."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[object] = loop.create_future()
+        future: asyncio.Future[Ended] = loop.create_future()
         with self._lock:
             if self._idle == 0 and self._begun < self._number:
                 self._start()
@@ -72,12 +75,6 @@ class StepThreads:
             del item, future, call, value, error
 
 
-def _resolve(future: asyncio.Future[object], value: object, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(value)
-    elif isinstance(error, StopIteration):  # a future cannot carry it
-        future.set_exception(RuntimeError(f"the step raised {error!r}"))
-    else:
-        future.set_exception(error)
+def _resolve(future: asyncio.Future[Ended], value: object, error: BaseException | None) -> None:
+    if not future.done():
+        future.set_result((value, error))

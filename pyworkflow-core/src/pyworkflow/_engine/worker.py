@@ -80,6 +80,7 @@ class Worker:
         self._held = Held(self.owner, settings.lease)
         self.spread = spread
         """Parallel branches go to other workers too: the executor is distributed."""
+        self.on_run_ended: Callable[[str], object] | None = None
         self._queues = None if queues is None else frozenset(queues)
         self._ring = ring
         self.clock = StorageClock()
@@ -535,6 +536,8 @@ class Worker:
 
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""
+        if self.on_run_ended is not None:
+            self.on_run_ended(run.run_id)
         _plugins.observe(
             "pyworkflow_run_ended",
             run_id=run.run_id,
