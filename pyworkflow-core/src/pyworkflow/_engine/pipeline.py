@@ -71,6 +71,11 @@ class Pipeline:
             self._sender = loop.create_task(self._send(), name="pyworkflow-pipeline")
         return await answer
 
+    async def idle(self, timeout: float) -> None:
+        """Until no change is under way, or for ``timeout`` seconds."""
+        if self._sender is not None:
+            await asyncio.wait({self._sender}, timeout=timeout)
+
     async def _send(self) -> None:
         try:
             while self._waiting:

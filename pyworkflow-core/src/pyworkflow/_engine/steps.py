@@ -160,9 +160,9 @@ class StepRunner:
         """Start the threads of sync steps now: at the end of a process none can start."""
         self._threads.begin()
 
-    def in_threads(self, run_id: str) -> bool:
-        """Whether a thread still runs a step of this run, be it given up or not."""
-        return any(run == run_id for run, _ in self._in_threads)
+    def in_threads(self, run_id: str | None = None) -> bool:
+        """Whether a thread still runs a step (of this run), be it given up or not."""
+        return any(run_id in (None, run) for run, _ in self._in_threads)
 
     async def _sync(
         self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Ended]]

@@ -127,6 +127,9 @@ class Worker:
         """
         self._stopping = True
         self.wake()
+        if self._server is not None:
+            # A claim that is under way must not come after what is given back below.
+            await asyncio.wait({self._server}, timeout=2.0)
         end = monotonic() + parse_duration(grace).total_seconds()
         while (busy := self._busy()) and (left := end - monotonic()) > 0:
             await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -137,6 +140,7 @@ class Worker:
             task.cancel()
         if busy := self._busy():
             await asyncio.wait(busy, timeout=1.0)
+        await self.pipeline.idle(timeout=5.0)
         for ref in refs:
             if self.runner.in_threads(ref.run_id):
                 # A thread cannot be stopped: nobody may begin beside it. What the process held
@@ -146,6 +150,13 @@ class Worker:
                 await self.storage.release(ref)
             except StorageError as exc:
                 _log.warning("a claim could not be given back and will run out: %s", exc)
+
+        if not self.runner.in_threads():
+            # What an answer gave to a task that was cut off is in nobody's books but the store's.
+            try:
+                await self.storage.free(self.owner)
+            except StorageError as exc:
+                _log.warning("claims could not be given back and will run out: %s", exc)
 
     async def close(self) -> None:
         """Stop at once and let go of coroutines and threads. The store stays open."""
