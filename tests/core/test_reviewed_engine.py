@@ -21,13 +21,14 @@ from pyworkflow import Client, sleep, step, workflow
 from pyworkflow._engine.owner import is_gone, owner_of
 from pyworkflow._engine.worker import Worker
 from pyworkflow._replay import replay
-from pyworkflow.errors import StepError, StepTimeout
+from pyworkflow.errors import PayloadTooLarge, StepTimeout
+from pyworkflow.events import EventType
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi import Change, ClaimRequest
 from pyworkflow.spi.storage import Control, ControlKind
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
-from tests.core._driving import Bench, bench, eventually
+from tests.core._driving import bench, eventually
 
 # --- the slots of sync steps --------------------------------------------------------------------
 
@@ -171,9 +172,8 @@ def test_drain_leaves_the_claim_of_a_step_alone_whose_thread_still_runs() -> Non
             assert b.worker is not None
             runner = b.worker.runner
             await b.rest()
-            assert [i.lease for i in (await b.items(in_loop)).values()] == [None, None]
-            (lease,) = [i.lease for i in (await b.items(in_thread)).values() if i.payload]
-            assert lease is not None
+            assert all(i.lease is None for i in (await b.items(in_loop)).values())
+            assert (await b.items(in_thread))["step:1#1:step"].lease is not None
             second = await b.work()
             assert await second.claim_due([(in_thread, "step:1#1:step")]) == 0
             assert tries == [True]
@@ -230,7 +230,7 @@ def test_a_process_ends_while_a_sync_step_runs_and_another_goes_on_at_once(
         storage = FileStorageBackend(tmp_path / "store")
         async with bench(storage, work=False) as b:
             run_id = "" if kind == "script" else await b.start(holds)
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220 - begun, not waited for
                 [sys.executable, str(program), kind, str(tmp_path / "store")],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                 stdout=subprocess.PIPE,
@@ -420,16 +420,25 @@ def test_a_renewal_that_meets_the_commit_of_a_result_cancels_nothing() -> None:
 
 
 class Narrow(MemoryStorageBackend):
-    """Takes 50 events in one change."""
+    """Takes 50 events in one change; tells when a timer fires, or steps get items once more."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.fired, self.scheduled = asyncio.Event(), asyncio.Event()
+        self.hand_offs = 0
 
     def info(self) -> Any:
         return replace(super().info(), max_events_per_commit=50)
 
     def _check(self, change: Change) -> None:
-        self.largest = max(self.largest, len(change.events))
-        assert len(change.events) <= 50, len(change.events)
+        if any(e.type == EventType.TIMER_FIRED for e in change.events):
+            self.fired.set()
+        if any(e.type == EventType.STEP_SCHEDULED for e in change.events):
+            self.hand_offs += 1
+            if self.hand_offs > 1:
+                self.scheduled.set()
+        if len(change.events) > 50:
+            raise PayloadTooLarge("the number of events in one change", len(change.events), 50)
         super()._check(change)
 
 
@@ -503,7 +512,31 @@ def test_everything_at_once_fits_into_the_changes_of_a_narrow_store() -> None:
             calls.clear()
             assert await b.run(re_crowd, "mixed") == 28_680
             assert set(calls.values()) == {1}
-        assert storage.largest > 20
+
+    asyncio.run(main())
+
+
+def test_timers_that_fire_while_steps_end_fit_into_the_changes_of_a_narrow_store() -> None:
+    async def main() -> None:
+        storage = Narrow()
+
+        @step
+        async def re_at_the_same_time() -> int:
+            await storage.fired.wait()
+            return 1
+
+        @workflow
+        async def re_timers_and_steps() -> int:
+            async def nap() -> int:
+                await asyncio.sleep(0.03)
+                await sleep(0.01)
+                return 1
+
+            bodies = [*(nap() for _ in range(100)), *(re_at_the_same_time() for _ in range(40))]
+            return sum(await asyncio.gather(*bodies))
+
+        async with bench(storage) as b:
+            assert await b.run(re_timers_and_steps) == 140
 
     asyncio.run(main())
 
@@ -547,6 +580,49 @@ def test_what_a_crash_or_a_pause_leaves_fits_into_the_changes_of_a_narrow_store(
                 await b.storage.commit(Change(run_id=run_id, key="u", control=control))
             assert await b.result(run_id) == 1_770
             assert (await b.get(run_id)).status == RunStatus.COMPLETED
+
+    asyncio.run(main())
+
+
+def test_steps_that_end_while_their_run_is_being_paused_are_recorded_once() -> None:
+    async def main() -> None:
+        storage = Narrow()
+        calls: Counter[int] = Counter()
+
+        @step
+        async def re_ends_meanwhile(n: int) -> int:
+            calls[n] += 1
+            await storage.scheduled.wait()
+            return n
+
+        @workflow
+        async def re_pausing() -> int:
+            return sum(await asyncio.gather(*(re_ends_meanwhile(n) for n in range(60))))
+
+        async with bench(storage) as b:
+            run_id = await b.start(re_pausing)
+            await eventually(lambda: len(calls) == 60)
+            pause = Control(ControlKind.PAUSE)
+            await storage.commit(Change(run_id=run_id, key="p", control=pause))
+
+            async def recorded() -> bool:
+                ended = len(await b.events(run_id, "step.completed"))
+                items = (await b.items(run_id)).values()
+                return ended == 60 and all(i.lease is None for i in items)
+
+            await eventually(recorded)
+            order: dict[str, list[str]] = {}
+            for event in await b.events(run_id):
+                if event.op is not None and event.klass != "O":
+                    order.setdefault(event.op, []).append(str(event.type))
+            assert {tuple(types) for types in order.values()} <= {
+                ("step.completed",),
+                ("step.scheduled", "step.completed"),
+            }
+            unpause = Control(ControlKind.UNPAUSE)
+            await storage.commit(Change(run_id=run_id, key="u", control=unpause))
+            assert await b.result(run_id) == 1_770
+        assert set(calls.values()) == {1}
 
     asyncio.run(main())
 
@@ -766,7 +842,3 @@ def test_whatever_a_step_raises_fails_the_step_and_nothing_else(
     assert not thread.is_alive()
     if failed:
         raise AssertionError(repr(failed[0])) from failed[0]
-
-
-def _unused(b: Bench) -> type[StepError]:
-    return StepError

@@ -29,6 +29,7 @@ __all__ = [
     "ending_of",
     "scheduled_event",
     "started_event",
+    "suspension",
 ]
 
 COMMAND, INPUT, OBSERVATION = (str(k) for k in EventClass)
@@ -73,6 +74,15 @@ def ending_of(outcome: Outcome, workflow: str, max_payload: int) -> Ending:
 def cancelled_error(reason: str) -> ErrorInfo:
     """How a cancelled run keeps the reason."""
     return ErrorInfo(type="pyworkflow.errors:RunCancelled", message=reason, portable=True)
+
+
+def suspension(waiting: list[str], timer: int | None) -> list[Event]:
+    """The run waits for time or for the outside; nothing to tell while it waits for a step."""
+    if any(op.endswith(":step") for op in waiting):
+        return []
+    until = None if timer is None else from_micros(timer).isoformat()
+    data: dict[str, Any] = {"waiting": waiting[:20], "until": until}
+    return [Event(EventType.WORKFLOW_SUSPENDED, OBSERVATION, data)]
 
 
 def scheduled_event(what: StepTry) -> Event:

@@ -26,6 +26,7 @@ from pyworkflow._engine.records import (
     ending_of,
     scheduled_event,
     started_event,
+    suspension,
 )
 from pyworkflow._engine.steps import StepTry
 from pyworkflow._failures import encode_error
@@ -97,6 +98,8 @@ class Session:
         self._abandoned = False
         # Half of what the storage takes in one change: a round adds to what commands made.
         self._most = max(1, worker.max_events // 2)
+        # Of ends (up to three events), timers and hand-offs (two) each, in one round.
+        self._several = max(1, self._most // 6)
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
             self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
@@ -177,7 +180,11 @@ class Session:
             await asyncio.sleep(0)  # a short step ends here
         due = replay.due_timers(self._worker.clock.micros())
         late = monotonic() - FLUSH
-        overdue = [p for p in self._running.values() if p.since <= late and p.end is None]
+        overdue = [
+            p
+            for p in self._running.values()
+            if p.since <= late and p.end is None and p not in self._handing
+        ]
         owed = self._ended or due or self._puts or self._drops or self._handing or overdue
         if self._running and not owed:
             await self._wait()
@@ -324,8 +331,8 @@ class Session:
         self, due: list[tuple[str, str, int]], overdue: list[InPlace]
     ) -> bool | None:
         """Record what ended and what is due, hand off what takes long, settle when idle."""
-        several = max(1, self._most // 4)
-        for place in overdue[:several]:
+        several = self._several
+        for place in overdue[: max(0, several - len(self._handing))]:
             if place.what.began is None and place.task is not None:
                 # It waits for a free slot: somebody else may have one.
                 place.task.cancel()
@@ -333,15 +340,15 @@ class Session:
                 self._dispatch(place.what)
             else:
                 self._handing.append(place)
-        size = 0
-        while self._ended and several > 0 and size < _BYTES:
+        size, rest = 0, several
+        while self._ended and rest > 0 and size < _BYTES:
             place = self._ended.pop(0)
-            several -= 1
+            rest -= 1
             size += len(place.end.result or "") if place.end is not None else 0
             del self._running[place.what.op]
             self._record_end(place)
         now = self._worker.clock.micros()
-        for op, type, until in due[: self._most]:
+        for op, type, until in due[:several]:
             data: dict[str, Any] = {
                 "until": from_micros(until).isoformat(),
                 "lag": max(0, now - until) / 1_000_000,
@@ -349,21 +356,17 @@ class Session:
             if op == DEADLINE_OP:
                 data = {"deadline": data["until"]}
             self._events.append(Event(type, INPUT, data, op, f"timer:{op}"))
-        handing, self._handing = self._handing, []
-        held = self._worker.held()
-        for place in handing:
-            self._events.append(scheduled_event(place.what))
-            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
-            self._puts.append(self._put_of(place.what, claimed=held))
+        handing, held = self._hand_off(several), self._worker.held()
         handed = {p.what.op for p in handing}
         inputs = any(e.klass == INPUT for e in self._events)
-        settle = not (inputs or self._running.keys() - handed or self._worker.is_stopping)
+        left = bool(self._handing or self._running.keys() - handed)
+        settle = not (inputs or left or self._worker.is_stopping)
         again: Settle | None = None
         if settle:
             timer = self._replay.next_timer()
             again = Settle(again_at=None if timer is None else from_micros(timer))
             if not handing and not self._puts:
-                self._note_suspension(timer)
+                self._events.extend(suspension(self._replay.waiting_for(), timer))
         answer, events = await self._commit(settle=again, take_turn=held if settle else None)
         self._take_over(handing, answer)
         turn = None
@@ -389,14 +392,6 @@ class Session:
             self._dispatch(what, attempt=what.attempt + 1, due_us=retry_us)
         else:
             self._events.extend(events)
-
-    def _note_suspension(self, timer: int | None) -> None:
-        waiting = self._replay.waiting_for()
-        if any(op.endswith(":step") for op in waiting):
-            return  # it goes on as soon as the step has ended
-        until = None if timer is None else from_micros(timer).isoformat()
-        data: dict[str, Any] = {"waiting": waiting[:20], "until": until}
-        self._events.append(Event(EventType.WORKFLOW_SUSPENDED, OBSERVATION, data))
 
     async def _commit(
         self,
@@ -478,6 +473,15 @@ class Session:
             _log.warning("%s run_id=%s", message, self._run.run_id)
             warning: dict[str, Any] = {"message": message, "fields": {}}
             self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
+
+    def _hand_off(self, number: int) -> list[InPlace]:
+        """Up to ``number`` steps get an item of their own with the next commit."""
+        handing, self._handing = self._handing[:number], self._handing[number:]
+        for place in handing:
+            self._events.append(scheduled_event(place.what))
+            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
+            self._puts.append(self._put_of(place.what, claimed=self._worker.held()))
+        return handing
 
     def _take_over(self, handing: list[InPlace], answer: Committed) -> None:
         """Steps that were handed off go on under a claim of their own."""
@@ -579,21 +583,23 @@ class Session:
 
     async def _pause(self) -> None:
         """The run was paused: let steps end as items of their own, and give the turn back."""
-        ended, self._ended = self._ended, []
-        for place in ended:
-            del self._running[place.what.op]
-            self._record_end(place)
-        self._handing = [p for p in self._running.values() if p.end is None]
         self._replay.take()
-        held = self._worker.held()
-        handing, self._handing = self._handing, []
-        for place in handing:
-            self._events.append(scheduled_event(place.what))
-            self._puts.append(self._put_of(place.what, claimed=held))
-        timer = self._replay.next_timer()
-        again = None if timer is None else from_micros(timer)
-        answer, _ = await self._commit(settle=Settle(again_at=again))
-        self._take_over(handing, answer)
+        self._handing = [p for p in self._running.values() if p.end is None]
+        several = self._several
+        while True:
+            for place in self._ended[:several]:
+                del self._running[place.what.op]
+                self._record_end(place)
+            del self._ended[:several]
+            handing = self._hand_off(several)
+            settle: Settle | None = None
+            if not self._handing and not self._ended:
+                timer = self._replay.next_timer()
+                settle = Settle(again_at=None if timer is None else from_micros(timer))
+            answer, _ = await self._commit(settle=settle)
+            self._take_over(handing, answer)
+            if settle is not None:
+                return
 
 
 def _seq(event: Event) -> int:
