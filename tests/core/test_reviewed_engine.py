@@ -25,7 +25,7 @@ from pyworkflow.errors import PayloadTooLarge, StepTimeout
 from pyworkflow.events import EventType
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi import Change, ClaimRequest
-from pyworkflow.spi.storage import Control, ControlKind
+from pyworkflow.spi.storage import Committed, Control, ControlKind
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.core._driving import bench, eventually
@@ -277,6 +277,73 @@ def test_a_process_is_gone_when_it_has_ended_and_not_before() -> None:
     process.wait()
     assert is_gone(owner)
     assert is_gone(owner.replace(f"/{process.pid}/", f"/{os.getpid()}/"))
+
+
+class AnswersLate(MemoryStorageBackend):
+    """Keeps one answer back that gives the asker a claim: of a hand-off, a result or a claim."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        self.kept, self.go = asyncio.Event(), asyncio.Event()
+
+    async def _keep(self, which: str) -> None:
+        if which == self.which and not self.kept.is_set():
+            self.kept.set()
+            await self.go.wait()
+
+    async def commit_many(self, changes: Any) -> Any:
+        answers = await super().commit_many(changes)
+        for change, answer in zip(changes, answers, strict=True):
+            claimed = isinstance(answer, Committed) and bool(answer.claims)
+            if claimed and change.claim is not None:
+                await self._keep("hand-off" if change.put else "result")
+        return answers
+
+    async def claim(self, request: ClaimRequest) -> Any:
+        claimed = await super().claim(request)
+        if claimed.claims:
+            await self._keep("claim")
+        return claimed
+
+
+@pytest.mark.parametrize("which", ["hand-off", "result", "claim"])
+def test_a_drained_worker_leaves_no_claim_behind_that_an_answer_gave_it(which: str) -> None:
+    @step(dispatch="queue")
+    async def re_item() -> int:
+        return 1
+
+    @step
+    async def re_slow() -> int:
+        await asyncio.sleep(0.11)
+        return 1
+
+    @workflow
+    async def re_answered() -> int:
+        return await re_item() + await re_slow()
+
+    async def main() -> None:
+        storage = AnswersLate(which)
+        async with bench(storage) as b:
+            worker = b.worker
+            assert worker is not None
+            run_id = await b.start(re_answered)
+            await asyncio.wait_for(storage.kept.wait(), 15)
+            assert any(i.lease is not None for i in (await b.items(run_id)).values())
+            draining = asyncio.create_task(worker.drain(0))
+            await eventually(lambda: worker.is_stopping)
+            if which == "hand-off":
+                # The session that asked has been cut off before the answer comes.
+                await eventually(lambda: not worker.is_busy)
+            storage.go.set()
+            await draining
+            await worker.close()
+            b.worker = None
+            assert all(i.lease is None for i in (await b.items(run_id)).values())
+            await b.work()
+            assert await b.result(run_id) == 2
+
+    asyncio.run(main())
 
 
 # --- pauses, renewals -----------------------------------------------------------------------------

@@ -234,6 +234,13 @@ class Step(Generic[P, R]):
 
     # --- what replay and the engine need ------------------------------------------------------
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether it always goes through a work item, and never runs in place."""
+        return (
+            self.queue is not None or self.dispatch == "queue" or self.semantics == "at_most_once"
+        )
+
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
         """Arguments as payload text."""
         return encode_arguments(args, dict(kwargs))

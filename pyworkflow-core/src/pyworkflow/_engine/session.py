@@ -246,7 +246,7 @@ class Session:
                     self._events.append(Event(f"log.{level}", OBSERVATION, line))
         own = True
         for what in steps:
-            if self._is_queued(what.step):
+            if what.step.is_queued:
                 self._dispatch(what)
             elif self._careful:
                 self._handing.append(InPlace(what))
@@ -268,12 +268,6 @@ class Session:
             attempt=1,
             policy=step.policy,
             timeout=step.timeout,
-        )
-
-    @staticmethod
-    def _is_queued(step: Step[..., Any]) -> bool:
-        return (
-            step.queue is not None or step.dispatch == "queue" or step.semantics == "at_most_once"
         )
 
     def _start(self, what: StepTry) -> None:
