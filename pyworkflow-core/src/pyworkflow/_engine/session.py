@@ -585,6 +585,8 @@ class Session:
                 del self._running[place.what.op]
                 self._record_end(place)
             del self._ended[:several]
+            # What ended during a commit is in ``_ended`` now.
+            self._handing = [p for p in self._handing if p.end is None]
             handing = self._hand_off(several)
             settle: Settle | None = None
             if not self._handing and not self._ended:
