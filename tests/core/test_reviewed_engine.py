@@ -698,11 +698,15 @@ def test_steps_that_end_while_their_run_is_being_paused_are_recorded_once() -> N
 
 
 class Counting(MemoryStorageBackend):
-    """Notes who claims, and how often."""
+    """Notes who claims, and how often; takes a moment to open, as most stores do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.claims: Counter[str] = Counter()
+
+    async def open(self) -> None:
+        await asyncio.sleep(0.001)
+        await super().open()
 
     async def claim(self, request: ClaimRequest) -> Any:
         self.claims[request.owner] += 1
