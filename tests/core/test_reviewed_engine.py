@@ -703,10 +703,13 @@ class Counting(MemoryStorageBackend):
     def __init__(self) -> None:
         super().__init__()
         self.claims: Counter[str] = Counter()
+        self.opened = False
 
     async def open(self) -> None:
-        await asyncio.sleep(0.001)
+        if not self.opened:
+            await asyncio.sleep(0.001)
         await super().open()
+        self.opened = True
 
     async def claim(self, request: ClaimRequest) -> Any:
         self.claims[request.owner] += 1

@@ -29,10 +29,10 @@ class StepThreads:
         self._begun = 0
         self._idle = 0
 
-    def begin(self) -> None:
-        """Begin all of them now: at the end of a process none can start."""
+    def begin(self, most: int = 32) -> None:
+        """Begin up to ``most`` of them now: at the end of a process none can start."""
         with self._lock:
-            while self._begun < self._number:
+            while self._begun < min(self._number, most):
                 self._start()
 
     def submit(self, call: Callable[[], object]) -> asyncio.Future[Ended]:
@@ -40,8 +40,13 @@ class StepThreads:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Ended] = loop.create_future()
         with self._lock:
-            if self._idle == 0 and self._begun < self._number:
-                self._start()
+            if self._idle <= 0 and self._begun < self._number:
+                try:
+                    self._start()
+                except RuntimeError:
+                    if self._begun == 0:
+                        raise
+                    # The process ends: those that are there do it, one after the other.
             self._idle -= 1
         self._calls.put((loop, future, call))
         return future
