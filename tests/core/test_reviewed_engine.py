@@ -836,7 +836,7 @@ def test_an_unexpected_exception_of_a_claim_does_not_end_the_worker(call: str) -
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("call", ["renew"])
+@pytest.mark.parametrize("call", ["renew", "twin", "renew: no answer"])
 def test_an_unexpected_exception_of_a_renewal_does_not_end_renewal(call: str) -> None:
     async def main() -> None:
         gate = asyncio.Event()

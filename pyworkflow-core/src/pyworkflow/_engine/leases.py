@@ -83,16 +83,22 @@ class LeaseKeeper:
             self._thread = thread
 
     async def _renew(self) -> None:
-        storage = self._storage.twin()
+        storage: StorageBackend | None = None
         try:
             last = 0.0
             while not self._stop.is_set():
                 if monotonic() - last >= self._every / 2:
                     last = monotonic()
-                    await self._renew_once(storage)
+                    try:
+                        if storage is None:
+                            storage = self._storage.twin()
+                        await self._renew_once(storage)
+                    except Exception as exc:  # noqa: BLE001 - a backend's bug must not end renewal
+                        _log.warning("leases could not be renewed: %r", exc)
                 await asyncio.sleep(min(self._every / 2, 0.5))
         finally:
-            await storage.close()
+            if storage is not None:
+                await storage.close()
 
     async def _renew_once(self, storage: StorageBackend) -> None:
         loop = self._loop
@@ -112,11 +118,7 @@ class LeaseKeeper:
             refs = [r for r, since in self._held.items() if now - since > self._every / 3]
         if not refs:
             return
-        try:
-            kept = await storage.renew(refs, self._lease)
-        except Exception as exc:  # noqa: BLE001 - a backend's own bug must not end the renewal
-            _log.warning("leases could not be renewed: %r", exc)
-            return
+        kept = await storage.renew(refs, self._lease)
         for ref, ok in zip(refs, kept, strict=True):
             if not ok:
                 with self._lock:

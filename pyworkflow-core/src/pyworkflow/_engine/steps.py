@@ -88,7 +88,7 @@ class StepRunner:
     def __init__(self, *, concurrency: int, threads: int, max_payload: int) -> None:
         self._slots = asyncio.Semaphore(concurrency)
         self._threads = StepThreads(threads)
-        self._in_threads: set[tuple[str, str]] = set()
+        self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
         self._max_payload = max_payload
         self._busy = asyncio.Semaphore(threads)
 
@@ -164,6 +164,12 @@ class StepRunner:
         """Whether a thread still runs a step (of this run), be it given up or not."""
         return any(run_id in (None, run) for run, _ in self._in_threads)
 
+    async def threads_ended(self, timeout: float) -> bool:
+        """Wait until no thread runs a step; False when some still do after ``timeout`` seconds."""
+        if self._in_threads:
+            await asyncio.wait(set(self._in_threads.values()), timeout=timeout)
+        return not self._in_threads
+
     async def _sync(
         self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Ended]]
     ) -> object:
@@ -172,8 +178,8 @@ class StepRunner:
         body = self._threads.submit(call)
         threads.append(body)
         key = (what.run_id, what.op)
-        self._in_threads.add(key)
-        body.add_done_callback(lambda _: self._in_threads.discard(key))
+        self._in_threads[key] = body
+        body.add_done_callback(lambda _: self._in_threads.pop(key, None))
         if what.timeout is None:
             return _returned(await asyncio.shield(body))
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())

@@ -151,7 +151,7 @@ class Worker:
             except StorageError as exc:
                 _log.warning("a claim could not be given back and will run out: %s", exc)
 
-        if not self.runner.in_threads():
+        if await self.runner.threads_ended(timeout=2.0):
             # What an answer gave to a task that was cut off is in nobody's books but the store's.
             try:
                 await self.storage.free(self.owner)
