@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
@@ -452,7 +453,7 @@ class Session:
             if e.klass != OBSERVATION and i not in answer.skipped
         ]
         if answer.others:
-            own = sorted([*own, *answer.others], key=_seq)
+            own = sorted([*own, *answer.others], key=attrgetter("seq"))
         await self._feed(own)
         self._replay.skip_to(answer.last_seq)
         self._check_length(answer.last_seq)
@@ -596,7 +597,3 @@ class Session:
             self._take_over(handing, answer)
             if settle is not None:
                 return
-
-
-def _seq(event: Event) -> int:
-    return event.seq
