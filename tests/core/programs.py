@@ -500,12 +500,19 @@ def run_plain(node: Any) -> Json:
     loop = _VirtualLoop()
     loop.set_exception_handler(lambda loop, context: None)
     interpreter = PlainInterpreter()
+
+    async def main() -> list[Any]:
+        value = await interpreter.caught(node)
+        # As of now: what tasks left behind still do is no part of the program's outcome, and a
+        # workflow's end stops them.
+        return [value, list(interpreter.trace)]
+
     try:
         try:
-            value = loop.run_until_complete(interpreter.caught(node))
+            value, trace = loop.run_until_complete(main())
         except asyncio.CancelledError:
-            value = CANCELLED  # of its own making: 3.11 lets it out of some nestings
-        trace = list(interpreter.trace)
+            # Of its own making: 3.11 lets it out of some nestings.
+            value, trace = CANCELLED, list(interpreter.trace)
         for task in asyncio.all_tasks(loop):
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0.1))
