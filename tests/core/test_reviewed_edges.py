@@ -33,9 +33,11 @@ from pyworkflow import (
     workflow,
 )
 from pyworkflow import _portable as portable
+from pyworkflow._operations import Operations
 from pyworkflow._portable import register_portable, resolve_type
 from pyworkflow._serialization import decode
 from pyworkflow._tagged import MARK
+from pyworkflow.spi import RunQuery
 from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.core._driving import Bench, bench
 
@@ -382,3 +384,20 @@ def test_waiting_for_a_stalled_run_names_the_reason_when_time_is_up(tmp_path: Pa
 def test_a_definition_that_is_called_outside_of_workflows_names_the_remedy() -> None:
     with pytest.raises(WorkflowContextError, match=r"start\(rd_child"):
         rd_child()
+
+
+@pytest.mark.parametrize("run_id", [5, "", b"run", "x" * 1025])
+def test_a_run_id_is_text_and_not_empty(run_id: Any) -> None:
+    @workflow
+    async def re_with_an_id() -> None: ...
+
+    async def main() -> None:
+        storage = MemoryStorageBackend()
+        operations = Operations(storage, None, None)
+        with pytest.raises(ArgumentError, match="run_id="):
+            await operations.start(
+                re_with_an_id, (), {}, re_with_an_id.options(run_id=run_id).options
+            )
+        assert (await storage.list_runs(RunQuery())).items == []
+
+    asyncio.run(main())

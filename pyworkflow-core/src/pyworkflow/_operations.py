@@ -89,6 +89,11 @@ class Operations:
             raise ArgumentError(
                 f"idempotency_key={key!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
             )
+        asked: Any = options.run_id
+        if asked is not None and not (isinstance(asked, str) and 0 < len(asked) <= _LONGEST_KEY):
+            raise ArgumentError(
+                f"run_id={asked!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
+            )
         await self.storage.open()
         limit = min(self._settings.max_payload, self.storage.info().max_payload)
         if (size := payload_size(text)) > limit:
