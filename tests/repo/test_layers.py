@@ -22,7 +22,7 @@ _replay
 spi
 _signature _definitions _primitives _context _logging _plugins _hooks _config _urls _memory _memory_plugin
 _engine _local _local_plugin
-_client _operations worker cli testing conformance
+_client _copy _operations worker cli testing conformance
 celery storage
 """
 FLOOR_OF = {

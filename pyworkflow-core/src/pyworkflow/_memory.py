@@ -14,7 +14,7 @@ from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
 from pyworkflow.spi.capabilities import Capabilities, StorageInfo
-from pyworkflow.spi.reference import Delta, ReferenceStore, check_change
+from pyworkflow.spi.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 from pyworkflow.spi.storage import (
     Answer,
     Change,
@@ -151,7 +151,7 @@ class MemoryStorageBackend(StorageBackend):
 
     def info(self) -> StorageInfo:
         """What this store can do."""
-        return replace(_INFO, location=f"memory:{self._namespace}")
+        return replace(_INFO, location=f"memory:{self._namespace}", namespace=self._namespace)
 
     async def migrate(self) -> None:
         """Nothing is older than this process."""
@@ -340,3 +340,21 @@ class MemoryStorageBackend(StorageBackend):
         shared = self._use()
         with shared.lock:
             return shared.store.stats(now=shared.now())
+
+    async def export_run(self, run_id: str) -> RunDelta | None:
+        """The run without its events."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.export_run(run_id)
+
+    async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
+        """Idempotency keys and their owners."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.export_keys(cursor)
+
+    async def import_delta(self, delta: Delta) -> None:
+        """Write effects as they are."""
+        shared = self._use()
+        with shared.lock:
+            shared.tell(shared.store.import_delta(delta))

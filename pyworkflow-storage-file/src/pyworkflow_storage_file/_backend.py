@@ -21,11 +21,14 @@ from pyworkflow.spi import (
     ClaimRequest,
     Committed,
     ConfigurationError,
+    Delta,
     Event,
+    KeyMark,
     Page,
     Refusal,
     Run,
     RunClosed,
+    RunDelta,
     RunNotFound,
     RunQuery,
     StorageBackend,
@@ -114,6 +117,7 @@ class FileStorageBackend(StorageBackend):
         return StorageInfo(
             name="file",
             location=str(self.path),
+            namespace=self.namespace,
             capabilities=Capabilities(
                 durable=self._fsync,
                 multi_process=True,
@@ -277,6 +281,22 @@ class FileStorageBackend(StorageBackend):
         counts: Mapping[str, int] = await self._read(lambda batch: batch.store.stats(now=batch.now))
         return counts
 
+    async def export_run(self, run_id: str) -> RunDelta | None:
+        """The run without its events."""
+        part: RunDelta | None = await self._read(lambda batch: batch.store.export_run(run_id))
+        return part
+
+    async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
+        """Idempotency keys and their owners, purged runs' too."""
+        page: Page[tuple[str, KeyMark]] = await self._read(
+            lambda batch: batch.store.export_keys(cursor)
+        )
+        return page
+
+    async def import_delta(self, delta: Delta) -> None:
+        """Write effects as they are: how a copy arrives."""
+        await self._write(partial(_import, delta))
+
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait for news. Changes by this object wake at once, others within 0.1 s."""
         watchers = self._started().watchers
@@ -427,6 +447,10 @@ def _purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch)
     )
     batch.write(delta, durable=True)
     return purged
+
+
+def _import(delta: Delta, batch: Batch) -> None:
+    batch.write(batch.store.import_delta(delta), durable=True)
 
 
 def _directory_name(namespace: str) -> str:

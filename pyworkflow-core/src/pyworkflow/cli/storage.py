@@ -1,26 +1,32 @@
-"""``pyworkflow storage``: check a store, count what is in it."""
+"""``pyworkflow storage``: check a store, count, copy and purge what is in it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pyworkflow._duration import parse_duration
 from pyworkflow.cli import _output as output
-from pyworkflow.cli._options import in_store, shared, wants_json
+from pyworkflow.cli._options import in_store, opening, settle_settings, shared, wants_json
+from pyworkflow.runs import RunStatus
 
 if TYPE_CHECKING:
     from pyworkflow._operations import Operations
     from pyworkflow.spi._fsck import Violation
+    from pyworkflow.spi.storage import StorageBackend
 
 __all__ = ["command"]
 
 
-@click.group("storage", short_help="Check a store, count what is in it.")
+@click.group("storage", short_help="Check, count, copy, purge what is in a store.")
 @shared
 def command() -> None:
-    """Check a store, count what is in it."""
+    """Check, count, copy or purge what is in a store."""
 
 
 @command.command("check")
@@ -57,7 +63,6 @@ def check() -> int:
 @shared
 def stats() -> None:
     """Show where the store is, what it can do, and how many runs it has by status."""
-    from dataclasses import asdict
 
     async def read(operations: Operations) -> tuple[Mapping[str, int], dict[str, object]]:
         info = operations.storage.info()
@@ -83,6 +88,123 @@ def stats() -> None:
             **{name: str(count) for name, count in counts.items()},
         }
     )
+
+
+@command.command("copy")
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@click.option("--namespace", help="Namespace in both (default: the setting, else default).")
+@click.option("--to-namespace", help="Namespace in TO, if it is another one.")
+@click.option("--in-use", is_flag=True, help="Copy although workers hold work in FROM.")
+@shared
+def copy(
+    source: str, target: str, namespace: str | None, to_namespace: str | None, in_use: bool
+) -> None:
+    r"""Copy all runs and keys from the store FROM to the store TO (storage URLs), and compare.
+
+    Stop the workers first. Goes on where it stopped when it is run again; never overwrites a run
+    that is different in TO. Ids, histories and times stay as they are, what is due stays due.
+
+    \b
+    pyworkflow storage copy file:.pyworkflow postgresql://user@host/db
+    """
+    import asyncio
+
+    from pyworkflow._config import settings
+    from pyworkflow._copy import CopyReport, copy_store
+    from pyworkflow._plugins import make_storage
+
+    if click.get_current_context().meta.get("pyworkflow.cli.storage"):
+        raise click.UsageError("copy takes the stores as FROM and TO: leave out --storage")
+    settle_settings()
+    given = namespace or settings().namespace
+
+    def show(report: CopyReport) -> None:
+        if report.copied % 1000 == 0 and report.copied and not wants_json():
+            click.echo(f"copied: runs={report.copied} events={report.events}", err=True)
+
+    async def main() -> tuple[CopyReport, str, str]:
+        with opening():
+            old = make_storage(source, given)
+            new = make_storage(target, to_namespace or given)
+        async with AsyncExitStack() as stack:
+            with opening():
+                await stack.enter_async_context(old)
+                await stack.enter_async_context(new)
+            report = await copy_store(old, new, in_use=in_use, progress=show)
+            return report, old.info().location, new.info().location
+
+    report, old, new = asyncio.run(main())
+    facts: dict[str, Any] = {"from": old, "to": new, **asdict(report)}
+    if wants_json():
+        output.print_json(facts)
+    else:
+        output.print_pairs({name: str(value) for name, value in facts.items()})
+        if report.runs or report.keys:
+            output.styled("copied and compared", "green")
+        else:
+            output.styled("nothing to copy: there are no runs in FROM", "yellow")
+
+
+@command.command("purge")
+@click.option("--older-than", required=True, metavar="D", help="For example 30d or 12h.")
+@click.option("--key-retention", default="30d", metavar="D", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Count, remove nothing.")
+@shared
+def purge(older_than: str, key_retention: str, dry_run: bool) -> None:
+    """Remove runs that ended longer ago than a duration. Safe while workers use the store.
+
+    Runs that still owe a message to another run, or whose parent is open, stay. Idempotency keys
+    stay taken until --key-retention after the end of their run.
+    """
+    age, retention = (
+        _duration("--older-than", older_than),
+        _duration("--key-retention", key_retention),
+    )
+
+    async def remove(operations: Operations) -> tuple[int, str]:
+        store = operations.storage
+        try:
+            before = await store.now() - age
+        except OverflowError:  # longer ago than there are dates
+            return 0, store.info().location
+        if dry_run:
+            return await _ended_before(store, before), store.info().location
+        total = 0
+        while removed := await store.purge(before=before, key_retention=retention):
+            total += removed
+        return total, store.info().location
+
+    number, location = in_store(remove)
+    if wants_json():
+        output.print_json({"storage": location, "runs": number, "removed": not dry_run})
+    elif dry_run:
+        click.echo(f"would remove up to {number} runs: {location}")
+    else:
+        click.echo(f"removed {number} runs: {location}")
+
+
+def _duration(option: str, text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+async def _ended_before(store: StorageBackend, before: datetime) -> int:
+    from pyworkflow.spi.storage import RunQuery
+
+    ended = frozenset(status for status in RunStatus if status.is_terminal)
+    number = 0
+    cursor: str | None = None
+    while True:
+        page = await store.list_runs(RunQuery(status=ended, limit=1000), cursor)
+        number += sum(
+            run.finished_at is not None and run.finished_at < before for run in page.items
+        )
+        cursor = page.cursor
+        if cursor is None:
+            return number
 
 
 def asdict_of(facts: Mapping[str, object]) -> Mapping[str, object]:

@@ -7,7 +7,9 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 from uuid import uuid4
 
 import pytest
@@ -31,6 +33,7 @@ from pyworkflow.spi.storage import (
 
 __all__ = [
     "Case",
+    "Server",
     "Suite",
     "command",
     "deliver",
@@ -231,9 +234,53 @@ class Suite:
         """
         raise NotImplementedError
 
+    def url(self, namespace: str) -> str | None:
+        """The storage URL under which another process opens the same store, if there is one.
 
-def scenario(check: Callable[[S, Case], Awaitable[None]]) -> Callable[[S], None]:
-    """Make a test of a check: a store of its own, a loop of its own, ``fsck`` at the end."""
+        Checks with processes of their own need it. ``namespace`` is given to ``make_storage``
+        beside the URL and need not be part of it.
+        """
+        return None
+
+    def server(self, namespace: str) -> Server | None:
+        """Control over the server behind the store, for checks that kill and restart it."""
+        return None
+
+    def files(self, namespace: str) -> list[Path]:
+        """The files that hold the namespace, for checks that damage them; empty for none."""
+        return []
+
+
+class Server(Protocol):
+    """A server that the suite may stop: it belongs to the check alone."""
+
+    def kill(self) -> None:
+        """SIGKILL to the whole server; returns when it is gone."""
+        ...
+
+    def start(self) -> None:
+        """Start it again on the same data and address; returns when it answers."""
+        ...
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        ...
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        ...
+
+
+def scenario(
+    check: Callable[[S, Case], Awaitable[None]] | None = None, *, needs: Sequence[str] = ()
+) -> Any:  # noqa: ANN401 - a decorator with and without arguments
+    """Make a test of a check: a store of its own, a loop of its own, ``fsck`` at the end.
+
+    ``needs``: capabilities without which the check does not apply, and of ``url``, ``server``,
+    ``files`` what the suite must know how to give.
+    """
+    if check is None:
+        return partial(scenario, needs=needs)
     name = check.__name__
     group, number = name.removeprefix("test_").split("_")[:2]
     check_id = f"{group}-{number}"
@@ -242,12 +289,22 @@ def scenario(check: Callable[[S, Case], Awaitable[None]]) -> Callable[[S], None]
         reason = self.capabilities.gaps.get(check_id)
         if reason is not None:
             pytest.xfail(f"declared gap: {reason}")
+        missing = [need for need in needs if not _has(self, need)]
+        if missing:
+            pytest.skip(f"does not apply: {check_id} needs {', '.join(missing)}")
         asyncio.run(_drive(self, check, check_id))
 
     # Not functools.wraps: pytest would look at the check's own signature.
     test.__name__, test.__qualname__ = name, check.__qualname__
     test.__doc__, test.__module__ = check.__doc__, check.__module__
     return test
+
+
+def _has(suite: Suite, need: str) -> bool:
+    if need in {"url", "server", "files"}:
+        # Overridden: only then does the suite know it.
+        return getattr(type(suite), need) is not getattr(Suite, need)
+    return bool(getattr(suite.capabilities, need))
 
 
 async def _drive(suite: S, check: Callable[[S, Case], Awaitable[None]], check_id: str) -> None:

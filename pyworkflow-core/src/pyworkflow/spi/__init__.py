@@ -70,8 +70,10 @@ from pyworkflow.spi.storage import (
 )
 
 if TYPE_CHECKING:
+    from pyworkflow.spi._decide import decide
+    from pyworkflow.spi._delta import record_from_json, record_to_json
     from pyworkflow.spi._fsck import fsck
-    from pyworkflow.spi._state import RunState
+    from pyworkflow.spi._state import KEPT_TOKENS, RunState, RunView
     from pyworkflow.spi.hookspecs import Codec, hookimpl, hookspec
     from pyworkflow.spi.reference import (
         Delta,
@@ -148,8 +150,13 @@ __all__ = [
     "Record",
     "ReferenceStore",
     "RunDelta",
+    "KEPT_TOKENS",
     "RunState",
+    "RunView",
     "check_change",
+    "decide",
+    "record_from_json",
+    "record_to_json",
     "fsck",
     "hookimpl",
     "hookspec",
@@ -163,6 +170,11 @@ _LAZY = {
     "ReferenceStore": "reference",
     "RunDelta": "reference",
     "RunState": "_state",
+    "RunView": "_state",
+    "KEPT_TOKENS": "_state",
+    "decide": "_decide",
+    "record_from_json": "_delta",
+    "record_to_json": "_delta",
     "check_change": "reference",
     "fsck": "_fsck",
     "hookimpl": "hookspecs",

@@ -10,7 +10,7 @@ from pyworkflow.errors import PayloadTooLarge, SerializationError
 from pyworkflow.runs import ItemKind
 from pyworkflow.spi.storage import TURN, Change, ControlKind
 
-__all__ = ["check_change"]
+__all__ = ["check_change", "check_json"]
 
 _MAX_DEPTH = 200
 _MAX_BITS = 14_000  # json refuses integers of more than 4,300 digits
@@ -30,7 +30,7 @@ def check_change(change: Change, *, max_payload: int, max_events: int) -> None:
     _check_text("a name", max_payload, (change.run_id, change.key))
     for event in change.events:
         _check_text("an event", max_payload, (event.type, event.op, event.key))
-        _check_json(event.data, max_payload, 0)
+        check_json(event.data, max_payload, 0)
     create = change.create
     if create is not None:
         names = (create.workflow, create.version, create.queue, create.root, *create.tags)
@@ -38,21 +38,21 @@ def check_change(change: Change, *, max_payload: int, max_events: int) -> None:
         if create.parent is not None:
             _check_text("a name", max_payload, (create.parent.run_id, create.parent.op))
         _check_text("the arguments", max_payload, (create.args,))
-        _check_json(create.attributes, max_payload, 0)
+        check_json(create.attributes, max_payload, 0)
     update = change.update
     if update is not None:
         _check_text("the result", max_payload, (update.result, update.next))
         if update.error is not None:
-            _check_json(update.error.to_json(), max_payload, 0)
+            check_json(update.error.to_json(), max_payload, 0)
         if update.attributes is not None:
-            _check_json(update.attributes, max_payload, 0)
+            check_json(update.attributes, max_payload, 0)
     if change.control is not None:
         _check_text("the reason", max_payload, (change.control.reason,))
     if change.settle is not None and change.settle.payload is not None:
-        _check_json(change.settle.payload, max_payload, 0)
+        check_json(change.settle.payload, max_payload, 0)
     for put in change.put:
         _check_text("a name", max_payload, (put.item_id, put.queue))
-        _check_json(put.payload, max_payload, 0)
+        check_json(put.payload, max_payload, 0)
 
 
 def _check_shape(change: Change) -> None:
@@ -108,7 +108,8 @@ def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:
             raise PayloadTooLarge(what, size, limit)
 
 
-def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - user data
+def check_json(value: Any, limit: int, depth: int = 0) -> None:  # noqa: ANN401 - user data
+    """Refuse what is not JSON, or holds a text longer than ``limit`` bytes."""
     if type(value) is dict and depth <= _MAX_DEPTH:
         # Most of what is stored: checked without a call for each plain entry.
         plain: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType] - its type was asked
@@ -118,7 +119,7 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
             if type(entry) is str and len(entry) <= limit and entry.isascii():
                 continue
             if entry is not None and entry is not True and entry is not False:
-                _check_json(entry, limit, depth + 1)
+                check_json(entry, limit, depth + 1)
     elif isinstance(value, str):
         if len(value) > limit or not value.isascii():
             _check_text("a value", limit, (value,))
@@ -138,11 +139,11 @@ def _check_json(value: Any, limit: int, depth: int) -> None:  # noqa: ANN401 - u
         fields = cast("Mapping[object, Any]", value)
         for key, entry in fields.items():
             _check_key(key, limit)
-            _check_json(entry, limit, depth + 1)
+            check_json(entry, limit, depth + 1)
     elif isinstance(value, list):
         entries = cast("Sequence[Any]", value)
         for entry in entries:
-            _check_json(entry, limit, depth + 1)
+            check_json(entry, limit, depth + 1)
     else:
         raise SerializationError(
             f"not a JSON value: type={type(value).__name__}; encode it with the serializer"

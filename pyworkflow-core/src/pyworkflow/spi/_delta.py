@@ -14,9 +14,18 @@ from typing import Any, Protocol, cast
 from pyworkflow._clock import from_micros, to_micros
 from pyworkflow.errors import SchemaTooNew
 from pyworkflow.events import Event, Json
-from pyworkflow.runs import ErrorInfo, ItemKind, Lease, ParentRef, RunStatus, WorkItem
+from pyworkflow.runs import ErrorInfo, ItemKind, Lease, ParentRef, Run, RunStatus, WorkItem
 
-__all__ = ["DELTA_VERSION", "Delta", "KeyMark", "Record", "RunDelta"]
+__all__ = [
+    "DELTA_VERSION",
+    "Delta",
+    "KeyMark",
+    "Record",
+    "RunDelta",
+    "record_from_json",
+    "record_to_json",
+    "row_of",
+]
 
 #: Version of the JSON form that this code writes.
 DELTA_VERSION = 1
@@ -157,7 +166,7 @@ def _part_out(part: RunDelta) -> dict[str, Json]:
     if part.items:
         data["items"] = [_item_out(i) for i in part.items]
     if part.records:
-        data["keys"] = [_record_out(r) for r in part.records]
+        data["keys"] = [record_to_json(r) for r in part.records]
     if part.removed:
         data["removed"] = True
     return data
@@ -171,7 +180,7 @@ def _part_in(data: Mapping[str, Any]) -> RunDelta:
         [_event_in(run_id, e) for e in data.get("events", ())],
         [_item_in(run_id, i) for i in data.get("items", ())],
         data.get("gone", []),
-        [_record_in(r) for r in data.get("keys", ())],
+        [record_from_json(r) for r in data.get("keys", ())],
         data.get("removed", False),
     )
 
@@ -247,7 +256,8 @@ def _item_in(run_id: str, data: Mapping[str, Any]) -> WorkItem:
     )
 
 
-def _record_out(record: Record) -> dict[str, Json]:
+def record_to_json(record: Record) -> dict[str, Json]:
+    """The record as a JSON object, as deltas have it."""
     data: dict[str, Json] = {
         "key": record.key,
         "last": record.last_seq,
@@ -268,7 +278,8 @@ def _record_out(record: Record) -> dict[str, Json]:
     return data
 
 
-def _record_in(data: Mapping[str, Any]) -> Record:
+def record_from_json(data: Mapping[str, Any]) -> Record:
+    """Inverse of ``record_to_json``."""
     return Record(
         data["key"],
         data.get("token"),
@@ -281,3 +292,34 @@ def _record_in(data: Mapping[str, Any]) -> Record:
         data.get("skipped", []),
         [(item_id, token) for item_id, token in data.get("held", ())],
     )
+
+
+def row_of(run: Run) -> dict[str, object]:
+    """The fields of a run as a delta has them, without those that no ``Run`` shows."""
+    fields: dict[str, object] = {
+        "workflow": run.workflow,
+        "version": run.version,
+        "args": run.args,
+        "queue": run.queue,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+    }
+    given: dict[str, object] = {
+        "result": run.result,
+        "error": run.error,
+        "idempotency_key": run.idempotency_key,
+        "parent": run.parent,
+        "root": run.root,
+        "next": run.next,
+        "priority": run.priority,
+        "tags": run.tags,
+        "attributes": run.attributes,
+        "started_at": run.started_at,
+        "finished_at": run.finished_at,
+        "deadline": run.deadline,
+        "seen_seq": run.seen_seq,
+        "paused": run.paused,
+        "stalled": run.stalled,
+        "final": run.status if run.status.is_terminal else None,
+    }
+    return fields | {name: value for name, value in given.items() if value not in (None, 0, (), {})}

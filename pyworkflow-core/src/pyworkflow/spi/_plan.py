@@ -13,7 +13,7 @@ from pyworkflow.errors import Fenced, RunClosed, UnseenInput
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ItemKind, Lease, RunStatus, WorkItem
 from pyworkflow.spi._delta import Record, RunDelta
-from pyworkflow.spi._state import RunState
+from pyworkflow.spi._state import RunView
 from pyworkflow.spi.storage import (
     TURN,
     Change,
@@ -57,7 +57,7 @@ def altered(
     )
 
 
-def refuse(run: RunState, change: Change, now: datetime) -> None:
+def refuse(run: RunView, change: Change, now: datetime) -> None:
     """Raise ``RunClosed`` or ``Fenced`` if that is the answer."""
     if run.final is not None and not _fits_closed_run(run, change):
         raise RunClosed(run.run_id, run.final)
@@ -74,7 +74,7 @@ def refuse(run: RunState, change: Change, now: datetime) -> None:
         _refuse_control(run, change.control, holds_turn, now)
 
 
-def _fits_closed_run(run: RunState, change: Change) -> bool:
+def _fits_closed_run(run: RunView, change: Change) -> bool:
     if (
         change.control is not None
         or change.final is not None
@@ -90,7 +90,7 @@ def _fits_closed_run(run: RunState, change: Change) -> bool:
     return change.settle is None and not change.put
 
 
-def _refuse_control(run: RunState, control: Control, holds_turn: bool, now: datetime) -> None:
+def _refuse_control(run: RunView, control: Control, holds_turn: bool, now: datetime) -> None:
     if control.kind is ControlKind.STALL:
         if not holds_turn:
             raise Fenced(run.run_id, TURN)
@@ -125,7 +125,7 @@ class Plan:
     )
 
     def __init__(
-        self, run: RunState, change: Change, now: datetime, token: Callable[[], str]
+        self, run: RunView, change: Change, now: datetime, token: Callable[[], str]
     ) -> None:
         self.run = run
         self.change = change

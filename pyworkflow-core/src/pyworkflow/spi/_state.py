@@ -5,17 +5,69 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from pyworkflow._clock import EPOCH
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ParentRef, Run, RunStatus, WorkItem, derive_status
 from pyworkflow.spi._delta import Record, RunDelta
 
-__all__ = ["KEPT_TOKENS", "RunState"]
+__all__ = ["KEPT_TOKENS", "RunState", "RunView", "size_of"]
 
 #: Of how many claims a run keeps the last change's answer.
 KEPT_TOKENS = 64
+
+
+class RunView(Protocol):
+    """What ``decide`` reads of a run, and no more: a backend may load each part when it is asked.
+
+    ``run_id, create_key, attributes, queue, priority, updated_at, seen_seq, paused, stalled,
+    final`` are the row's. ``last_input`` is the seq of the last event of class ``I``.
+    """
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def create_key(self) -> str: ...
+    @property
+    def attributes(self) -> Mapping[str, Json]: ...
+    @property
+    def queue(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def updated_at(self) -> datetime: ...
+    @property
+    def seen_seq(self) -> int: ...
+    @property
+    def paused(self) -> bool: ...
+    @property
+    def stalled(self) -> str | None: ...
+    @property
+    def final(self) -> RunStatus | None: ...
+    @property
+    def last_input(self) -> int: ...
+    @property
+    def events(self) -> Sequence[Event]:
+        """The history: its length is asked of every change, slices from ``seen_seq`` of some."""
+        ...
+
+    @property
+    def keys(self) -> Mapping[str, int]:
+        """Event key → seq; only ``get`` is called, once per event with a key."""
+        ...
+
+    @property
+    def items(self) -> Mapping[str, WorkItem]: ...
+    @property
+    def outside(self) -> Mapping[str, Record]:
+        """Change key → answer, of changes from outside."""
+        ...
+
+    @property
+    def recent(self) -> Mapping[str, Record]:
+        """Claim token → answer to the last change under it, of ``KEPT_TOKENS`` tokens."""
+        ...
 
 
 class RunState:
@@ -159,7 +211,7 @@ class RunState:
         """Events after seq ``after`` of ``budget`` bytes at most, and how many bytes they are."""
         sizes = self.sizes
         for event in self.events[len(sizes) - 1 :]:
-            sizes.append(sizes[-1] + 96 + _size(event.data))
+            sizes.append(sizes[-1] + 96 + size_of(event.data))
         start = sizes[after]
         end = bisect_right(sizes, start + budget, lo=after) - 1
         return self.events[after:end], sizes[end] - start
@@ -193,14 +245,14 @@ _ROW = (
 )
 
 
-def _size(value: Any) -> int:  # noqa: ANN401 - any JSON
+def size_of(value: Any) -> int:  # noqa: ANN401 - any JSON
     """About how many bytes of JSON a value is."""
     if isinstance(value, str):
         return len(value) + 2 if value.isascii() else len(value.encode()) + 2
     if isinstance(value, Mapping):
         fields = cast("Mapping[str, Any]", value)
-        return sum(len(key) + 4 + _size(entry) for key, entry in fields.items())
+        return sum(len(key) + 4 + size_of(entry) for key, entry in fields.items())
     if isinstance(value, list):
         entries = cast("Sequence[Any]", value)
-        return sum(_size(entry) + 2 for entry in entries)
+        return sum(size_of(entry) + 2 for entry in entries)
     return 8

@@ -53,6 +53,7 @@ class StorageInfo:
     name: str
     location: str
     """Where the data lies, absolute and without credentials."""
+    namespace: str = "default"
     capabilities: Capabilities
     contract_version: int = CONTRACT_VERSION
     max_payload: int = 16 * 1024 * 1024

@@ -8,16 +8,16 @@ same calls always give the same store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 
-from pyworkflow.errors import KeyTaken, RunExists, RunNotFound
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Lease, Run, RunStatus, WorkItem
 from pyworkflow.spi._check import check_change
+from pyworkflow.spi._decide import decide
 from pyworkflow.spi._delta import DELTA_VERSION, Delta, KeyMark, Record, RunDelta
 from pyworkflow.spi._due import DueIndex
-from pyworkflow.spi._plan import Plan, altered, refuse
+from pyworkflow.spi._plan import altered
 from pyworkflow.spi._state import RunState
 from pyworkflow.spi.storage import (
     Change,
@@ -37,6 +37,7 @@ __all__ = [
     "ReferenceStore",
     "RunDelta",
     "check_change",
+    "decide",
 ]
 
 Token = Callable[[], str]
@@ -68,66 +69,21 @@ class ReferenceStore:
         Raises:
             RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: Nothing has changed.
         """
-        run = self._runs.get(change.run_id)
-        if change.create is not None:
-            if run is not None:
-                if run.create_key != change.key:
-                    raise RunExists(change.run_id)
-                return _answer_again(run, run.outside[change.key], change), None
-            return self._create(change, now, token)
-        if run is None:
-            raise RunNotFound(change.run_id)
-        claim = change.claim
-        record = run.outside.get(change.key) if claim is None else run.recent.get(claim.token)
-        if record is not None and record.key == change.key:
-            return _answer_again(run, record, change), None
-        refuse(run, change, now)
-        plan = Plan(run, change, now, token)
-        plan.work_out()
-        committed = plan.answer()
-        part = plan.part()
+        committed, part = decide(
+            self._runs.get(change.run_id),
+            change,
+            now=now,
+            token=token,
+            owner_of=lambda key: self.find_run(key, now=now),
+        )
         if part is None:
             return committed, None
-        delta = Delta([part], {}, [])
-        self.apply(delta)
-        return committed, delta
-
-    def _create(self, change: Change, now: datetime, token: Token) -> tuple[Committed, Delta]:
+        delta = Delta([part])
         new = change.create
-        assert new is not None
-        fields: dict[str, object] = {
-            "number": self._next_number,
-            "create_key": change.key,
-            "workflow": new.workflow,
-            "version": new.version,
-            "args": new.args,
-            "created_at": now,
-        }
-        given: dict[str, object] = {
-            "idempotency_key": new.idempotency_key,
-            "parent": new.parent,
-            "root": new.root,
-            "queue": new.queue,
-            "priority": new.priority,
-            "tags": new.tags,
-            "attributes": new.attributes,
-            "deadline": None if new.deadline is None else new.deadline.astimezone(UTC),
-        }
-        fields |= {k: v for k, v in given.items() if v not in (None, 0, (), {})}
-        run = RunState(change.run_id)
-        run.apply(RunDelta(change.run_id, fields))
-        plan = Plan(run, change, now, token)
-        plan.work_out()
-        key = new.idempotency_key
-        if key is not None:
-            owner = self.find_run(key, now=now)
-            if owner is not None:
-                raise KeyTaken(key, owner)
-        plan.fields = {**fields, **plan.fields}
-        committed = plan.answer()
-        part = plan.part()
-        assert part is not None
-        delta = Delta([part], {} if key is None else {key: KeyMark(change.run_id)})
+        if new is not None:
+            part.fields["number"] = self._next_number
+            if new.idempotency_key is not None:
+                delta.taken[new.idempotency_key] = KeyMark(change.run_id)
         self.apply(delta)
         return committed, delta
 
@@ -346,6 +302,54 @@ class ReferenceStore:
         self.apply(delta)
         return delta
 
+    def export_run(self, run_id: str) -> RunDelta | None:
+        """The run without its events."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return None
+        return RunDelta(
+            run_id,
+            run.row(),
+            items=[item for _, item in sorted(run.items.items())],
+            records=[*run.outside.values(), *run.recent.values()],
+        )
+
+    def export_keys(self, cursor: str | None, *, limit: int = 1000) -> Page[tuple[str, KeyMark]]:
+        """Idempotency keys in their order; the cursor is the last one shown."""
+        keys = sorted(key for key in self._keys if cursor is None or key > cursor)
+        return Page(
+            items=[(key, self._keys[key]) for key in keys[:limit]],
+            cursor=keys[limit - 1] if len(keys) > limit else None,
+        )
+
+    def import_delta(self, delta: Delta) -> Delta:
+        """Take over what another store had; the delta as it was applied.
+
+        Raises:
+            ValueError: Events are missing between the run's last and the first given.
+        """
+        applied = Delta(taken=dict(delta.taken), freed=[k for k in delta.freed if k in self._keys])
+        number = self._next_number
+        for part in delta.parts:
+            run = self._runs.get(part.run_id)
+            fields = {name: value for name, value in part.fields.items() if name != "number"}
+            length = 0 if run is None else len(run.events)
+            if run is None:
+                fields["number"] = number
+                number += 1
+            events = [event for event in part.events if event.seq > length]
+            if events and events[0].seq != length + 1:
+                raise ValueError(
+                    f"events are missing: run_id={part.run_id} last_seq={length} "
+                    f"next={events[0].seq}"
+                )
+            gone = [] if run is None else [item_id for item_id in part.gone if item_id in run.items]
+            applied.parts.append(
+                RunDelta(part.run_id, fields, events, part.items, gone, part.records, part.removed)
+            )
+        self.apply(applied)
+        return applied
+
     def snapshot(self) -> Iterator[Delta]:
         """Deltas that make an equal store of an empty one, each of bounded size.
 
@@ -454,29 +458,3 @@ def _parse_cursor(cursor: str) -> int:
     if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 18:
         raise ValueError(f"not a cursor of this store: cursor={cursor!r}; start without one")
     return int(number)
-
-
-def _answer_again(run: RunState, record: Record, change: Change) -> Committed:
-    others: list[Event] = []
-    if change.claim is not None:
-        skipped = set(record.skipped)
-        own = {seq for index, seq in enumerate(record.seqs) if index not in skipped}
-        later = run.events[record.seen_seq : record.last_seq]
-        others = [event for event in later if event.seq not in own]
-    held: list[WorkItem] = []
-    for item_id, token in record.held:
-        item = run.items.get(item_id)
-        if item is not None and item.lease is not None and item.lease.token == token:
-            held.append(item)
-    return Committed(
-        last_seq=record.last_seq,
-        seen_seq=record.seen_seq,
-        paused=record.paused,
-        timestamp=record.timestamp,
-        now=record.now,
-        seqs=record.seqs,
-        skipped=frozenset(record.skipped),
-        others=others,
-        claims=held,
-        duplicate=True,
-    )

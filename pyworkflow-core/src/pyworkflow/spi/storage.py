@@ -15,9 +15,10 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from pyworkflow.errors import Refusal, RunClosed, RunNotFound
+from pyworkflow.errors import ConfigurationError, Refusal, RunClosed, RunNotFound
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ItemKind, ParentRef, Run, RunStatus, WorkItem
+from pyworkflow.spi._delta import Delta, KeyMark, RunDelta, row_of
 from pyworkflow.spi.capabilities import StorageInfo
 
 __all__ = [
@@ -479,6 +480,47 @@ class StorageBackend(ABC):
             cursor = page.cursor
             if cursor is None:
                 return counts
+
+    # --- moving between stores ----------------------------------------------------------------
+
+    async def export_run(self, run_id: str) -> RunDelta | None:
+        """The run's row, items and kept answers, without its events; None when it is not there.
+
+        ``get_events`` brings the events. The default knows no kept answers: after a copy, a change
+        from outside that is sent again is recognised by the keys of its events alone.
+        """
+        run = await self.get_run(run_id)
+        if run is None:
+            return None
+        return RunDelta(run_id, row_of(run), items=await self.list_work(run_id))
+
+    async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
+        """Idempotency keys and their owners, those of purged runs included, in a stable order.
+
+        The default knows those of the runs that are there.
+        """
+        page = await self.list_runs(RunQuery(limit=1000), cursor)
+        found = [
+            (run.idempotency_key, KeyMark(run.run_id))
+            for run in page.items
+            if run.idempotency_key is not None
+        ]
+        return Page(items=found, cursor=page.cursor)
+
+    async def import_delta(self, delta: Delta) -> None:
+        """Write effects as they are, all or nothing: how a copy arrives. Durable on return.
+
+        A part whose run is not there creates it as the newest (``number`` is not taken over); one
+        whose run is there sets fields, items and records. Events at or below the run's last seq
+        are skipped, so that a part may be sent again; one beyond the next seq is a ``ValueError``.
+        Nothing is checked against the rules of ``commit``: ``fsck`` tells afterwards.
+
+        Raises:
+            ConfigurationError: This backend takes no copies.
+        """
+        raise ConfigurationError(
+            f"this backend takes no copies: storage={self.info().name}; it lacks import_delta"
+        )
 
     async def __aenter__(self) -> Self:
         await self.open()

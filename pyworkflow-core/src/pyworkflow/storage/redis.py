@@ -1,7 +1,14 @@
-"""Door to the Redis backend, closed until the plugin is built."""
+"""Door to the Redis backend: the import path stays, whichever distribution holds the code."""
 
-raise ModuleNotFoundError(
-    "Redis storage is not built yet: distribution=pyworkflow-storage-redis; "
-    "use storage='file:.pyworkflow' until it is",
-    name=__name__,
-)
+try:
+    from pyworkflow_storage_redis import RedisStorageBackend
+except ModuleNotFoundError as error:
+    if error.name != "pyworkflow_storage_redis":
+        raise  # the plugin is there and broken: its own error says more
+    raise ModuleNotFoundError(
+        "the Redis backend is not installed: distribution=pyworkflow-storage-redis; "
+        "run `pip install pyworkflow-storage-redis`",
+        name=error.name,
+    ) from None
+
+__all__ = ["RedisStorageBackend"]
