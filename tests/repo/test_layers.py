@@ -20,7 +20,7 @@ FLOORS = """errors _duration _clock _serialization _tagged _portable _failures _
 events event_schema runs _retry
 _replay
 spi
-_signature _definitions _primitives _context _logging _plugins _hooks _config _urls _memory _memory_plugin
+_signature _definitions _primitives _context _logging _plugins _hooks _config _urls _memory _memory_plugin _codecs _codec_plugin
 _engine _local _local_plugin
 _client _copy _operations worker cli testing conformance
 celery storage

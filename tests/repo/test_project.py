@@ -71,15 +71,15 @@ def test_one_distribution_owns_one_top_level_package() -> None:
         assert (ROOT / folder / "src" / package / "py.typed").is_file(), package
 
 
-def test_entry_points_are_url_schemes_and_each_has_one_owner() -> None:
+def test_entry_points_are_url_schemes_or_codecs_and_each_has_one_owner() -> None:
     schemes = [
         scheme
         for folder in DISTRIBUTIONS
         for scheme in project(folder)["project"]["entry-points"]["pyworkflow"]
     ]
     assert sorted(schemes) == [
-        *("celery", "file", "local", "memory", "postgres", "postgresql", "redis", "rediss"),
-        "sqlite",
+        *("aesgcm", "celery", "file", "local", "memory", "offload", "postgres", "postgresql"),
+        *("redis", "rediss", "sqlite", "zlib", "zstd"),
     ]
 
 

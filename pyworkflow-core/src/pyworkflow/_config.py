@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -21,12 +22,44 @@ from pyworkflow.errors import ConfigurationError
 if TYPE_CHECKING:
     from pyworkflow.spi import Executor, StorageBackend
 
-__all__ = ["Settings", "check_namespace", "configure", "settings"]
+__all__ = [
+    "CodecKeys",
+    "Settings",
+    "check_namespace",
+    "configure",
+    "parse_codec_keys",
+    "read_codec_keys",
+    "settings",
+]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY_BYTES = 32
 _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?", re.IGNORECASE)
 _HERE = Path()
 _UNITS = {"": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+
+
+class CodecKeys:
+    """Keys by their id, in order. Nothing that shows it shows a key."""
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Iterable[tuple[str, bytes]]) -> None:
+        self._keys = tuple(keys)
+
+    def text(self) -> str:
+        """The keys as the setting has them. Secret."""
+        return ",".join(f"{key_id}:{b64encode(key).decode()}" for key_id, key in self._keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CodecKeys) and self._keys == other._keys
+
+    def __hash__(self) -> int:
+        return hash(self._keys)
+
+    def __repr__(self) -> str:
+        return f"<keys {', '.join(key_id for key_id, _ in self._keys) or 'none'}>"
 
 
 def _default_threads() -> int:
@@ -65,6 +98,20 @@ class Settings:
     """Coroutines kept between turns."""
     key_retention: timedelta = timedelta(days=30)
     """How long the idempotency key of a purged run stays taken."""
+    codecs: tuple[str, ...] = ()
+    """How new payloads are written: names of codecs, in the order in which they are applied."""
+    codec_keys: CodecKeys = field(default_factory=lambda: CodecKeys(()), repr=False)
+    """Keys of the codec ``aesgcm``; the first is used for writing."""
+    codec_keys_file: Path | None = None
+    """A file of such keys, one ``ID:BASE64`` a line; looked at again for an unknown id."""
+    codec_compress_threshold: int = 1024
+    """Bytes; smaller payloads are not compressed."""
+    codec_offload_dir: Path | None = None
+    """The directory of the codec ``offload``, shared by all workers."""
+    codec_offload_threshold: int = 128 * 1024
+    """Bytes; smaller payloads stay in the store."""
+    codec_max_size: int = 256 * 1024 * 1024
+    """Bytes that a payload may have before it is wrapped, and after it is unwrapped."""
 
 
 def configure(
@@ -139,6 +186,53 @@ def check_namespace(value: object, source: str = "namespace") -> str:
     if isinstance(value, str) and _NAMESPACE.fullmatch(value):
         return value
     raise _bad("namespace", value, source, "1 to 64 letters, digits, '.', '_', '-', no '.' first")
+
+
+def parse_codec_keys(text: str, source: str) -> list[tuple[str, bytes]]:
+    """Keys from ``ID:BASE64,ID:BASE64`` (or a line each), in order.
+
+    Raises:
+        ConfigurationError: Something else; the message repeats nothing of it but the id.
+    """
+    keys: dict[str, bytes] = {}
+    for number, part in enumerate(re.split(r"[,\n]", text), 1):
+        entry = part.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        key_id, _, encoded = entry.partition(":")
+        where = f"source={source} entry={number}"
+        if not _KEY_ID.fullmatch(key_id):
+            raise ConfigurationError(
+                f"a codec key has no proper id: {where}; write ID:BASE64, with an id of letters, "
+                "digits, '.', '_', '-'"
+            )
+        try:
+            key = b64decode(encoded.strip(), validate=True)
+        except ValueError:
+            key = b""
+        if len(key) != _KEY_BYTES:
+            raise ConfigurationError(
+                f"a codec key is not {_KEY_BYTES} bytes in base64: key_id={key_id} {where}; "
+                "make one with `openssl rand -base64 32`"
+            )
+        if key_id in keys:
+            raise ConfigurationError(
+                f"two codec keys have one id: key_id={key_id} {where}; give each its own"
+            )
+        keys[key_id] = key
+    return list(keys.items())
+
+
+def read_codec_keys(path: Path) -> list[tuple[str, bytes]]:
+    """Keys from a file, one a line. ``ConfigurationError``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"the file of codec keys cannot be read: setting=codec_keys_file file={path}: "
+            f"{type(error).__name__}; see to its path and permissions"
+        ) from error
+    return parse_codec_keys(text, str(path))
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -239,7 +333,7 @@ def _check_together(values: Mapping[str, object]) -> None:
 def _parse(name: str, value: object, source: str, base: Path) -> object:
     if name not in _PARSERS:
         raise _unknown(name, "configure()")
-    if isinstance(value, str) and not value.strip() and name not in {"modules", "disable_plugins"}:
+    if isinstance(value, str) and not value.strip() and name not in _MAY_BE_EMPTY:
         raise ConfigurationError(
             f"a setting is empty: setting={name} source={source}; give a value or remove it"
         )
@@ -278,6 +372,31 @@ def _list(name: str, value: object, source: str, _base: Path) -> object:
     if not all(isinstance(part, str) and part.strip() for part in names):
         raise _bad(name, given, source, "names, as a list or separated by commas")
     return names
+
+
+def _codecs(name: str, value: object, source: str, base: Path) -> object:
+    names = cast("tuple[str, ...]", _list(name, value, source, base))
+    plain = [given.partition("?")[0] for given in names]
+    if len(set(plain)) < len(plain):
+        raise _bad(name, ",".join(plain), source, "names that differ")
+    if "offload" in plain[:-1]:
+        # What comes later would hide the reference from whoever looks for files to remove.
+        raise _bad(name, ",".join(plain), source, "a list with offload as its last")
+    return names
+
+
+def _keys(name: str, value: object, source: str, _base: Path) -> object:
+    if isinstance(value, CodecKeys):
+        return value
+    if not isinstance(value, str):
+        raise _bad(name, value, source, "text like ID:BASE64,ID2:BASE64")
+    return CodecKeys(parse_codec_keys(value, source))
+
+
+def _path(name: str, value: object, source: str, base: Path) -> object:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise _bad(name, value, source, "a path")
+    return (base / Path(value).expanduser()).absolute()
 
 
 def _duration(name: str, value: object, source: str, _base: Path) -> object:
@@ -329,11 +448,21 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "concurrency": _count,
     "sessions": _count,
     "key_retention": _duration,
+    "codecs": _codecs,
+    "codec_keys": _keys,
+    "codec_keys_file": _path,
+    "codec_compress_threshold": _bytes,
+    "codec_offload_dir": _path,
+    "codec_offload_threshold": _bytes,
+    "codec_max_size": _bytes,
 }
+_MAY_BE_EMPTY = frozenset({"modules", "disable_plugins", "codecs"})
 assert set(_PARSERS) | {"threads"} == {f.name for f in fields(Settings)}
 
 
 def _shown(name: str, value: object) -> str:
+    if name == "codec_keys":
+        return repr(value) if isinstance(value, CodecKeys) else "(hidden)"
     if isinstance(value, str) and (name.endswith("_url") or name in {"storage", "executor"}):
         return repr(redact_url(value))
     text = repr(value)

@@ -11,15 +11,22 @@ from typing import Any, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import LAST
+from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
-from pyworkflow._failures import decode_error
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
-from pyworkflow._serialization import decode, decode_arguments, digest_arguments, payload_size
+from pyworkflow._serialization import (
+    decode,
+    decode_arguments,
+    decode_error,
+    digest_arguments,
+    encode,
+    payload_size,
+)
 from pyworkflow.errors import (
     ArgumentError,
     Fenced,
@@ -96,7 +103,13 @@ class Operations:
             )
         await self.storage.open()
         limit = min(self._settings.max_payload, self.storage.info().max_payload)
-        if (size := payload_size(text)) > limit:
+        if self._worker is None:
+            # Made for what is written: a client that only reads needs no key to write with.
+            self._pipeline.write_with(writer_for(self._settings), limit)
+        codecs = self._pipeline.codecs
+        if codecs is not None and codecs.offloads:
+            limit = codecs.max_size
+        if codecs is None and (size := payload_size(text)) > limit:
             raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", size, limit)
         run_id = options.run_id or _new_id()
         change, started = await self._creation(run_id, workflow, text, options, limit)
@@ -156,6 +169,8 @@ class Operations:
             "profile": ASYNCIO_PROFILE,
             "max_payload": max_payload,
         }
+        if self._pipeline.codecs is not None and self._pipeline.codecs.secret:
+            data["salt"] = encode(secrets.token_hex(16))
         started = Event(EventType.WORKFLOW_STARTED, EventClass.INPUT, data, None, "started")
         held = None
         if self._worker is not None and find_workflow(workflow.name) is not None:
@@ -169,6 +184,7 @@ class Operations:
         standing = await self.storage.get_run(refusal.owner)
         if standing is None:
             return refusal.owner  # purged: its key is kept so that nothing happens again
+        standing = await opened_run(standing)
         differences: dict[str, tuple[str, str]] = {}
         if standing.workflow != workflow.name:
             differences["workflow"] = (standing.workflow, workflow.name)
@@ -186,7 +202,7 @@ class Operations:
         found = await self.storage.get_run(run_id)
         if found is None:
             raise RunNotFound(run_id)
-        return _decoded(found)
+        return _decoded(await opened_run(found))
 
     async def result(self, run_id: str, timeout: D | None) -> Any:
         """Wait for the run's end; its result, or its error raised."""
@@ -198,7 +214,7 @@ class Operations:
                 raise RunNotFound(run_id)
             if found.status.is_terminal:
                 if found.next is None:
-                    return _outcome(found)
+                    return _outcome(await opened_run(found))
                 run_id = found.next
                 continue
             left = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
@@ -225,14 +241,15 @@ class Operations:
         """A page of runs, decoded."""
         query = RunQuery(status=_statuses(status), workflow=workflow, limit=limit)
         page = await self.storage.list_runs(query, cursor)
-        return Page(items=[_decoded(found) for found in page.items], cursor=page.cursor)
+        items = [_decoded(await opened_run(found)) for found in page.items]
+        return Page(items=items, cursor=page.cursor)
 
     async def get_events(self, run_id: str, after: int, limit: int | None) -> list[Event]:
-        """Events of a run that exists."""
+        """Events of a run that exists, their payloads unwrapped where that can be done here."""
         events = await self.storage.get_events(run_id, after=after, limit=limit)
         if not events and await self.storage.get_run(run_id) is None:
             raise RunNotFound(run_id)
-        return events
+        return await opened_events(events, every=True)
 
     async def cancel(self, run_id: str, reason: str) -> None:
         """Make a request to cancel durable, or close a run that no code has to end."""

@@ -23,7 +23,7 @@ from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound, 
 if TYPE_CHECKING:
     from pluggy import HookImpl
 
-    from pyworkflow.spi import Executor, StorageBackend
+    from pyworkflow.spi import Codec, Executor, StorageBackend
 
 __all__ = [
     "PluginInfo",
@@ -33,6 +33,7 @@ __all__ = [
     "hooks_active",
     "list_plugins",
     "load_all",
+    "make_codec",
     "make_executor",
     "make_storage",
     "observe",
@@ -46,15 +47,22 @@ __all__ = [
 GROUP = "pyworkflow"
 CORE = "pyworkflow-core"
 #: Served by the core, also when it runs from a source tree without installed entry points.
-_BUILTIN = {"local": "pyworkflow._local_plugin", "memory": "pyworkflow._memory_plugin"}
+_BUILTIN = {
+    "aesgcm": "pyworkflow._codec_plugin",
+    "local": "pyworkflow._local_plugin",
+    "memory": "pyworkflow._memory_plugin",
+    "offload": "pyworkflow._codec_plugin",
+    "zlib": "pyworkflow._codec_plugin",
+    "zstd": "pyworkflow._codec_plugin",
+}
 _WELL_KNOWN = {
     "celery": "pyworkflow-celery",
     "file": "pyworkflow-storage-file",
-    "postgres": "pyworkflow-storage-sql",
-    "postgresql": "pyworkflow-storage-sql",
+    "postgres": "pyworkflow-storage-sql[postgres]",
+    "postgresql": "pyworkflow-storage-sql[postgres]",
     "redis": "pyworkflow-storage-redis",
     "rediss": "pyworkflow-storage-redis",
-    "sqlite": "pyworkflow-storage-sql",
+    "sqlite": "pyworkflow-storage-sql[sqlite]",
 }
 _KINDS = {
     "pyworkflow_make_codec": "codec",
@@ -119,6 +127,22 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
     if not all(callable(getattr(made, name, None)) for name in ("open", "ring", "serve", "close")):
         raise _not_a("executor", parsed, made, "a pyworkflow.spi.Executor")
     return cast("Executor", made)
+
+
+def make_codec(name: str, options: Mapping[str, str]) -> Codec:
+    """Make the codec of this name.
+
+    Raises:
+        ConfigurationError: No plugin makes it, its plugin does not load, a
+            library or a key is missing.
+    """
+    made = _catalogue.make_codec(name, options)
+    if not all(callable(getattr(made, method, None)) for method in ("encode", "decode")):
+        raise ConfigurationError(
+            f"the plugin made something else than a pyworkflow.spi.Codec: codec={name} "
+            f"type={type(made).__name__}; report it to the plugin's author"
+        )
+    return cast("Codec", made)
 
 
 def load_all() -> list[PluginInfo]:
@@ -207,6 +231,27 @@ class _Catalogue:
                     return made
         raise PluginNotFound(kind, url.scheme)
 
+    def make_codec(self, name: str, options: Mapping[str, str]) -> object:
+        """As ``make``, for a codec."""
+        hook, own = "pyworkflow_make_codec", [*self._application.values()]
+        asked = {"name": name, "options": dict(options)}
+        for impl in _hooks.table().impls(hook):
+            if any(impl.plugin is plugin for plugin in own):
+                made = _codec_with(impl, name, asked)
+                if made is not None:
+                    return made
+        if name in self._entry_points():
+            plugin = self._load(self._one("codec", name))
+            for impl in _hooks.table().impls(hook):
+                if impl.plugin is plugin:
+                    made = _codec_with(impl, name, asked)
+                    if made is not None:
+                        return made
+        raise ConfigurationError(
+            f"no installed plugin makes this codec: codec={name}; install the plugin, "
+            "`pyworkflow plugins` lists what is installed"
+        )
+
     def load_all(self) -> list[PluginInfo]:
         infos: list[PluginInfo] = []
         for name, found in sorted(self._entry_points().items()):
@@ -257,7 +302,7 @@ class _Catalogue:
             )
         if not enabled:
             distribution = _WELL_KNOWN.get(scheme)
-            planned = distribution not in (None, "pyworkflow-storage-file")
+            planned = distribution == "pyworkflow-celery"
             raise PluginNotFound(kind, scheme, distribution, planned)
         if len(enabled) > 1:
             raise ConfigurationError(_conflict(scheme, enabled))
@@ -335,6 +380,19 @@ def _make_with(
             f"the plugin {url.scheme!r} of {distribution} cannot use the {kind} URL: "
             f"{kind}={shown!r}: {reason}; check the URL and its options"
         ) from error
+
+
+def _codec_with(impl: HookImpl, name: str, asked: Mapping[str, object]) -> object:
+    try:
+        return _hooks.call(impl, asked)
+    except WorkflowError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a plugin's own bug; who asked for the codec is told
+        # Its message may repeat an option, and so a key: only its type is told.
+        raise ConfigurationError(
+            f"the codec cannot be made: codec={name} plugin={impl.plugin_name} "
+            f"error={type(error).__name__}; check its options and what it needs"
+        ) from None
 
 
 def _kinds(plugin: object) -> tuple[str, ...]:

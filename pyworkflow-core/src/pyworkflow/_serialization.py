@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_core import from_json, to_json
 
-from pyworkflow._failures import decode_error, encode_error
+from pyworkflow import _failures
+from pyworkflow._failures import encode_error
 from pyworkflow._portable import is_portable, portable_name, register_portable, resolve_type
 from pyworkflow._restore import StoredValueInvalid, from_text, restore
 from pyworkflow._tagged import FLAT, MARK, MARKED, NotSerializable, Refused, text_of, walk
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "WRAPPED",
     "NotSerializable",
     "StoredValueInvalid",
     "adapter_for",
@@ -35,16 +37,23 @@ __all__ = [
     "encode_arguments",
     "encode_error",
     "is_portable",
+    "is_wrapped",
     "payload_size",
     "portable_name",
     "register_portable",
     "resolve_type",
+    "set_unwrapper",
+    "unwrapped",
+    "unwrapped_error",
 ]
 
 #: Adapters of a call's arguments, by position or by name.
 Adapters = Mapping[int | str, "TypeAdapter[Any]"]
 
 _Get = Callable[[int | str], "TypeAdapter[Any] | None"]
+
+WRAPPED = f'{{"{MARK}":"codec"'
+"""How a payload begins that codecs wrapped; the text of a user value never does."""
 
 _SMALL = 1 << 63
 _NO_ARGUMENTS = '{"args":[]}'
@@ -82,6 +91,8 @@ def decode(text: str, adapter: TypeAdapter[Any] | None = None) -> Any:
         SerializationError: the text, or a type that it names, cannot be read here;
             ``StoredValueInvalid`` when the type has changed. Either stalls the run.
     """
+    if text.startswith(WRAPPED):
+        text = unwrapped(text)
     tree = from_text(text)
     if MARKED not in text:
         return tree
@@ -117,14 +128,59 @@ def payload_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def digest(text: str) -> str:
-    """Sixteen hexadecimal digits that stand for a canonical text."""
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+def is_wrapped(text: str) -> bool:
+    """Whether codecs wrapped this payload."""
+    return text.startswith(WRAPPED)
 
 
-def digest_arguments(arguments: str) -> str:
+def set_unwrapper(unwrap: Callable[[str], str]) -> None:
+    """Say how wrapped payloads are read; called by the package that does."""
+    global _unwrap
+    _unwrap = unwrap
+
+
+def unwrapped(text: str) -> str:
+    """The text that the serializer made, whatever codecs did to it.
+
+    Raises:
+        SerializationError: A key, a file or a library is missing here, or the text is damaged.
+    """
+    if not text.startswith(WRAPPED):
+        return text
+    if _unwrap is None:
+        raise SerializationError(
+            "a stored payload is wrapped; import pyworkflow._codecs to read it"
+        )
+    return _unwrap(text)
+
+
+def unwrapped_error(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The error that ``encode_error`` made, whatever codecs did to it. Raises as ``unwrapped``."""
+    text = cast("Mapping[str, Any]", info.get("details") or {}).get("codec")
+    return info if text is None else cast("dict[str, Any]", from_text(unwrapped(text)))
+
+
+def decode_error(info: Mapping[str, Any]) -> BaseException:
+    """The exception to raise in the workflow: the portable type itself, or a ``StepError``.
+
+    Raises:
+        SerializationError: the portable type cannot be found here, or the error is wrapped and
+            cannot be unwrapped; this stalls the run.
+    """
+    return _failures.decode_error(unwrapped_error(info))
+
+
+def digest(text: str, key: bytes = b"") -> str:
+    """Sixteen hexadecimal digits that stand for a canonical text.
+
+    With a secret ``key`` they do not tell which of a few possible texts it is.
+    """
+    return blake2b(text.encode(), digest_size=8, key=key).hexdigest()
+
+
+def digest_arguments(arguments: str, key: bytes = b"") -> str:
     """The digest of what ``encode_arguments`` made, free of the order of sets, dicts, keywords."""
-    return digest(_canonical(arguments))
+    return digest(_canonical(unwrapped(arguments)), key)
 
 
 def encode_arguments(
@@ -159,6 +215,8 @@ def decode_arguments(
     Raises:
         SerializationError: as ``decode``.
     """
+    if text.startswith(WRAPPED):
+        text = unwrapped(text)
     if text == _NO_ARGUMENTS:
         return (), {}
     tree = from_text(text)
@@ -241,6 +299,7 @@ def _decode_typed(tree: Any, adapter: TypeAdapter[Any] | None) -> object:
         raise StoredValueInvalid(str(adapter), f"{type(failed).__name__}: {failed}") from failed
 
 
+_unwrap: Callable[[str], str] | None = None
 _adapters: dict[object, TypeAdapter[Any] | None] = {}
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "IdempotencyConflict",
     "NonDeterminism",
     "PayloadTooLarge",
+    "PayloadUnreadable",
     "PluginBroken",
     "PluginNotFound",
     "RetryableError",
@@ -137,6 +138,24 @@ class ArgumentError(WorkflowError, ValueError):
 
 class SerializationError(WorkflowError, TypeError):
     """A value cannot be stored as it is, or a stored value cannot be read back."""
+
+
+class PayloadUnreadable(SerializationError):
+    """A stored payload cannot be unwrapped here; nothing of it is lost.
+
+    ``codec`` is the one that could not undo its work, ``key_id`` the key that it asks for.
+    """
+
+    def __init__(self, codec: str, why: str, remedy: str, key_id: str | None = None) -> None:
+        super().__init__(codec, why, remedy, key_id)
+        self.codec, self.why, self.remedy, self.key_id = codec, why, remedy, key_id
+
+    def __str__(self) -> str:
+        key = "" if self.key_id is None else f" key_id={self.key_id}"
+        return (
+            f"a stored payload cannot be unwrapped: codec={self.codec}{key}: {self.why}; "
+            f"{self.remedy}"
+        )
 
 
 class PayloadTooLarge(WorkflowError):
@@ -275,10 +294,10 @@ class PluginNotFound(ConfigurationError):
         if self.planned:
             return (
                 f"no installed plugin serves {self.kind} URLs of the scheme {self.scheme!r}: "
-                f"{self.distribution} is planned and not built yet; use a file: store and local://"
+                f"{self.distribution} is planned and not built yet; use local://"
             )
         remedy = (
-            f"pip install {self.distribution}, from a clone ./{self.distribution}"
+            f"pip install '{self.distribution}', from a clone './{self.distribution}'"
             if self.distribution
             else "`pyworkflow plugins` lists what is installed"
         )

@@ -112,6 +112,8 @@ class WorkflowStarted(EventData):
     """Which asyncio behaviour the ops of this run follow."""
     max_payload: int | None = None
     """Bytes that one payload of this run may have, fixed at its start."""
+    salt: Payload | None = None
+    """Keys the argument digests of a run whose payloads are encrypted."""
 
 
 class WorkflowResumed(EventData):

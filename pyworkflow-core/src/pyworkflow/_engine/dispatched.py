@@ -9,6 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow._clock import from_micros, utcnow
+from pyworkflow._codecs import opened_text
 from pyworkflow._definitions import Step, find_step
 from pyworkflow._engine.records import end_events, started_event
 from pyworkflow._engine.session import FLUSH
@@ -37,6 +38,8 @@ KILLS = 3
 _SUSPICION = 10.0
 """Seconds that a step whose worker died runs before another such step may begin beside it."""
 _TURN_OF_A_SUSPECT = timedelta(milliseconds=250)
+_UNREADABLE = timedelta(seconds=1)
+_REMEMBERED = 10_000
 
 
 class DispatchedSteps:
@@ -50,6 +53,8 @@ class DispatchedSteps:
         self._workflows: dict[ClaimRef, str] = {}
         self._ending: set[str] = set()
         """Tokens of claims that a commit under way settles: nobody's to cancel any more."""
+        self._unread: set[tuple[str, str]] = set()
+        """(run, item) of steps whose arguments could not be read here, and people were told."""
         self._suspect: tuple[tuple[str, str], float] | None = None
 
     def room(self) -> int:
@@ -137,9 +142,29 @@ class DispatchedSteps:
         if item.claims > 1 and not self._may_begin(item):
             await self._worker.storage.release(claim.ref, delay=_TURN_OF_A_SUSPECT)
             return
+        try:
+            what.args = await opened_text(what.args)
+        except SerializationError as exc:
+            await self._unreadable(what, claim, exc)
+            return
         if step.semantics == "at_most_once" and not await self._mark_begun(what, item):
             return
         await self._run(what, item, started=step.semantics == "at_most_once")
+
+    async def _unreadable(self, what: StepTry, claim: Claim, problem: SerializationError) -> None:
+        """Leave a step to a worker that can read its arguments: no try of it was begun."""
+        reason = f"step {what.step.name!r} cannot begin in this worker: {problem}"
+        told = (claim.ref.run_id, claim.ref.item_id)
+        if told not in self._unread:
+            if len(self._unread) >= _REMEMBERED:
+                self._unread.clear()
+            self._unread.add(told)
+            _log.error("%s run_id=%s", reason, claim.ref.run_id)
+            line: dict[str, Any] = {"message": reason, "fields": {"op": what.op}}
+            await self._commit(
+                claim.item, [Event(EventType.LOG_ERROR, EventClass.OBSERVATION, line)]
+            )
+        await self._worker.storage.release(claim.ref, delay=_UNREADABLE)
 
     def _may_begin(self, item: WorkItem) -> bool:
         """Let steps whose worker died begin one at a time.

@@ -15,6 +15,7 @@ from time import monotonic
 
 from pyworkflow import _plugins
 from pyworkflow._clock import to_micros
+from pyworkflow._codecs import Writer
 from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
@@ -53,7 +54,15 @@ class StorageClock:
 class Pipeline:
     """The way of a worker's changes to its storage."""
 
-    def __init__(self, storage: StorageBackend, clock: StorageClock, patience: float) -> None:
+    def __init__(
+        self,
+        storage: StorageBackend,
+        clock: StorageClock,
+        patience: float,
+        codecs: Writer | None = None,
+        max_payload: int = 0,
+    ) -> None:
+        self.write_with(codecs, max_payload)
         self._storage = storage
         self._clock = clock
         self._patience = patience
@@ -62,14 +71,37 @@ class Pipeline:
         self._sender: asyncio.Task[None] | None = None
         self.on_trouble: Callable[[StorageError], None] | None = None
 
+    def write_with(self, codecs: Writer | None, max_payload: int) -> None:
+        """Write payloads with these codecs, each of at most so many bytes as it is stored."""
+        self.codecs = codecs
+        self._max_payload = max_payload
+
     async def commit(self, change: Change) -> Committed:
         """Commit a change; raises the refusal, or ``StorageError`` when the storage gave up."""
+        if self.codecs is not None:
+            change = await self._wrapped(self.codecs, change)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Committed] = loop.create_future()
         self._waiting.append((change, answer))
         if self._sender is None:
             self._sender = loop.create_task(self._send(), name="pyworkflow-pipeline")
         return await answer
+
+    async def _wrapped(self, codecs: Writer, change: Change) -> Change:
+        """The change as it is stored; made once, so that sending it again sends the same."""
+        end = monotonic() + self._patience
+        pause = 0.05
+        while True:
+            try:
+                return await codecs.wrap_change(change, self._max_payload)
+            except StorageUnavailable as exc:
+                if self.on_trouble is not None:
+                    self.on_trouble(exc)
+                if monotonic() + pause > end:
+                    raise
+                _log.warning("a payload cannot be wrapped now; trying again: %s", exc)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 5.0)
 
     async def idle(self, timeout: float) -> None:
         """Until no change is under way, or for ``timeout`` seconds."""

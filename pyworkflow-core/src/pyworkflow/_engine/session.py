@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
+from pyworkflow._codecs import opened_events
 from pyworkflow._definitions import Step
 from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
@@ -213,15 +214,15 @@ class Session:
 
     async def _feed(self, events: Sequence[Event]) -> None:
         """Deliver, yielding to the worker's loop on a long history."""
-        feed = self._worker.guard.feed
-        if len(events) <= _SLICE:
-            if events:
-                feed(self._replay, events)
-            return
-        self._replay.know_markers(events)
+        if len(events) > _SLICE:
+            self._replay.know_markers(events)
         for start in range(0, len(events), _SLICE):
-            feed(self._replay, events[start : start + _SLICE])
-            await asyncio.sleep(0)
+            if start:
+                await asyncio.sleep(0)
+            part = events[start : start + _SLICE]
+            if self._worker.codecs is not None:
+                part = await opened_events(part)  # what takes long, beside the loop
+            self._worker.guard.feed(self._replay, part)
 
     # --- carrying out commands --------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
+from pyworkflow._codecs import Writer
 from pyworkflow._context import StepContext, running_step
 from pyworkflow._definitions import Step
 from pyworkflow._engine.threads import Ended, StepThreads
@@ -25,6 +26,7 @@ from pyworkflow.errors import (
     RetryableError,
     SerializationError,
     StepTimeout,
+    StorageError,
 )
 from pyworkflow.events import Json
 
@@ -85,7 +87,10 @@ class Verdict:
 class StepRunner:
     """Runs step bodies: async ones on this loop, sync ones in threads, each kind bounded."""
 
-    def __init__(self, *, concurrency: int, threads: int, max_payload: int) -> None:
+    def __init__(
+        self, *, concurrency: int, threads: int, max_payload: int, codecs: Writer | None = None
+    ) -> None:
+        self._codecs = codecs
         self._slots = asyncio.Semaphore(concurrency)
         self._threads = StepThreads(threads)
         self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
@@ -122,7 +127,7 @@ class StepRunner:
                         value = await self._async(what, args, kwargs)
                     else:
                         value = await self._sync(what, args, kwargs, threads)
-                end.result = self._encode(what, value)
+                end.result = await self._encode(what, value)
             except asyncio.CancelledError as exc:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -194,13 +199,19 @@ class StepRunner:
         await asyncio.wait({body})
         raise _TimedOut(message)
 
-    def _encode(self, what: StepTry, value: object) -> str:
+    async def _encode(self, what: StepTry, value: object) -> str:
         try:
             text = what.step.encode_result(value)
         except SerializationError as exc:
             raise SerializationError(
                 f"the result of step {what.step.name!r} cannot be stored: {exc}"
             ) from exc
+        if self._codecs is not None:
+            try:
+                text = await self._codecs.wrap_text(text)
+            except StorageError:
+                # No failure of the step: the commit tries again, and waits if it has to.
+                return text
         size = payload_size(text)
         if size > self._max_payload:
             raise PayloadTooLarge(f"the result of step {what.step.name!r}", size, self._max_payload)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros, to_micros
+from pyworkflow._codecs import writer_for
 from pyworkflow._config import Settings
 from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
@@ -87,13 +88,18 @@ class Worker:
         prepare()
         self.guard = shared_guard()
         self.evictor = Evictor()
-        self.pipeline = Pipeline(storage, self.clock, settings.lease.total_seconds())
+        self.codecs = writer_for(settings)
         self.max_events = storage.info().max_events_per_commit
-        self.max_payload = min(settings.max_payload, storage.info().max_payload)
+        stored = min(settings.max_payload, storage.info().max_payload)
+        patience = settings.lease.total_seconds()
+        self.pipeline = Pipeline(storage, self.clock, patience, self.codecs, stored)
+        self.max_payload = stored if self.codecs is None else self.codecs.max_size
+        """Bytes of one payload before codecs."""
         self.runner = StepRunner(
             concurrency=settings.concurrency,
             threads=settings.threads,
-            max_payload=self.max_payload,
+            max_payload=stored,
+            codecs=self.codecs,
         )
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
         self._kept: OrderedDict[str, LiveRun] = OrderedDict()

@@ -79,6 +79,8 @@ class RunContext:
         """Inputs up to here were delivered by a committed turn."""
         self.max_payload = 0
         """Largest payload in bytes, as it was when the run started; 0 for no limit."""
+        self.salt = b""
+        """What digests of arguments are keyed with: a secret of the run, when it is encrypted."""
         self.markers: set[str] = set()
         """Version markers anywhere in the history."""
         self.warnings: list[str] = []
@@ -100,7 +102,8 @@ class RunContext:
         op = Op(OpKind.STEP, len(self.ops))
         op.name = step.name
         # One brace is the arguments' own: nothing in them has an order to be freed of.
-        op.digest = digest(text) if text.count("{") == 1 else digest_arguments(text)
+        made = digest if text.count("{") == 1 else digest_arguments
+        op.digest = made(text, self.salt)
         op.step = step
         op.future = self.loop.create_future()
         self.ops[name] = op

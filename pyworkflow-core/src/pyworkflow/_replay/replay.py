@@ -25,7 +25,7 @@ from pyworkflow._replay.commands import (
 from pyworkflow._replay.context import Op, RunContext
 from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
 from pyworkflow._replay.transitions import TABLE, Action, OpState
-from pyworkflow._serialization import decode_error
+from pyworkflow._serialization import decode, decode_error, unwrapped
 from pyworkflow.errors import (
     NonDeterminism,
     SerializationError,
@@ -284,12 +284,16 @@ class Replay:
             return  # closed from outside, without code
         if not isinstance(found, expected):
             self.problem = NonDeterminism(event.type, _describe(found), event.seq)
-        elif isinstance(found, CompleteRun) and found.result != event.data.get("result"):
-            self.problem = NonDeterminism(
-                f"{event.type} result={event.data.get('result')}",
-                f"result={found.result}",
-                event.seq,
-            )
+        elif isinstance(found, CompleteRun):
+            try:
+                recorded = unwrapped(str(event.data.get("result")))
+            except SerializationError as exc:
+                self.problem = WorkflowError(f"the stored result can no longer be read: {exc}")
+                return
+            if found.result != recorded:
+                self.problem = NonDeterminism(
+                    f"{event.type} result={recorded}", f"result={found.result}", event.seq
+                )
 
     # --- running the code -----------------------------------------------------------------------
 
@@ -313,6 +317,8 @@ class Replay:
         if data.get("deadline") is not None:
             self.deadline = _micros(event, "deadline")
         try:
+            if "salt" in data:
+                context.salt = str(decode(str(data["salt"]))).encode()
             coro = self.workflow.call(str(data["args"]))
         except SerializationError as exc:
             self.problem = WorkflowError(f"the stored arguments can no longer be read: {exc}")

@@ -136,7 +136,7 @@ def show_run(run_id: str) -> None:
             "status": run.status.value,
             "stalled": run.stalled or "",
             "arguments": _arguments(run.args),
-            "result": output.shown(run.result, 10_000) if run.result is not None else "",
+            "result": _result(run.result),
             "error": error,
             "key": run.idempotency_key or "",
             "tags": ", ".join(run.tags),
@@ -159,7 +159,19 @@ def _arguments(args: object) -> str:
             output.shown(value) if name.isdecimal() else f"{name}={output.shown(value)}"
             for name, value in named.items()
         )
-    return str(args)
+    return _wrapped(args) or str(args)
+
+
+def _result(result: object) -> str:
+    return "" if result is None else _wrapped(result) or output.shown(result, 10_000)
+
+
+def _wrapped(value: object) -> str:
+    """In words, what could not be unwrapped here; empty for everything else."""
+    from pyworkflow._codecs import describe
+    from pyworkflow._serialization import is_wrapped
+
+    return describe(value) if isinstance(value, str) and is_wrapped(value) else ""
 
 
 def _owed(item: WorkItem) -> str:

@@ -184,6 +184,53 @@ def purge(older_than: str, key_retention: str, dry_run: bool) -> None:
         click.echo(f"removed {number} runs: {location}")
 
 
+@command.command("sweep-offloaded")
+@click.option("--older-than", default="1d", metavar="D", show_default=True, help="At least 1h.")
+@click.option("--also", multiple=True, metavar="URL", help="Another store that uses the directory.")
+@click.option("--namespace", multiple=True, help="Another namespace that uses the directory.")
+@shared
+def sweep_offloaded(older_than: str, also: tuple[str, ...], namespace: tuple[str, ...]) -> None:
+    """Remove files of the setting codec_offload_dir that no run refers to any more.
+
+    Every store, in every namespace, that offloads to the directory must be named: a file of one
+    that is left out is lost. Files younger than --older-than stay: their commit may be under way.
+    """
+    import asyncio
+    from pathlib import Path
+
+    from pyworkflow._codecs import sweep_offloaded
+    from pyworkflow._config import settings
+    from pyworkflow._plugins import make_storage
+
+    age = _duration("--older-than", older_than)
+    if age < timedelta(hours=1):
+        raise click.BadParameter("an hour at least", param_hint="--older-than")
+    settle_settings()
+    chosen = settings()
+    directory = chosen.codec_offload_dir
+    if not directory:
+        raise click.UsageError("there is no directory to sweep: set codec_offload_dir")
+    if not isinstance(chosen.storage, str):
+        raise click.UsageError("the store is an object of the application: name it with --storage")
+    urls, names = (chosen.storage, *also), (chosen.namespace, *namespace)
+
+    async def main() -> list[Path]:
+        async with AsyncExitStack() as stack:
+            stores: list[StorageBackend] = []
+            for url in dict.fromkeys(urls):
+                for name in dict.fromkeys(names):
+                    with opening():
+                        store = make_storage(url, name)
+                        stores.append(await stack.enter_async_context(store))
+            return await sweep_offloaded(*stores, directory=Path(directory), older_than=age)
+
+    removed = asyncio.run(main())
+    if wants_json():
+        output.print_json({"directory": str(directory), "removed": [str(path) for path in removed]})
+    else:
+        click.echo(f"removed {len(removed)} files: {directory}")
+
+
 def _duration(option: str, text: str) -> timedelta:
     try:
         return parse_duration(text)

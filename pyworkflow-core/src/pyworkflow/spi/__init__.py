@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pyworkflow._clock import from_micros, to_micros
 from pyworkflow.errors import (
     ConfigurationError,
     Fenced,
@@ -143,6 +144,9 @@ __all__ = [
     "ExecutorCapabilities",
     "Outcome",
     "Runtime",
+    # instants as integers
+    "from_micros",
+    "to_micros",
     # on first use
     "Codec",
     "Delta",

@@ -28,9 +28,14 @@ def decide(
 
     For any backend in Python: load the run as it stands, call this, write the effects and the
     answer in one transaction. ``run`` is only read, and only where the change touches it, so that
-    its parts may be loaded when they are asked for (see ``RunView``). Of a created run, the
-    effects do not have the ``number``: the backend gives one; and it notes the idempotency key.
-    No effects: nothing to write.
+    its parts may be loaded when they are asked for (see ``RunView``). No effects: nothing to write.
+
+    What the backend does with the effects, in one transaction: set ``fields``; append ``events``
+    and remember the seq of the last one of class ``I`` (``last_input``); remove the items in
+    ``gone``, then put ``items`` in place; keep ``records``, those without a token as long as the
+    run, of the others the last of each of the ``KEPT_TOKENS`` tokens used last; when ``paused`` is
+    among the fields, hide or show all items of the run but deliveries to claims. For a created run
+    it gives the next ``number`` (the order of ``list_runs``) and notes the idempotency key.
 
     Args:
         run: The run as it stands, or None.

@@ -55,7 +55,8 @@ class RunDelta:
 
     run_id: str
     fields: dict[str, object] = field(default_factory=dict[str, object])
-    """Names of the run's row → new values; of a new run, all that are not the default."""
+    """Names of the run's row → new values, as ``RunState`` has them; of a new run, all that are not
+    the default. None and False reset a field (``stalled``, ``paused``)."""
     events: list[Event] = field(default_factory=list[Event])
     """Appended, with seq and timestamp."""
     items: list[WorkItem] = field(default_factory=list[WorkItem])

@@ -58,7 +58,10 @@ class RunView(Protocol):
         ...
 
     @property
-    def items(self) -> Mapping[str, WorkItem]: ...
+    def items(self) -> Mapping[str, WorkItem]:
+        """Work items by id: ``get``, ``in``, and all of them when the run ends."""
+        ...
+
     @property
     def outside(self) -> Mapping[str, Record]:
         """Change key → answer, of changes from outside."""
@@ -172,7 +175,10 @@ class RunState:
         }
 
     def view(self, now: datetime) -> Run:
-        """The run as ``get_run`` shows it."""
+        """The run as ``get_run`` shows it.
+
+        ``history_length`` is the number of events here: replace it when they were not loaded.
+        """
         return Run(
             run_id=self.run_id,
             workflow=self.workflow,

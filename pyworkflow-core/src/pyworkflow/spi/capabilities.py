@@ -20,16 +20,21 @@ class Capabilities:
     multi_process: bool = False
     """Several processes on one machine may use the store at once."""
     multi_host: bool = False
+    """Processes on different machines may."""
     server_clock: bool = False
-    """``now`` is one clock for all clients."""
+    """``now`` is one clock for all clients that may use the store at once."""
     watch: bool = False
     """``watch`` is woken, not polled."""
     batched: bool = False
     """``commit_many`` costs one round trip."""
     indexed_filters: bool = False
+    """``list_runs`` with filters reads what it returns, not all runs."""
     payload_offload: bool = False
+    """Large payloads are kept outside the rows."""
     purge_by_age: bool = False
+    """``purge`` reads what it removes, not all runs."""
     large_history: bool = False
+    """A commit costs the same after 100,000 events."""
     gaps: Mapping[str, str] = field(default_factory=dict[str, str])
     """Test id → reason, for parts of a level that the backend knowingly lacks."""
 

@@ -31,14 +31,36 @@ hookimpl = pluggy.HookimplMarker("pyworkflow")
 
 
 class Codec(Protocol):
-    """Wraps payloads on their way to storage: compression, encryption, offload."""
+    """Transforms payloads on their way to storage: compression, encryption, offload.
 
-    def encode(self, payload: str) -> str:
-        """JSON text to JSON text."""
+    What ``encode`` made is stored for as long as the run, beside the codec's name and the
+    parameters that ``encode`` gave; ``decode`` gets these back, whatever the settings are by then.
+    One object serves all threads of a process at once.
+    """
+
+    @property
+    def secret(self) -> bool:
+        """Whether it hides what is stored; then messages and tracebacks of errors go through it."""
         ...
 
-    def decode(self, payload: str) -> str:
-        """Inverse of ``encode``; gives back what it does not know."""
+    @property
+    def blocking(self) -> bool:
+        """Whether it may wait for files or network: then it is called beside the event loop."""
+        ...
+
+    def encode(self, data: bytes, context: bytes) -> tuple[bytes, Mapping[str, str]] | None:
+        """The bytes to store, and what undoing it needs; None leaves this payload as it is.
+
+        ``context`` stands for the codecs applied before: encryption binds its result to it.
+        ``StorageUnavailable`` is tried again; any other exception gives up the change.
+        """
+        ...
+
+    def decode(self, data: bytes, context: bytes, params: Mapping[str, str]) -> bytes:
+        """Inverse of ``encode``, with its ``context`` and its parameters.
+
+        What it raises stalls the run, with the exception's message, and loses nothing.
+        """
         ...
 
 
@@ -65,8 +87,10 @@ class CliGroup(Protocol):
 def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBackend | None:
     """Make the backend for a storage URL, or None when the URL is not this plugin's.
 
-    Does no I/O: the backend's first call opens. ``url`` is the whole URL with an absolute path,
-    ``options`` its query, decoded, plus ``namespace``. Unknown options are the plugin's to refuse,
+    Does no I/O: the backend's first call opens. ``url`` is the whole URL; of ``file:`` and
+    ``sqlite:`` the path was made absolute, other schemes come as they were written: refuse a
+    relative path, since a worker would start elsewhere. ``options`` is the query, decoded, plus
+    ``namespace`` (1 to 64 letters, digits, dots, underscores and hyphens). Unknown options are the plugin's to refuse,
     with ``ConfigurationError``; no message may repeat credentials.
     """
 
@@ -81,7 +105,14 @@ def pyworkflow_make_executor(url: str, options: Mapping[str, str]) -> Executor |
 
 @hookspec(firstresult=True)
 def pyworkflow_make_codec(name: str, options: Mapping[str, str]) -> Codec | None:
-    """Make the codec called ``name``. Settled here for plugins; this version asks for none."""
+    """Make the codec called ``name``, or None when it is another's.
+
+    Asked are the application's plugins, then the plugin whose entry point has this name. Does no
+    I/O but to read keys. ``options`` are the core's codec settings as text (``max_size``,
+    ``compress_threshold``, ``offload_dir``, ``offload_threshold``; for ``aesgcm`` also its keys),
+    overridden by what follows the name, as in ``codecs="name?bucket=b"``. ``ConfigurationError``
+    for what is missing or wrong; no message may repeat credentials.
+    """
 
 
 # --- configuration ----------------------------------------------------------------------------

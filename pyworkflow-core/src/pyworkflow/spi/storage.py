@@ -271,6 +271,9 @@ Answer = Committed | Refusal | RunNotFound | RunClosed
 class StorageBackend(ABC):
     """A store of runs, events and work items. Constructing one does no I/O; the first call opens.
 
+    An object belongs to the event loop that first used it. After ``close``, from another loop, and
+    (unless it opens anew) after a fork, calls raise ``StorageError`` with the remedy.
+
     Refusals of ``commit``, in this order, with nothing written: ``RunExists`` (a create whose change key is
     the standing create's is a duplicate, hence success) or ``RunNotFound``; a duplicate is answered
     as it was; ``RunClosed`` (not for changes made of observations alone, nor under the claim of a
@@ -316,7 +319,13 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def claim(self, request: ClaimRequest) -> Claimed:
-        """Take due, free items of runs that are not paused. Writes nothing but the items."""
+        """Take due, free items of runs that are not paused. Writes nothing but the items.
+
+        Highest priority first, then oldest due, the rest in any order. A claim counts, and ends
+        the item's ``rung_at``. Workers ask again and again: one that finds nothing should write
+        nothing. The events of the turns taken are at most ``max_bytes`` in all (about their size
+        as JSON): what does not fit is left out and the claim says ``cut``, also when nothing fits.
+        """
 
     @abstractmethod
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
@@ -371,7 +380,8 @@ class StorageBackend(ABC):
     ) -> int:
         """Remove up to ``limit`` runs that ended before ``before``.
 
-        Only runs that own no items and whose parent is terminal or gone. Their idempotency keys
+        Only runs that own no items and whose parent is terminal or gone; any of them when there
+        are more. Also lets go of keys whose time is over. The idempotency keys of what is removed
         stay taken until ``key_retention`` after their end. Returns how many were removed; 0 when
         nothing is left to do.
         """
@@ -394,6 +404,8 @@ class StorageBackend(ABC):
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody rang for within ``mute``, which starts anew for them.
+
+        In the order of claims. Sets ``rung_at``, and nothing else.
 
         The default remembers nothing: it lists what is due.
         """

@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar, cast
 from pyworkflow._clock import ensure_utc
 from pyworkflow._definitions import Workflow
 from pyworkflow._duration import parse_duration
-from pyworkflow._failures import decode_error
 from pyworkflow._memory import MemoryStorageBackend
+from pyworkflow._serialization import decode_error
 from pyworkflow.errors import WorkflowError
 from pyworkflow.events import EventType
 from pyworkflow.runs import Run, RunStatus

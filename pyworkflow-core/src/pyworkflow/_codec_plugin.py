@@ -1,0 +1,48 @@
+"""Makes the codecs of the core: ``zlib``, ``zstd``, ``aesgcm`` and ``offload``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyworkflow.spi import Codec, hookimpl
+
+
+@hookimpl
+def pyworkflow_make_codec(name: str, options: Mapping[str, str]) -> Codec | None:
+    """Make a codec of the core, or None when it is another's.
+
+    Raises:
+        ConfigurationError: Its library is not installed, or its keys are of no use.
+    """
+    max_size = int(options["max_size"])
+    match name:
+        case "zlib":
+            from pyworkflow._codecs._compression import ZlibCodec
+
+            return ZlibCodec(int(options["compress_threshold"]), max_size)
+        case "zstd":
+            from pyworkflow._codecs._compression import ZstdCodec
+
+            return ZstdCodec(int(options["compress_threshold"]), max_size)
+        case "aesgcm":
+            from pyworkflow._codecs._encryption import AesGcmCodec
+            from pyworkflow._config import parse_codec_keys, read_codec_keys
+
+            given, file = options.get("keys", ""), options.get("keys_file", "")
+
+            def keys() -> Mapping[str, bytes]:
+                known = dict(parse_codec_keys(given, "codec_keys")) if given else {}
+                if file:
+                    known = {**known, **dict(read_codec_keys(Path(file)))}
+                return known
+
+            return AesGcmCodec(keys)
+        case "offload":
+            from pyworkflow._codecs._offload import OffloadCodec
+
+            directory = options.get("offload_dir", "")
+            threshold = int(options["offload_threshold"])
+            return OffloadCodec(Path(directory) if directory else None, threshold, max_size)
+        case _:
+            return None
