@@ -1,0 +1,229 @@
+"""What is LMDB's own: URLs, forks, growth, processes, cancelled callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lmdb
+import pytest
+from pyworkflow_storage_lmdb import LmdbStorageBackend
+from pyworkflow_storage_lmdb._plugin import pyworkflow_make_storage
+
+from pyworkflow.spi import (
+    Change,
+    Committed,
+    ConfigurationError,
+    Event,
+    NewRun,
+    RunQuery,
+    SchemaTooNew,
+    StorageDamaged,
+    StorageError,
+    StorageFull,
+    fsck,
+)
+
+
+def start(run_id: str, args: str = "[]") -> Change:
+    return Change(
+        run_id=run_id,
+        key="start",
+        create=NewRun(workflow="flow", version="1", args=args),
+        events=[Event("workflow.started", "I", {"workflow": "flow", "args": "[]"})],
+    )
+
+
+def python(code: str, *arguments: object, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("lmdb:relative", {}, "absolute path"),
+        ("lmdb:///", {}, "absolute path"),
+        ("lmdb://user:secret@host/path", {}, "absolute path"),
+        ("lmdb:///srv/app?fast=yes", {"fast": "yes"}, "options=fast"),
+        ("lmdb:///srv/app?max_size=1G", {"max_size": "1G"}, "max_size='1G'"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_its_secrets(
+    url: str, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        pyworkflow_make_storage(url=url, options={**options, "namespace": "default"})
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_names_the_directory() -> None:
+    store = pyworkflow_make_storage(url="lmdb:///srv/my%20app", options={"namespace": "a"})
+    assert store is not None
+    assert (store.info().location, store.info().namespace) == ("/srv/my app", "a")
+    assert pyworkflow_make_storage(url="file:///srv", options={"namespace": "a"}) is None
+
+
+def test_an_object_belongs_to_the_loop_that_used_it(tmp_path: Path) -> None:
+    store = LmdbStorageBackend(tmp_path)
+    asyncio.run(store.open())
+
+    async def elsewhere() -> None:
+        with pytest.raises(StorageError, match="twin"):
+            await store.get_run("run")
+        async with store.twin() as twin:
+            assert await twin.get_run("run") is None
+        await store.close()
+
+    asyncio.run(elsewhere())
+
+
+def test_a_forked_child_goes_on_with_the_objects_of_its_parent(tmp_path: Path) -> None:
+    code = """
+import asyncio, os, sys
+from pyworkflow.spi import Change, NewRun
+from pyworkflow_storage_lmdb import LmdbStorageBackend
+
+store = LmdbStorageBackend(sys.argv[1])
+
+async def work(run_id):
+    new = NewRun(workflow="flow", version="1", args="[]")
+    await store.commit(Change(run_id=run_id, key="start", create=new))
+
+asyncio.run(work("before"))
+child = os.fork()
+asyncio.run(work("child")) if child == 0 else os.waitpid(child, 0)
+"""
+    python(code, tmp_path)
+
+    async def look() -> None:
+        async with LmdbStorageBackend(tmp_path) as store:
+            assert {run.run_id for run in (await store.list_runs(RunQuery())).items} == {
+                "before",
+                "child",
+            }
+
+    asyncio.run(look())
+
+
+def test_a_full_store_says_so_and_takes_the_change_when_it_may_grow(tmp_path: Path) -> None:
+    async def fill() -> None:
+        large = '"' + "x" * 1_000_000 + '"'
+        async with LmdbStorageBackend(tmp_path, max_size=8 << 20) as small:
+            changes = [start(f"run-{n}", large) for n in range(20)]
+            with pytest.raises(StorageFull, match="max_size=8388608"):
+                await small.commit_many(changes)
+            assert (await small.stats())["runs"] == 0
+            for change in changes[:5]:
+                await small.commit(change)
+            # Other objects of the process share the file; each has its own bound.
+            async with LmdbStorageBackend(tmp_path) as wide:
+                answers = await wide.commit_many(changes)
+                assert [isinstance(a, Committed) and a.duplicate for a in answers] == (
+                    [True] * 5 + [False] * 15
+                )
+            assert (await small.stats())["runs"] == 20
+            assert not await fsck(small)
+
+    asyncio.run(fill())
+
+
+def test_what_another_process_made_larger_is_read(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from pyworkflow.spi import Change, NewRun
+from pyworkflow_storage_lmdb import LmdbStorageBackend
+
+async def fill():
+    async with LmdbStorageBackend(sys.argv[1]) as store:
+        new = NewRun(workflow="flow", version="1", args="x" * 10_000_000)
+        await store.commit(Change(run_id="large", key="start", create=new))
+
+asyncio.run(fill())
+"""
+
+    async def look() -> None:
+        async with LmdbStorageBackend(tmp_path) as store:
+            await asyncio.to_thread(python, code, tmp_path)
+            run = await store.get_run("large")
+            assert run is not None
+            assert run.args == "x" * 10_000_000
+            await store.commit(start("next"))
+
+    asyncio.run(look())
+
+
+def test_a_cancelled_caller_leaves_no_lock_and_no_half_of_a_change(tmp_path: Path) -> None:
+    async def cancel() -> None:
+        async with LmdbStorageBackend(tmp_path) as store:
+            calls = [asyncio.ensure_future(store.commit(start(f"run-{n}"))) for n in range(50)]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            for n in range(50):  # unknown whether it was written: the same change again
+                await store.commit(start(f"run-{n}"))
+            assert (await store.stats())["events"] == 50
+            assert not await fsck(store)
+
+    asyncio.run(cancel())
+
+
+def test_a_newer_layout_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    async def use(path: Path) -> None:
+        async with LmdbStorageBackend(path):
+            pass
+
+    asyncio.run(use(tmp_path / "newer"))
+    path = str(tmp_path / "newer" / "default")
+    with lmdb.open(path) as environment, environment.begin(write=True) as txn:
+        txn.put(b"mschema", b"2")
+    with pytest.raises(SchemaTooNew):
+        asyncio.run(use(tmp_path / "newer"))
+
+    (tmp_path / "foreign" / "default").mkdir(parents=True)
+    (tmp_path / "foreign" / "default" / "data.mdb").write_bytes(b"not LMDB" * 2000)
+    with pytest.raises(StorageDamaged, match=r"data\.mdb"):
+        asyncio.run(use(tmp_path / "foreign"))
+
+
+def test_the_clock_never_goes_back_and_is_moved_for_all(tmp_path: Path) -> None:
+    async def both() -> None:
+        async with LmdbStorageBackend(tmp_path) as store, store.twin() as other:
+            before = await other.now()
+            await store.shift_clock(timedelta(days=1))
+            assert await other.now() - before >= timedelta(days=1)
+
+    asyncio.run(both())
+
+
+def test_a_program_and_the_command_line_find_the_plugin_by_its_url(tmp_path: Path) -> None:
+    program = """
+from pyworkflow import run, step, workflow
+
+@step
+async def double(x: int) -> int:
+    return 2 * x
+
+@workflow
+async def twice(x: int) -> int:
+    return await double(await double(x))
+
+print(run(twice, 5))
+"""
+    place = {"PYWORKFLOW_STORAGE": f"lmdb://{tmp_path}/store"}
+    assert python(program, **place) == "20\n"
+    cli = "from pyworkflow.cli import main; main()"
+    assert "twice" in python(cli, "runs", "list", **place)
+    assert "sound" in python(cli, "storage", "check", **place)
+    assert "pyworkflow-storage-lmdb" in python(cli, "plugins")
