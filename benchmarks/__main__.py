@@ -1,8 +1,8 @@
 """``python -m benchmarks [--only W2,replay] [--store memory,file] [--quick] [--json FILE]``.
 
 Measures in rounds, each workload once per round, so that a disturbance of the machine meets all of
-them. Reports medians, spreads and how they stand to the aims; the exit status is 0 whatever
-they are.
+them, and next to the raw limit of its store. Reports ratios first, then medians, spreads and how
+they stand to the aims; the exit status is 0 whatever they are.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import logging
 import os
 import platform
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import memory, raw, replay, startup, throughput, wakeups
-from benchmarks.readings import Figure, Setting, Workload
+from benchmarks.readings import RATIOS, Figure, Setting, Workload
+from benchmarks.stores import STORES
 
 _ALL: list[Workload] = [
     *raw.WORKLOADS,
@@ -35,7 +37,9 @@ def _options() -> argparse.Namespace:
     names = ", ".join(dict.fromkeys(w.name for w in _ALL))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=f"Workloads: {names}")
     parser.add_argument("--only", help="workloads, by comma", default="")
-    parser.add_argument("--store", help="stores, by comma: memory, file", default="memory,file")
+    parser.add_argument(
+        "--store", help=f"stores, by comma: {', '.join(STORES)}", default="memory,file"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, two rounds")
     parser.add_argument("--rounds", type=int, help="rounds (default 5, quick 2)")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="which disk")
@@ -46,9 +50,9 @@ def _options() -> argparse.Namespace:
 def _chosen(only: str, stores: str) -> list[tuple[Workload, str]]:
     names = {name.strip().lower() for name in only.split(",") if name.strip()}
     wanted = {"-", *(store.strip() for store in stores.split(","))}
-    unknown = names - {w.name.lower() for w in _ALL}
+    unknown = (names - {w.name.lower() for w in _ALL}) | (wanted - {"-", *STORES})
     if unknown:
-        sys.exit(f"no such workload: {', '.join(sorted(unknown))}; --help lists them")
+        sys.exit(f"no such workload or store: {', '.join(sorted(unknown))}; --help lists them")
     return [
         (workload, store)
         for workload in _ALL
@@ -68,27 +72,30 @@ def _rows(figures: list[Figure]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for f in figures:
         spread = f"{_number(min(f.values))} .. {_number(max(f.values))}"
-        cpu = _number(sorted(f.cpu)[len(f.cpu) // 2]) if f.cpu else ""
-        ratio = f"{sorted(f.raw)[len(f.raw) // 2]:.2f}" if f.raw else ""
-        aim = ""
-        if f.aim is not None:
-            aim = f"{'>=' if f.better == 'more' else '<='} {_number(f.aim)}"
+        cpu, server = (
+            _number(statistics.median(each)) if each else "" for each in (f.cpu, f.server)
+        )
+        sign = ">=" if f.better == "more" else "<="
+        aim = "" if f.aim is None else f"{sign} {_number(f.aim)}"
         floor = "" if f.floor is None else _number(f.floor)
         value = f"{_number(f.median)} {f.unit}"
         spread = spread if len(f.values) > 1 else ""
-        rows.append((f.workload, f.store, f.what, value, spread, cpu, ratio, aim, floor, f.verdict))
+        row = (f.workload, f.store, f.what, value, spread, cpu, server, aim, floor, f.verdict)
+        rows.append(row)
     return rows
 
 
 _HEAD = (
-    "workload", "store", "what", "median", "min .. max", "CPU us/step", "x raw", "aim", "floor",
+    "workload", "store", "what", "median", "min .. max", "CPU us/step", "server", "aim", "floor",
     "verdict",
 )  # fmt: skip
 
 
 def _print(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD))]
-    for row in [_HEAD, tuple("-" * width for width in widths), *rows]:
+    used = [i for i in range(len(_HEAD)) if any(row[i] for row in rows)]
+    head, *rows = [tuple(row[i] for i in used) for row in [_HEAD, *rows]]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, tuple("-" * width for width in widths), *rows]:
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )
@@ -97,6 +104,7 @@ def _print(rows: list[tuple[str, ...]]) -> None:
 def main() -> None:
     options = _options()
     logging.getLogger("pyworkflow").setLevel(logging.ERROR)  # warnings of long runs are expected
+    tempfile.tempdir = str(options.dir)  # servers keep their data there as well
     chosen = _chosen(options.only, options.store)
     rounds = options.rounds or (2 if options.quick else 5)
     figures: dict[tuple[str, str, str], Figure] = {}
@@ -111,7 +119,7 @@ def main() -> None:
                 for r in workload.measure(Setting(store, options.quick, options.dir)):
                     key = (workload.name, store, r.what)
                     if key not in figures:
-                        figures[key] = Figure(*key, r.unit, r.aim, r.better)
+                        figures[key] = Figure(*key, r.unit, r.aim, r.better, r.floor)
                     figures[key].add(r)
             except Exception as error:  # noqa: BLE001 - the others are measured all the same
                 failed[workload.name, store] = f"{type(error).__name__}: {error}"
@@ -121,9 +129,13 @@ def main() -> None:
     print(f"{machine}, {rounds} rounds{', quick' if options.quick else ''}\n")
     order = list(dict.fromkeys((w.name, store) for w, store in chosen))
     ordered = sorted(figures.values(), key=lambda f: order.index((f.workload, f.store)))
-    _print(_rows(ordered))
+    ratios = [f for f in ordered if f.unit in RATIOS]
+    for table in (ratios, [f for f in ordered if f not in ratios]):
+        if table:
+            _print(_rows(table))
+            print()
     for (name, store), why in failed.items():
-        print(f"\n{name} on {store} could not be measured: {why}")
+        print(f"{name} on {store} could not be measured: {why}")
     if options.json is not None:
         report = {
             "machine": machine,

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import types
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
 from benchmarks.readings import Reading, Setting, Workload
+from benchmarks.stores import STORES
 
-LINE = b"x" * 299 + b"\n"
-_flush = getattr(os, "fdatasync", os.fsync)
-
-
-def appends_per_second(directory: Path, seconds: float = 0.25) -> float:
-    """One line of 300 bytes and one flush at a time, as a journal without any engine would."""
-    path = directory / "raw"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        _flush(fd)
-        offset = count = 0
-        began = time.perf_counter()
-        while (took := time.perf_counter() - began) < seconds:
-            os.pwrite(fd, LINE, offset)
-            _flush(fd)
-            offset += len(LINE)
-            count += 1
-        return count / took
-    finally:
-        os.close(fd)
-        path.unlink()
+_WHAT = {
+    "file": "fdatasync appends of 300 B",
+    "sqlite": "commits of a row, WAL, synchronous=FULL",
+    "postgres": "inserts of a row, asyncpg, one at a time",
+    "redis": "XADD, appendfsync always, one at a time",
+    "redis-everysec": "XADD, appendfsync everysec, one at a time",
+}
 
 
-def _appends(setting: Setting) -> Iterator[Reading]:
-    with setting.scratch() as path:
-        rate = appends_per_second(path, 0.2 if setting.quick else 1.0)
-    yield Reading("fdatasync appends of 300 B", rate, "/s")
+def _commits(setting: Setting) -> Iterator[Reading]:
+    rate = setting.raw(0.2 if setting.quick else 1.0)
+    assert rate is not None
+    yield Reading(_WHAT[setting.store], rate, "/s")
 
 
 @types.coroutine
@@ -70,6 +55,6 @@ def _switches(setting: Setting) -> Iterator[Reading]:
 
 
 WORKLOADS = [
-    Workload("raw", ("file",), _appends),
+    Workload("raw", tuple(store for store in STORES if store != "memory"), _commits),
     Workload("raw", ("-",), _switches),
 ]

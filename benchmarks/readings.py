@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from benchmarks import stores
 from pyworkflow.spi import StorageBackend
 
 
@@ -24,11 +23,17 @@ class Reading(NamedTuple):
     unit: str
     cpu: float | None = None
     """CPU µs per step of this process, all threads."""
-    raw: float | None = None
-    """Ratio to the raw limit that was measured next to it."""
+    server: float | None = None
+    """CPU µs per step of the store's server."""
     aim: float | None = None
+    floor: float | None = None
+    """Half of the aim, or twice the aim where less is better, unless it says otherwise."""
     better: str = "more"
     """``more`` or ``less``."""
+
+
+#: Units of readings that compare with the raw limit measured next to them.
+RATIOS = frozenset({"x raw rate", "x raw time"})
 
 
 @dataclass(frozen=True)
@@ -42,27 +47,17 @@ class Setting:
     def size(self, full: int, quick: int) -> int:
         return quick if self.quick else full
 
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A directory on the disk that is measured, removed afterwards."""
-        path = Path(tempfile.mkdtemp(prefix="pyworkflow-bench-", dir=self.directory))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-    @contextmanager
-    def storage(self) -> Iterator[StorageBackend]:
+    def storage(self) -> AbstractContextManager[StorageBackend]:
         """A fresh store; whoever gets it closes it."""
-        if self.store == "memory":
-            from pyworkflow.storage.memory import MemoryStorageBackend
+        return stores.fresh(self.store, self.directory)
 
-            yield MemoryStorageBackend()
-        else:
-            from pyworkflow.storage.file import FileStorageBackend
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A directory on the disk that is measured, removed afterwards."""
+        return stores.scratch(self.directory)
 
-            with self.scratch() as path:
-                yield FileStorageBackend(path)
+    def raw(self, seconds: float = 0.25) -> float | None:
+        """The store's raw commits per second, now."""
+        return stores.raw_rate(self.store, self.directory, seconds)
 
 
 @dataclass(frozen=True)
@@ -75,16 +70,27 @@ class Workload:
 
 
 class Stopwatch:
-    """Wall and CPU time of a ``with`` block."""
+    """Wall and CPU time of a ``with`` block; also the CPU time of the store's server."""
+
+    def __init__(self, store: str = "-") -> None:
+        self._store = store
 
     def __enter__(self) -> Self:
         gc.collect()
+        self._server = stores.server_seconds(self._store)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wall = time.perf_counter() - self._wall
         self.cpu = time.process_time() - self._cpu
+        used = stores.server_seconds(self._store)
+        self.server = None if used is None or self._server is None else used - self._server
+
+    def per_step(self, steps: int) -> dict[str, float | None]:
+        """What a ``Reading`` says about CPU time."""
+        server = None if self.server is None else self.server / steps * 1e6
+        return {"cpu": self.cpu / steps * 1e6, "server": server}
 
 
 @dataclass
@@ -97,16 +103,17 @@ class Figure:
     unit: str
     aim: float | None
     better: str
+    lowest: float | None
     values: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    raw: list[float] = field(default_factory=list)
+    server: list[float] = field(default_factory=list)
 
     def add(self, reading: Reading) -> None:
         self.values.append(reading.value)
         if reading.cpu is not None:
             self.cpu.append(reading.cpu)
-        if reading.raw is not None:
-            self.raw.append(reading.raw)
+        if reading.server is not None:
+            self.server.append(reading.server)
 
     @property
     def median(self) -> float:
@@ -114,17 +121,17 @@ class Figure:
 
     @property
     def floor(self) -> float | None:
-        """Half of the aim; where less is better, twice the aim."""
-        if self.aim is None:
-            return None
+        """What is too little, or too much where less is better."""
+        if self.aim is None or self.lowest is not None:
+            return self.lowest
         return self.aim / 2 if self.better == "more" else self.aim * 2
 
     @property
     def verdict(self) -> str:
-        if self.aim is None or self.floor is None:
+        if self.floor is None:
             return ""
         sign = 1 if self.better == "more" else -1
-        if sign * self.median >= sign * self.aim:
+        if self.aim is not None and sign * self.median >= sign * self.aim:
             return "reached"
         return "above floor" if sign * self.median >= sign * self.floor else "below floor"
 
@@ -137,7 +144,7 @@ class Figure:
             "median": self.median,
             "values": self.values,
             "cpu_us_per_step": self.cpu,
-            "against_raw": self.raw,
+            "server_cpu_us_per_step": self.server,
             "aim": self.aim,
             "floor": self.floor,
             "better": self.better,

@@ -10,7 +10,7 @@ from random import Random
 
 from benchmarks.programs import naps
 from benchmarks.readings import Reading, Setting, Workload
-from benchmarks.throughput import STORES
+from benchmarks.stores import STORES
 from pyworkflow import Client
 
 _RUNS = 10

@@ -306,7 +306,7 @@ def test_wrong_arguments_leave_no_store_behind(here: Path) -> None:
     [
         ("file:app.py", "not a directory"),
         ("nosuch://x", "no installed plugin serves"),
-        ("redis://localhost", "not built yet"),
+        ("redis://localhost:1", "does not answer"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_status_3(used: Path, url: str, words: str) -> None:

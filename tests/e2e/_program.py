@@ -145,6 +145,13 @@ async def napper(run: int) -> str:
     return await quick(run, "after")
 
 
+@workflow
+async def heavy(run: int, ballast: str) -> int:
+    """Has a large argument, and sleeps for an hour."""
+    await sleep("1h")
+    return len(ballast)
+
+
 def script(store: str, runs: str) -> None:
     """Start runs, or find them again, and wait for their results."""
     configure(storage=FileStorageBackend(store), lease="5s")

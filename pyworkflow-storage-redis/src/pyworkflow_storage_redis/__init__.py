@@ -1,6 +1,7 @@
-"""Redis storage: the name is reserved, the code is not built yet.
+"""Storage on Redis and Valkey: one Lua script per contract method, a namespace in one hash slot."""
 
-Choosing it raises ``ConfigurationError``; nothing here pretends to work.
-"""
+from pyworkflow_storage_redis._backend import RedisStorageBackend
+from pyworkflow_storage_redis._errors import LostWrites
 
+__all__ = ["LostWrites", "RedisStorageBackend"]
 __version__ = "0.1.0"

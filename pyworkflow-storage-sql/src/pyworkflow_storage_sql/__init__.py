@@ -1,6 +1,23 @@
-"""SQLite and PostgreSQL storage: the name is reserved, the code is not built yet.
+"""Stores in SQLite and PostgreSQL. Each needs its driver: the extra ``sqlite`` or ``postgres``."""
 
-Choosing it raises ``ConfigurationError``; nothing here pretends to work.
-"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyworkflow_storage_sql._postgres import PostgresStorageBackend
+    from pyworkflow_storage_sql._sqlite import SQLiteStorageBackend
 
 __version__ = "0.1.0"
+__all__ = ["PostgresStorageBackend", "SQLiteStorageBackend"]
+
+_MODULES = {"PostgresStorageBackend": "_postgres", "SQLiteStorageBackend": "_sqlite"}
+
+
+def __getattr__(name: str) -> object:
+    # One driver is enough: the other backend's module must not be imported beside it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,24 +1,28 @@
-"""Answers for its URL schemes until the plugin exists: a refusal that names what works today."""
+"""Serves ``sqlite:``, ``postgresql:`` and ``postgres:`` URLs; each driver loads when it is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
 
-from pyworkflow.errors import ConfigurationError
-from pyworkflow.spi import hookimpl
+from pyworkflow.spi import StorageBackend, hookimpl
+
+__all__ = ["pyworkflow_make_storage"]
 
 
 @hookimpl
-def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> NoReturn:
-    """Refuse the URL.
+def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBackend | None:
+    """Make the backend for an SQLite or PostgreSQL URL; None for other schemes. Does no I/O.
 
     Raises:
-        ConfigurationError: Always, because this plugin is not built yet.
+        ConfigurationError: The URL or an option is wrong, or the driver is not installed.
     """
-    # The URL may carry credentials and options may too: only the scheme is repeated.
-    scheme = url.partition(":")[0]
-    raise ConfigurationError(
-        f"SQLite and PostgreSQL storage is not built yet: scheme={scheme} distribution=pyworkflow-storage-sql; "
-        "use storage='file:.pyworkflow' until it is"
-    )
+    scheme = url.partition(":")[0].lower()
+    if scheme == "sqlite":
+        from pyworkflow_storage_sql import _sqlite_url
+
+        return _sqlite_url.make(url, options)
+    if scheme in {"postgresql", "postgres"}:
+        from pyworkflow_storage_sql import _postgres_url
+
+        return _postgres_url.make(url, options)
+    return None

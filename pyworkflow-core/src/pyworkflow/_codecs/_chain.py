@@ -14,7 +14,6 @@ from urllib.parse import parse_qsl
 from pyworkflow._codecs._form import (
     CODEC_NAME,
     Applied,
-    PayloadUnreadable,
     Wrapped,
     context,
     parse,
@@ -32,6 +31,7 @@ from pyworkflow._serialization import (
 from pyworkflow.errors import (
     ConfigurationError,
     PayloadTooLarge,
+    PayloadUnreadable,
     SerializationError,
     StorageError,
     WorkflowError,

@@ -23,6 +23,7 @@ _COMMANDS = {
     "runs": "pyworkflow.cli.runs",
     "replay": "pyworkflow.cli.replay",
     "storage": "pyworkflow.cli.storage",
+    "conformance": "pyworkflow.cli.conformance",
     "plugins": "pyworkflow.cli.plugins",
 }
 

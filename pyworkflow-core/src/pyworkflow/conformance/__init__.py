@@ -1,19 +1,28 @@
 """The suite that decides whether a storage backend is right. Runs on pytest, needs no plugin.
 
 Subclass ``StorageConformance`` in a test module and say how a store is made; every check comes
-with the class. Needs ``pip install pyworkflow-core[conformance]``.
+with the class. Or call ``run_conformance`` with a storage URL. Needs
+``pip install pyworkflow-core[conformance]``.
 """
 
-import pytest
+from __future__ import annotations
 
-# The checks are plain asserts: failures must show what they compared.
-pytest.register_assert_rewrite(
-    *(
-        f"{__name__}.{module}"
-        for module in ("_case", "_claims", "_contract", "_keys", "_races", "_turns", "_values")
-    )
-)
+from typing import TYPE_CHECKING
 
-from pyworkflow.conformance.storage import StorageConformance  # noqa: E402 - after the hook
+if TYPE_CHECKING:
+    from pyworkflow.conformance._report import Report
+    from pyworkflow.conformance._run import run_conformance
+    from pyworkflow.conformance.storage import StorageConformance
 
-__all__ = ["StorageConformance"]
+__all__ = ["Report", "StorageConformance", "run_conformance"]
+
+_HOMES = {"Report": "_report", "StorageConformance": "storage", "run_conformance": "_run"}
+
+
+def __getattr__(name: str) -> object:
+    # Late: whoever wants a report does not import the checks before pytest can prepare them.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

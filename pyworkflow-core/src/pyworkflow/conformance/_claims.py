@@ -30,7 +30,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_01_claim_due(self, t: Case) -> None:
-        """CLM-01: a due item is claimed, with its run and history; nothing but the item changes."""
+        """CLM-01: a due item is claimed, with its run and history; nothing but the item changes.
+
+        The worker decides by what the claim brings. Usual cause: the run or its events are read
+        after the claim, and are newer.
+        """
         await t.start(put=[turn(payload={"a": 1})])
         before = await t.run()
         claim = await t.turn(owner="me")
@@ -50,7 +54,10 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_02_claim_notdue(self, t: Case) -> None:
-        """CLM-02: what is due later is not given, and next_due says when it will be."""
+        """CLM-02: what is due later is not given, and next_due says when it will be.
+
+        Timers must not fire early. Usual cause: the due is not in the query that claims.
+        """
         now = await t.store.now()
         await t.start(events=[], put=[turn(due_at=now + seconds(100))])
         assert await t.claim(("run", "turn")) == []
@@ -61,7 +68,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_03_claim_busy_until(self, t: Case) -> None:
-        """CLM-03 (I6): a held item is nobody else's; next_due is the lease's end."""
+        """CLM-03 (I6): a held item is nobody else's; next_due is the lease's end.
+
+        A turn that two workers run does its work twice. Usual cause: the lease is checked and set
+        in two steps.
+        """
         await t.start()
         claim = await t.turn(lease=50)
         assert claim.item.lease is not None
@@ -72,7 +83,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_04_claim_after_expiry(self, t: Case) -> None:
-        """CLM-04: when a lease has ended the item is free, and the next claim counts."""
+        """CLM-04: when a lease has ended the item is free, and the next claim counts.
+
+        Workers die; their work must go on. Usual cause: a held item is not claimable whatever its
+        lease says.
+        """
         await t.start()
         await t.turn(lease=50)
         await t.shift(51)
@@ -83,7 +98,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_05_tokens_never_repeat(self, t: Case) -> None:
-        """CLM-05 (I4): each claim of any item has a token of its own."""
+        """CLM-05 (I4): each claim of any item has a token of its own.
+
+        The token is all that fences a slow worker. Usual cause: counters that start anew with the
+        process or the item.
+        """
         tokens: list[str] = []
         for n in range(3):
             await t.start(f"run-{n}", put=[step("1"), step("2")])
@@ -97,7 +116,10 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_06_token_dies_with_its_item(self, t: Case) -> None:
-        """CLM-06: an item made again under the same id is not the one that was held."""
+        """CLM-06: an item made again under the same id is not the one that was held.
+
+        An item that is put again is another item. Usual cause: the token is kept by item id.
+        """
         await t.start(put=[step()])
         await t.send(incoming())
         (old,) = await t.claim(("run", "step:1"))
@@ -108,7 +130,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_07_stale_fence_refused(self, t: Case) -> None:
-        """CLM-07 (I4): who was taken over is refused, whatever it sends."""
+        """CLM-07 (I4): who was taken over is refused, whatever it sends.
+
+        The worker that lost its lease must not write over the one that has it. Usual cause: the
+        token is not compared in the transaction that writes.
+        """
         await t.start()
         old = await t.turn(lease=10)
         await t.shift(11)
@@ -121,7 +147,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_08_stale_claim_refused(self, t: Case) -> None:
-        """CLM-08: a claim that was given back is over."""
+        """CLM-08: a claim that was given back is over.
+
+        A claim that never was is not one. Usual cause: an update that hits no row and is taken for
+        success.
+        """
         await t.start()
         claim = await t.turn()
         assert await t.store.release(claim.ref)
@@ -130,7 +160,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_09_expired_unstolen_commit_ok(self, t: Case) -> None:
-        """CLM-09 (I6): a lease that ended while nobody took over still commits and renews."""
+        """CLM-09 (I6): a lease that ended while nobody took over still commits and renews.
+
+        Work that is done shall not be thrown away for being late. Usual cause: the lease's end is
+        compared instead of the token.
+        """
         await t.start()
         claim = await t.turn(lease=10)
         await t.shift(11)
@@ -140,7 +174,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_10_renew_extends(self, t: Case) -> None:
-        """CLM-10: renewal counts from now, and changes nothing but the lease."""
+        """CLM-10: renewal counts from now, and changes nothing but the lease.
+
+        Long steps keep their lease by renewing. Usual cause: the lease is extended from its end, or
+        shortened never.
+        """
         await t.start()
         claim = await t.turn(lease=30)
         await t.shift(20)
@@ -152,7 +190,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_11_renew_lost_false(self, t: Case) -> None:
-        """CLM-11: each claim is answered for itself."""
+        """CLM-11: each claim is answered for itself.
+
+        The worker stops what it has lost. Usual cause: the answer is True for every row that is
+        there.
+        """
         await t.start("a")
         await t.start("b")
         lost, kept = await t.turn("a", lease=10), await t.turn("b", lease=100)
@@ -162,7 +204,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_12_release_with_delay(self, t: Case) -> None:
-        """CLM-12: what is given back with a delay is due then, even with an unseen input."""
+        """CLM-12: what is given back with a delay is due then, even with an unseen input.
+
+        A worker gives back what it has no room for. Usual cause: the due is left, so it comes back
+        at once; or it counts as an attempt.
+        """
         await t.start()
         claim = await t.turn()
         assert await t.store.release(claim.ref, delay=seconds(30))
@@ -179,7 +225,10 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_13_release_stale_ignored(self, t: Case) -> None:
-        """CLM-13: a late release disturbs no new holder."""
+        """CLM-13: a late release disturbs no new holder.
+
+        Messages arrive late. Usual cause: release looks for the item, not for the token.
+        """
         await t.start()
         old = await t.turn(lease=10)
         await t.shift(11)
@@ -189,7 +238,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_14_claims_counted(self, t: Case) -> None:
-        """CLM-14: claims count until progress: a command or input committed under the claim."""
+        """CLM-14: claims count until progress: a command or input committed under the claim.
+
+        What kills its worker again and again is found by this count. Usual cause: claims are
+        counted in the worker, or reset by renewals.
+        """
         await t.start(put=[step()])
         for expected in (1, 2, 3):
             (claim,) = await t.claim(("run", "step:1"), lease=10)
@@ -218,6 +271,8 @@ class ClaimChecks(Suite):
         """CLM-28: delivering an input, healing a stall and a new payload are progress as well.
 
         Giving an item back as it was is not.
+
+        Poison is told from slow work by progress. Usual cause: every commit resets the count.
         """
         await t.start()
         claim = await t.turn()
@@ -243,7 +298,10 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_15_poll_excludes_claimed(self, t: Case) -> None:
-        """CLM-15: polls share the work out, each item once."""
+        """CLM-15: polls share the work out, each item once.
+
+        Workers poll all the time. Usual cause: the lease is not part of the index that is polled.
+        """
         for n in range(6):
             await t.start(f"run-{n}")
         first = await t.claim(owner="a", limit=4)
@@ -253,7 +311,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_16_announce_mutes(self, t: Case) -> None:
-        """CLM-16: an item is announced once per mute time, and not when the sender rings."""
+        """CLM-16: an item is announced once per mute time, and not when the sender rings.
+
+        Doorbells are rung once, not at every sweep. Usual cause: ``rung_at`` is not set, or not by
+        ``put``.
+        """
         await t.start("a")
         await t.start("b", put=[turn(rung=True)])
         mute = seconds(30)
@@ -271,7 +333,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_17_poll_filters(self, t: Case) -> None:
-        """CLM-17: queues, kinds and workflows compose; priority first, then the oldest due."""
+        """CLM-17: queues, kinds and workflows compose; priority first, then the oldest due.
+
+        A worker takes what it can run. Usual cause: filters applied after the limit, or priority
+        after due.
+        """
         now = await t.store.now()
         for run_id, workflow, queue, priority, age in (
             ("a", "x", "q1", 0, 3),
@@ -308,7 +374,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_18_input_during_claim_rearms(self, t: Case) -> None:
-        """CLM-18 (I5): an input that comes while the turn is held makes it due when it is settled."""
+        """CLM-18 (I5): an input that comes while the turn is held makes it due when it is settled.
+
+        An input that comes during a turn needs another turn. Usual cause: the settled turn is
+        removed although an input is unseen.
+        """
         await t.start()
         claim = await t.turn()
         await t.send(incoming())
@@ -320,7 +390,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_19_settle_keeps_turn_if_unseen(self, t: Case) -> None:
-        """CLM-19 (I5): settling for good with an unseen input leaves a due turn behind."""
+        """CLM-19 (I5): settling for good with an unseen input leaves a due turn behind.
+
+        Otherwise an input is there and nobody looks. Usual cause: the settle is decided on what the
+        worker had read.
+        """
         await t.start()
         claim = await t.turn()
         await t.send(incoming())
@@ -333,7 +407,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_20_final_unseen_refused(self, t: Case) -> None:
-        """CLM-20: a run does not end over an input; the refusal brings it."""
+        """CLM-20: a run does not end over an input; the refusal brings it.
+
+        A workflow must see every input before it ends. Usual cause: the check is made outside of
+        the transaction.
+        """
         await t.start()
         claim = await t.turn()
         await t.send(note(), incoming(n=1), note(), incoming(n=2))
@@ -347,7 +425,10 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_21_put_brings_forward_only(self, t: Case) -> None:
-        """CLM-21 (I9): put on what exists moves its due earlier, never later, and nothing else."""
+        """CLM-21 (I9): put on what exists moves its due earlier, never later, and nothing else.
+
+        A put for later must not delay what is due. Usual cause: the due is replaced.
+        """
         now = await t.store.now()
         due = now + seconds(100)
         await t.start(put=[step(due_at=due, queue="q", priority=2, payload={"a": 1})])
@@ -363,7 +444,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_22_settle_sets_exactly(self, t: Case) -> None:
-        """CLM-22 (I9): the holder's settle sets due and payload, later as well as sooner."""
+        """CLM-22 (I9): the holder's settle sets due and payload, later as well as sooner.
+
+        A turn that waits for a timer sets when it is due, exactly. Usual cause: the earlier due
+        wins, and the turn runs in vain.
+        """
         await t.start(put=[step(payload={"try": 1})])
         (claim,) = await t.claim(("run", "step:1"))
         due = await t.store.now() + seconds(60)
@@ -379,7 +464,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_23_drop_fences_the_step(self, t: Case) -> None:
-        """CLM-23: the turn's holder gives steps up; who runs one is fenced."""
+        """CLM-23: the turn's holder gives steps up; who runs one is fenced.
+
+        A step that was given up must not report a result. Usual cause: the item goes, and its token
+        stays valid.
+        """
         await t.start(put=[step("1"), step("2"), deliver()])
         claim = await t.turn()
         (running,) = await t.claim(("run", "step:1"), owner="b")
@@ -392,7 +481,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_24_known_and_cut(self, t: Case) -> None:
-        """CLM-24: a claim brings events after what is known, and says when they were cut."""
+        """CLM-24: a claim brings events after what is known, and says when they were cut.
+
+        Workers keep histories; only what is new travels. Usual cause: ``known`` is ignored, or the
+        cut is not told.
+        """
         await t.start()
         await t.send(*(note("x" * 1000) for _ in range(50)))
         claim = await t.turn(known={"run": 45})
@@ -408,7 +501,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_25_free_ends_leases(self, t: Case) -> None:
-        """CLM-25: the leases of a process that is gone end at once; its claims stay counted."""
+        """CLM-25: the leases of a process that is gone end at once; its claims stay counted.
+
+        A process that is known to be gone need not be waited for. Usual cause: one item of several,
+        or those of others with a similar name.
+        """
         for n in range(3):
             await t.start(f"run-{n}")
         await t.turn("run-0", owner="dead")
@@ -422,7 +519,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_26_take_turn(self, t: Case) -> None:
-        """CLM-26: a due turn that nobody holds goes to the sender in the same commit."""
+        """CLM-26: a due turn that nobody holds goes to the sender in the same commit.
+
+        A turn after a turn costs one round trip less. Usual cause: the turn is taken although it is
+        paused, not due, or held.
+        """
         held = Held(owner="me", lease=seconds(60))
         await t.start(put=[step()])
         claim = await t.turn()
@@ -461,7 +562,11 @@ class ClaimChecks(Suite):
 
     @scenario
     async def test_CLM_27_others_are_after_seen(self, t: Case) -> None:
-        """CLM-27: an answer brings all that others added after ``seen``, and not one's own."""
+        """CLM-27: an answer brings all that others added after ``seen``, and not one's own.
+
+        A worker goes on without reading the history again. Usual cause: what the change itself
+        wrote comes too, or nothing.
+        """
         await t.start()
         claim = await t.turn()
         await t.send(incoming("a"), note())

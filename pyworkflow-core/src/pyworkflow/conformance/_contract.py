@@ -1,4 +1,4 @@
-"""Groups META, CON, ORD: what is stored comes back, in order, and refusals write nothing."""
+"""Groups CON, ORD: what is stored comes back, in order, and refusals write nothing."""
 # ruff: noqa: N802 - the ids are part of the names
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, ParentRef, RunStatus
-from pyworkflow.spi.capabilities import CONTRACT_VERSION
 from pyworkflow.spi.storage import (
     ClaimRef,
     Control,
@@ -46,44 +45,15 @@ __all__ = ["ContractChecks"]
 
 
 class ContractChecks(Suite):
-    """META, CON, ORD."""
-
-    def test_META_01_no_overrides(self) -> None:
-        """META-01: a suite that leaves checks out proves nothing; a gap is declared instead."""
-        from pyworkflow.conformance.storage import StorageConformance
-
-        for name in dir(StorageConformance):
-            mine, theirs = getattr(type(self), name), getattr(StorageConformance, name)
-            if name.startswith("test_") and mine is not theirs:
-                marks = [mark.name for mark in getattr(mine, "pytestmark", [])]
-                assert "xfail" in marks, f"{name} is overridden: declare a gap with its reason"
-
-    @scenario
-    async def test_META_02_info_valid(self, t: Case) -> None:
-        """META-02: info needs no connection, and states limits that the engine can live with."""
-        info = (await self.make(t.namespace)).info()
-        assert info.contract_version == CONTRACT_VERSION
-        assert info.name
-        assert info.max_payload >= 256 * 1024
-        assert info.max_events_per_commit >= 100
-        assert info.capabilities == self.capabilities, "the suite and the backend must agree"
-
-    @scenario
-    async def test_META_04_namespaces_isolated(self, t: Case) -> None:
-        """META-04 (I11): runs, keys and items of one namespace do not exist in another."""
-        other = await t.open(t.namespace + "-other")
-        await t.start(idempotency_key="key")
-        assert await other.get_run("run") is None
-        assert await other.find_run("key") is None
-        assert await other.next_due() is None
-        assert await t.claim(store=other) == []
-        assert (await other.list_runs(RunQuery())).items == []
-        await t.start(idempotency_key="key", store=other, workflow="another")
-        assert (await t.run()).workflow == "flow"
+    """CON, ORD."""
 
     @scenario
     async def test_CON_01_create_then_get(self, t: Case) -> None:
-        """CON-01: every field of a new run comes back equal."""
+        """CON-01: every field of a new run comes back equal.
+
+        The engine decides by these fields, and people search by them. Usual cause: a column that is
+        missing, or a default that wins over the value given.
+        """
         now = await t.store.now()
         given: dict[str, Any] = {
             "workflow": "flow",
@@ -112,7 +82,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_02_create_existing_refused(self, t: Case) -> None:
-        """CON-02: a run id is created once; the same create again is the same success."""
+        """CON-02: a run id is created once; the same create again is the same success.
+
+        A client that got no answer sends its start again. Usual cause: "insert or ignore" without a
+        look at whose change stands there.
+        """
         first = await t.start()
         new = NewRun(workflow="other", version="1", args="[]")
         refusal = await t.refused(RunExists, t.outside(create=new, events=[started()]))
@@ -124,14 +98,21 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_03_commit_absent_refused(self, t: Case) -> None:
-        """CON-03: without a run there is nothing to change."""
+        """CON-03: without a run there is nothing to change.
+
+        A message to a run that was purged must not bring half of it back. Usual cause: upserts.
+        """
         refusal = await t.refused(RunNotFound, t.outside(events=[note()]))
         assert refusal.run_id == "run"
         assert await t.store.get_run("run") is None
 
     @scenario
     async def test_CON_04_terminal_refuses_commands(self, t: Case) -> None:
-        """CON-04 (I8): a run that ended is refused everything but observations."""
+        """CON-04 (I8): a run that ended is refused everything but observations.
+
+        What was reported as the result of a run stays the result. Usual cause: the status is read
+        before the transaction begins.
+        """
         await t.start()
         await t.end()
         run = await t.run()
@@ -153,7 +134,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_05_terminal_accepts_observations(self, t: Case) -> None:
-        """CON-05 (I8): a late log line is kept, and changes nothing else."""
+        """CON-05 (I8): a late log line is kept, and changes nothing else.
+
+        Steps that were running when a run was terminated still log. Usual cause: a blanket refusal
+        once a run has ended, or an ``updated_at`` that is moved.
+        """
         await t.start()
         await t.end()
         before = await t.run()
@@ -164,7 +149,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_06_refusal_order(self, t: Case) -> None:
-        """CON-06: when several refusals fit, the first of the documented order is given."""
+        """CON-06: when several refusals fit, the first of the documented order is given.
+
+        A sender reacts to the refusal it gets: it gives up, reads again or starts anew. Usual
+        cause: rules written anew instead of calling ``decide``.
+        """
         stale = ClaimRef("run", "turn", "no-such-token")
         create = NewRun(workflow="w", version="1", args="[]", idempotency_key="taken")
         await t.refused(RunNotFound, t.outside(claim=stale, events=[note()]))
@@ -194,7 +183,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_07_refusal_writes_nothing(self, t: Case) -> None:
-        """CON-07 (I1): events, fields and items of a refused change leave no trace."""
+        """CON-07 (I1): events, fields and items of a refused change leave no trace.
+
+        After a refusal the engine goes on from what it knew. Usual cause: several statements
+        without a transaction, or a change key that is noted first.
+        """
         await t.start()
         claim = await t.turn()
         await t.send(incoming())
@@ -215,7 +208,10 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_08_patch_merges(self, t: Case) -> None:
-        """CON-08: an update sets what it names; attributes merge key by key."""
+        """CON-08: an update sets what it names; attributes merge key by key.
+
+        Two steps may set attributes of one run. Usual cause: the whole document is replaced.
+        """
         await t.start(attributes={"a": 1, "b": 1})
         error = ErrorInfo(type="m:E", message="x", details={"args": [1, "é"]}, portable=True)
         await t.store.commit(t.outside(update=Update(attributes={"b": 2, "c": None})))
@@ -227,7 +223,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_09_empty_batch_noop(self, t: Case) -> None:
-        """CON-09: a change of nothing changes nothing, and is answered."""
+        """CON-09: a change of nothing changes nothing, and is answered.
+
+        Turns that bring nothing still settle their item. Usual cause: SQL without rows, or a due
+        time touched in passing.
+        """
         await t.start()
         before = await t.picture()
         committed = await t.store.commit(t.outside())
@@ -236,7 +236,10 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_10_get_missing_none(self, t: Case) -> None:
-        """CON-10: reads of what is not there are empty, never errors."""
+        """CON-10: reads of what is not there are empty, never errors.
+
+        Clients ask for runs that may be purged. Usual cause: an index into an empty result.
+        """
         assert await t.store.get_run("nobody") is None
         assert await t.store.find_run("nothing") is None
         assert await t.store.get_events("nobody") == []
@@ -246,7 +249,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_11_close_reopen_same_state(self, t: Case) -> None:
-        """CON-11: another object, or the same store after a restart, shows the same."""
+        """CON-11: another object, or the same store after a restart, shows the same.
+
+        Workers are restarted at any time. Usual cause: something is kept in the object alone: a
+        counter, a key, the answers to changes.
+        """
         await t.start(idempotency_key="key", put=[deliver(due_at=None, payload={"to": "x"})])
         claim = await t.turn()
         await t.store.commit(under(claim, seen=1, events=[command(), note("é")]))
@@ -259,7 +266,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_12_open_twice_idempotent(self, t: Case) -> None:
-        """CON-12: open and migrate may be called by everybody at any time."""
+        """CON-12: open and migrate may be called by everybody at any time.
+
+        Every process opens the store when it starts. Usual cause: "create" without "if absent", or
+        a migration that is not noted.
+        """
         await t.start()
         before = await t.picture()
         await t.store.open()
@@ -271,7 +282,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_13_use_after_close_raises(self, t: Case) -> None:
-        """CON-13: a closed object says so; closing again is fine; others are not disturbed."""
+        """CON-13: a closed object says so; closing again is fine; others are not disturbed.
+
+        A worker that stops must not hang, nor write on. Usual cause: a pool that reconnects by
+        itself, or one that all objects share.
+        """
         store = await t.open()
         await store.close()
         await store.close()
@@ -290,7 +305,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_14_unknown_event_type_roundtrip(self, t: Case) -> None:
-        """CON-14: what a newer version wrote is kept as it is."""
+        """CON-14: what a newer version wrote is kept as it is.
+
+        Versions run side by side during a deployment. Usual cause: a check of the type or a fixed
+        list of columns.
+        """
         await t.start()
         event = Event("future.happened", "O", {"x": 1}, op="9#9:new", key="k", v=99)
         await t.send(event)
@@ -302,7 +321,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_15_unknown_fields_preserved(self, t: Case) -> None:
-        """CON-15: data and payloads are opaque: unknown fields come back."""
+        """CON-15: data and payloads are opaque: unknown fields come back.
+
+        A later version adds fields that an earlier one has to carry. Usual cause: data is parsed
+        into a model and written back.
+        """
         await t.start(put=[turn(payload={"later": {"x": [1]}})])
         await t.send(Event("log.info", "O", {"message": "m", "later": {"y": None}}))
         assert (await t.store.get_events("run"))[-1].data["later"] == {"y": None}
@@ -310,7 +333,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_16_stats_counts(self, t: Case) -> None:
-        """CON-16: runs are counted, by status."""
+        """CON-16: runs are counted, by status.
+
+        ``pyworkflow storage stats`` and dashboards show these numbers. Usual cause: a counter that
+        is kept beside the rows and drifts.
+        """
         for n in range(3):
             await t.start(f"run-{n}")
         await t.end("run-0")
@@ -319,7 +346,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_CON_17_born_claimed(self, t: Case) -> None:
-        """CON-17: an item can be born held by its writer, counted and with a token."""
+        """CON-17: an item can be born held by its writer, counted and with a token.
+
+        A worker starts steps in place without a second round trip. Usual cause: the item is stored
+        free and claimed after the commit.
+        """
         held = Held(owner="me", lease=timedelta(seconds=60))
         committed = await t.start(put=[turn(claimed=held), deliver(claimed=held)])
         assert {i.item_id for i in committed.claims} == {"turn", "deliver:1"}
@@ -333,7 +364,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_01_seq_dense_from_1(self, t: Case) -> None:
-        """ORD-01 (I2): seq counts 1, 2, 3 … whatever comes and is refused or skipped."""
+        """ORD-01 (I2): seq counts 1, 2, 3 … whatever comes and is refused or skipped.
+
+        Replay and readers rely on there being no gap. Usual cause: a sequence of the database,
+        which loses numbers when a change is refused.
+        """
         await t.start()
         await t.send(note("a", key="k"))
         committed = await t.send(note("b"), note("c", key="k"), note("d"))
@@ -342,7 +377,10 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_02_multi_event_batch_contiguous(self, t: Case) -> None:
-        """ORD-02: the events of a change stand together, with one timestamp."""
+        """ORD-02: the events of a change stand together, with one timestamp.
+
+        What a turn did is one moment. Usual cause: events are numbered or stamped one by one.
+        """
         await t.start()
         answers = await asyncio.gather(
             *(t.send(*(note(f"{n}.{m}") for m in range(5))) for n in range(8))
@@ -355,7 +393,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_03_arrival_order_is_log_order(self, t: Case) -> None:
-        """ORD-03: what was acknowledged first stands first."""
+        """ORD-03: what was acknowledged first stands first.
+
+        Inputs are delivered in the order in which they were accepted. Usual cause: sorting by time,
+        or writes that pass each other in a pool.
+        """
         await t.start()
         for n in range(20):
             await t.send(note(str(n)))
@@ -364,7 +406,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_04_ts_nondecreasing(self, t: Case) -> None:
-        """ORD-04 (I2): the clock goes back, timestamps do not."""
+        """ORD-04 (I2): the clock goes back, timestamps do not.
+
+        Durations computed from a history are never negative. Usual cause: ``now`` is stored as it
+        is when the machine's clock was set back.
+        """
         first = await t.start()
         await t.shift(-3600)
         second = await t.send(note())
@@ -375,7 +421,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_05_read_after_excludes(self, t: Case) -> None:
-        """ORD-05: get_events gives seq > after, at most limit."""
+        """ORD-05: get_events gives seq > after, at most limit.
+
+        Readers follow a history by its last seq. Usual cause: ``>=`` for ``>``, no order, or limit
+        0 read as none.
+        """
         await t.start()
         await t.send(*(note(str(n)) for n in range(9)))
         for after, limit, expected in (
@@ -391,7 +441,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_06_events_immutable(self, t: Case) -> None:
-        """ORD-06 (I2): later changes leave earlier events as they are."""
+        """ORD-06 (I2): later changes leave earlier events as they are.
+
+        A replay that saw an event must see the same again. Usual cause: an upsert by key that
+        overwrites.
+        """
         await t.start()
         await t.send(note("a", key="k"))
         before = await t.store.get_events("run")
@@ -401,7 +455,10 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_07_runs_independent(self, t: Case) -> None:
-        """ORD-07: each run counts for itself."""
+        """ORD-07: each run counts for itself.
+
+        Thousands of runs write at once. Usual cause: one counter for all.
+        """
         for run_id in ("a", "b"):
             await t.start(run_id)
         for n in range(3):
@@ -411,7 +468,11 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_08_interleaved_writers_no_gap(self, t: Case) -> None:
-        """ORD-08: writers on several objects number one sequence."""
+        """ORD-08: writers on several objects number one sequence.
+
+        Many workers and clients write to one run. Usual cause: the next seq is cached in the
+        object.
+        """
         await t.start()
         stores = [t.store, await t.open(), await t.open()]
         for n in range(12):
@@ -420,7 +481,10 @@ class ContractChecks(Suite):
 
     @scenario
     async def test_ORD_09_list_runs_stable_under_insert(self, t: Case) -> None:
-        """ORD-09: newest first; a run that appears while one pages moves nothing."""
+        """ORD-09: newest first; a run that appears while one pages moves nothing.
+
+        People page through a list that grows. Usual cause: a cursor made of an offset.
+        """
         for n in range(6):
             await t.start(f"run-{n}")
         page = await t.store.list_runs(RunQuery(limit=3))

@@ -31,7 +31,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_01_dedup_returns_first_seq(self, t: Case) -> None:
-        """IDM-01 (I7): an event whose key stands is skipped, the rest of its change is applied."""
+        """IDM-01 (I7): an event whose key stands is skipped, the rest of its change is applied.
+
+        A delivery that is repeated must not be a second input. Usual cause: the seq of the standing
+        event is not looked up.
+        """
         await t.start()
         first = await t.send(incoming("signal", n=1))
         second = await t.send(note("new"), incoming("signal", n=2), incoming("signal", n=3))
@@ -44,7 +48,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_02_dedup_scope_is_run(self, t: Case) -> None:
-        """IDM-02: event and change keys of one run mean nothing in another."""
+        """IDM-02: event and change keys of one run mean nothing in another.
+
+        Keys are chosen per run: two runs may use the same. Usual cause: a unique index without the
+        run.
+        """
         for run_id in ("a", "b"):
             await t.start(run_id)
             answer = await t.store.commit(t.outside(run_id, key="same", events=[note(key="k")]))
@@ -52,7 +60,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_03_dedup_after_terminal(self, t: Case) -> None:
-        """IDM-03: a change repeated after the run's end is answered as it was, not refused."""
+        """IDM-03: a change repeated after the run's end is answered as it was, not refused.
+
+        The sender cannot know that the run has ended since. Usual cause: ``RunClosed`` is checked
+        before the duplicate.
+        """
         await t.start()
         change = t.outside(key="cancel", events=[incoming("cancel")])
         first = await t.store.commit(change)
@@ -67,7 +79,10 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_04_dedup_survives_reopen(self, t: Case) -> None:
-        """IDM-04: keys are stored, not remembered by an object."""
+        """IDM-04: keys are stored, not remembered by an object.
+
+        The sender repeats after the server restarted. Usual cause: answers are kept in memory.
+        """
         await t.start()
         claim = await t.turn()
         inside = under(claim, seen=1, events=[command()])
@@ -84,7 +99,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_05_key_conflict_names_owner(self, t: Case) -> None:
-        """IDM-05: a second run with an idempotency key is refused and told who has it."""
+        """IDM-05: a second run with an idempotency key is refused and told who has it.
+
+        The client shows which run has the key. Usual cause: a unique violation is reported without
+        a look at the owner.
+        """
         await t.start(idempotency_key="order")
         new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
         change = t.outside("run-2", create=new, events=[started()])
@@ -95,14 +114,22 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_06_same_start_again_is_success(self, t: Case) -> None:
-        """IDM-06: a start whose answer was lost is sent again and finds itself."""
+        """IDM-06: a start whose answer was lost is sent again and finds itself.
+
+        A start whose answer was lost is sent again, by its key. Usual cause: ``KeyTaken`` names the
+        run that just asked.
+        """
         await t.start(idempotency_key="order")
         assert (await t.start(idempotency_key="order")).duplicate
         assert (await t.store.stats())["runs"] == 1
 
     @scenario
     async def test_IDM_08_key_rolls_back_with_batch(self, t: Case) -> None:
-        """IDM-08: a refused create leaves its idempotency key free."""
+        """IDM-08: a refused create leaves its idempotency key free.
+
+        A start that was refused may be made again with the key. Usual cause: the key is reserved
+        before the change is decided.
+        """
         new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
         bad = t.outside("x", create=new, events=[started()], final=RunStatus.COMPLETED)
         await t.refused(UnseenInput, bad, run_id="x")
@@ -111,7 +138,10 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_09_100_concurrent_starts_one_run(self, t: Case) -> None:
-        """IDM-09: of many starts with one key one wins, and all learn which."""
+        """IDM-09: of many starts with one key one wins, and all learn which.
+
+        Webhooks arrive many times at once. Usual cause: the key is read and written in two steps.
+        """
 
         async def start(n: int) -> str:
             try:
@@ -127,7 +157,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_11_answer_repeated_with_claims(self, t: Case) -> None:
-        """IDM-11: the repeated answer holds seqs, others' events and the claims still held."""
+        """IDM-11: the repeated answer holds seqs, others' events and the claims still held.
+
+        A worker that lost the answer must learn what it holds. Usual cause: the answer is computed
+        anew, after others wrote.
+        """
         held = Held(owner="me", lease=timedelta(seconds=60))
         created = await t.start(put=[turn(claimed=held)])
         again = await t.start(put=[turn(claimed=held)])
@@ -163,7 +197,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_12_last_change_of_64_claims(self, t: Case) -> None:
-        """IDM-12: the last change of each of a run's last 64 claims is known."""
+        """IDM-12: the last change of each of a run's last 64 claims is known.
+
+        A turn that was long delayed is repeated. Usual cause: answers are kept for the last claim
+        only, or for all changes of it.
+        """
         await t.start()
         changes: list[Change] = []
         for _ in range(64):
@@ -179,7 +217,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_13_outside_keys_last_as_long_as_the_run(self, t: Case) -> None:
-        """IDM-13: the key of an input from outside is never forgotten while the run is there."""
+        """IDM-13: the key of an input from outside is never forgotten while the run is there.
+
+        Senders repeat after hours. Usual cause: answers are dropped by age or by number, like those
+        of claims.
+        """
         await t.start()
         changes = [t.outside(key=f"in:{n}", events=[note(str(n))]) for n in range(200)]
         for change in changes:
@@ -192,7 +234,11 @@ class KeyChecks(Suite):
 
     @scenario
     async def test_IDM_14_commit_many_answers_each(self, t: Case) -> None:
-        """IDM-14: changes sent together are accepted or refused each alone, in order per run."""
+        """IDM-14: changes sent together are accepted or refused each alone, in order per run.
+
+        One refused start must not undo the others. Usual cause: one transaction for all, or an
+        exception for the first refusal.
+        """
         await t.start()
         answers = await t.store.commit_many(
             [

@@ -31,7 +31,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_01_50_claimers_one_winner(self, t: Case) -> None:
-        """CCY-01 (I6): an item goes to one of those who want it."""
+        """CCY-01 (I6): an item goes to one of those who want it.
+
+        Workers are many. Usual cause: read and update in two steps, without a condition in the
+        update.
+        """
         await t.start()
         stores = [t.store, *[await t.open() for _ in range(4)]]
         claims = await asyncio.gather(
@@ -41,7 +45,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_02_50_appenders_same_run(self, t: Case) -> None:
-        """CCY-02: every event of every writer is there once, without a gap."""
+        """CCY-02: every event of every writer is there once, without a gap.
+
+        Fan-in: many steps report to one run. Usual cause: the next seq is read before the lock is
+        held.
+        """
         await t.start()
 
         async def append(store: StorageBackend, thread: int) -> list[int]:
@@ -58,7 +66,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_03_append_vs_turn_commit(self, t: Case) -> None:
-        """CCY-03 (I5): an input that races with a settle is delivered by somebody."""
+        """CCY-03 (I5): an input that races with a settle is delivered by somebody.
+
+        An input that is accepted is delivered. Usual cause: the turn writes ``seen`` and the end in
+        two transactions.
+        """
         await t.start()
         for n in range(20):
             claim = await t.turn()
@@ -72,7 +84,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_04_two_turn_owners_one_commits(self, t: Case) -> None:
-        """CCY-04 (I4): of two who believe to hold the turn, the later claim counts."""
+        """CCY-04 (I4): of two who believe to hold the turn, the later claim counts.
+
+        A worker that was stopped goes on after its lease. Usual cause: the fence is checked in the
+        client.
+        """
         await t.start()
         old = await t.turn(lease=1)
         await t.shift(2)
@@ -85,7 +101,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_05_append_vs_terminal(self, t: Case) -> None:
-        """CCY-05: an input and the end of the run: one of them wins, nothing is lost unnoticed."""
+        """CCY-05: an input and the end of the run: one of them wins, nothing is lost unnoticed.
+
+        An input is delivered or refused, never both. Usual cause: the status is read before the
+        transaction.
+        """
         for n in range(10):
             run_id = f"run-{n}"
             await t.start(run_id)
@@ -102,7 +122,10 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_06_key_race(self, t: Case) -> None:
-        """CCY-06 (I7): one idempotency key, many threads, one run."""
+        """CCY-06 (I7): one idempotency key, many threads, one run.
+
+        Two starts, one key. Usual cause: the key is looked up and set in two steps.
+        """
 
         async def start(store: StorageBackend, thread: int) -> str:
             new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
@@ -120,7 +143,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_07_poll_race_no_double(self, t: Case) -> None:
-        """CCY-07: polls at the same time share the work, and leave none of it."""
+        """CCY-07: polls at the same time share the work, and leave none of it.
+
+        Polls of many workers meet. Usual cause: a read without "skip locked" or a condition in the
+        update.
+        """
         for n in range(60):
             await t.start(f"run-{n}")
 
@@ -138,7 +165,10 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_08_purge_vs_commit(self, t: Case) -> None:
-        """CCY-08: a late observation meets its run or no run, never half of one."""
+        """CCY-08: a late observation meets its run or no run, never half of one.
+
+        Purges run beside work. Usual cause: a list of runs is made first and removed later.
+        """
         for n in range(10):
             run_id = f"run-{n}"
             await t.start(run_id)
@@ -155,7 +185,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_10_reader_sees_whole_batches_only(self, t: Case) -> None:
-        """CCY-10 (I1): a change is visible as a whole or not at all."""
+        """CCY-10 (I1): a change is visible as a whole or not at all.
+
+        A reader between two events of a change decides wrongly. Usual cause: one insert per event
+        without a transaction.
+        """
         await t.start()
 
         async def work(store: StorageBackend, thread: int) -> None:
@@ -178,7 +212,10 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_11_no_deadlock_1000_mixed_ops(self, t: Case) -> None:
-        """CCY-11: claims, commits, renewals and reads over a few runs all come to an end."""
+        """CCY-11: claims, commits, renewals and reads over a few runs all come to an end.
+
+        All operations together must end. Usual cause: locks that are taken in different orders.
+        """
         for n in range(5):
             await t.start(f"run-{n}", put=[step("1"), step("2")])
 
@@ -204,7 +241,10 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_CCY_12_cancelled_call_leaves_no_lock(self, t: Case) -> None:
-        """CCY-12: a call given up in the middle hinders nobody, and is done or not done."""
+        """CCY-12: a call given up in the middle hinders nobody, and is done or not done.
+
+        Clients time out. Usual cause: a lock or a connection that is given back on success only.
+        """
         await t.start()
         for n in range(30):
             call = asyncio.ensure_future(
@@ -222,7 +262,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_WATCH_01_wakes(self, t: Case) -> None:
-        """WATCH-01: who waits for a run is told of the next event, and not of older ones."""
+        """WATCH-01: who waits for a run is told of the next event, and not of older ones.
+
+        Waiting for a result costs nothing then. Usual cause: the event is told before it can be
+        read.
+        """
         await t.start()
         brief, long = timedelta(milliseconds=20), seconds(60)
         assert await t.store.watch("run", after=0, timeout=long)
@@ -234,7 +278,11 @@ class RaceChecks(Suite):
 
     @scenario
     async def test_WATCH_02_no_missed_change(self, t: Case) -> None:
-        """WATCH-02: work that appears between a poll and the wait ends the wait."""
+        """WATCH-02: work that appears between a poll and the wait ends the wait.
+
+        A worker that sleeps through work is slow for as long as it polls. Usual cause: the
+        subscription begins after the look.
+        """
         await t.start()
         await t.turn()
         assert await t.claim() == []

@@ -38,7 +38,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_DUE_01_input_makes_a_due_turn(self, t: Case) -> None:
-        """DUE-01 (I5): an input wakes a run that waits for the outside, or for a timer."""
+        """DUE-01 (I5): an input wakes a run that waits for the outside, or for a timer.
+
+        Otherwise a signal waits until a timer ends. Usual cause: the due of the turn is not looked
+        at when an input comes.
+        """
         await t.start()
         claim = await t.turn()
         await t.store.commit(under(claim, seen=1, events=[command()], settle=Settle()))
@@ -56,7 +60,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_DUE_02_skipped_input_wakes_nobody(self, t: Case) -> None:
-        """DUE-02: an input that was recorded before is no news."""
+        """DUE-02: an input that was recorded before is no news.
+
+        A repeated delivery would cost a turn each time. Usual cause: the due is changed before the
+        key is checked.
+        """
         await t.start()
         await t.send(incoming("k"))
         claim = await t.turn()
@@ -66,14 +74,22 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_DUE_03_put_later_than_input_is_due_now(self, t: Case) -> None:
-        """DUE-03: whatever due the sender gives, an unseen input makes the turn due at once."""
+        """DUE-03: whatever due the sender gives, an unseen input makes the turn due at once.
+
+        An input that came while the turn set its timer would sleep with it. Usual cause: put is
+        applied after the input has made the turn due.
+        """
         far = await t.store.now() + seconds(3600)
         await t.start(put=[turn(due_at=far)])
         await t.turn()
 
     @scenario
     async def test_DUE_04_seen_only_by_the_turns_holder(self, t: Case) -> None:
-        """DUE-04: ``seen`` moves under the turn's claim, never back, and starts the run."""
+        """DUE-04: ``seen`` moves under the turn's claim, never back, and starts the run.
+
+        An input that was not delivered would count as delivered, and be lost. Usual cause: ``seen``
+        is set without a look at the claim.
+        """
         await t.start(put=[step()])
         (other,) = await t.claim(("run", "step:1"))
         await t.refused(Fenced, under(other, seen=1))
@@ -90,7 +106,10 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_DUE_05_status_follows(self, t: Case) -> None:
-        """DUE-05: status is derived: pending, running, suspended, paused, stalled, ended."""
+        """DUE-05: status is derived: pending, running, suspended, paused, stalled, ended.
+
+        People read the status. Usual cause: it is stored, and not changed with the items.
+        """
         await t.start()
         assert (await t.run()).status == RunStatus.PENDING
         claim = await t.turn()
@@ -111,7 +130,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_01_pause_hides_work(self, t: Case) -> None:
-        """CTL-01: a paused run's turn and steps are not claimed; deliveries are."""
+        """CTL-01: a paused run's turn and steps are not claimed; deliveries are.
+
+        Operators stop a run to look at it. Usual cause: the pause is a field that claiming does not
+        look at.
+        """
         await t.start(put=[step(), deliver()])
         await t.store.commit(t.outside(control=PAUSE, events=[note()]))
         assert (await t.run()).paused
@@ -126,7 +149,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_02_pause_survives_the_holder(self, t: Case) -> None:
-        """CTL-02 (hazard 13): a session that commits after a pause learns of it, and keeps it."""
+        """CTL-02 (hazard 13): a session that commits after a pause learns of it, and keeps it.
+
+        A turn that was under way when the pause came ends it otherwise. Usual cause: settling puts
+        the item back without a look at the pause.
+        """
         await t.start()
         claim = await t.turn()
         await t.store.commit(t.outside(control=PAUSE))
@@ -142,7 +169,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_03_stall_backs_off(self, t: Case) -> None:
-        """CTL-03 (hazard 3): a stalled run's turn keeps its back-off, unseen inputs or not."""
+        """CTL-03 (hazard 3): a stalled run's turn keeps its back-off, unseen inputs or not.
+
+        A run that always fails must not take all of a worker's time. Usual cause: an unseen input
+        makes the stalled turn due at once.
+        """
         await t.start()
         claim = await t.turn()
         await t.refused(Fenced, t.outside(control=STALL))
@@ -169,7 +200,10 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_04_unstall_from_outside(self, t: Case) -> None:
-        """CTL-04: unstalling makes the turn due at once."""
+        """CTL-04: unstalling makes the turn due at once.
+
+        Operators fix the code and go on. Usual cause: the due stays where the backoff has put it.
+        """
         await t.start()
         claim = await t.turn()
         due = await t.store.now() + seconds(3600)
@@ -180,7 +214,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_05_cancel_without_code(self, t: Case) -> None:
-        """CTL-05: a run that no turn has run, or that is stalled, is cancelled by a commit."""
+        """CTL-05: a run that no turn has run, or that is stalled, is cancelled by a commit.
+
+        What no code has run can be cancelled without code, and nothing else. Usual cause: the check
+        does not see that a turn has run.
+        """
         cancelled: dict[str, Any] = {
             "control": CANCEL,
             "final": RunStatus.CANCELLED,
@@ -204,7 +242,10 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_06_terminate_whatever_it_does(self, t: Case) -> None:
-        """CTL-06: terminate needs no claim and waits for no input; holders are cut off."""
+        """CTL-06: terminate needs no claim and waits for no input; holders are cut off.
+
+        The last resort of an operator has to work always. Usual cause: terminate respects a lease.
+        """
         await t.start(put=[step(), deliver()])
         claim = await t.turn()
         (running,) = await t.claim(("run", "step:1"))
@@ -222,7 +263,11 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_07_deliveries_outlive_the_run(self, t: Case) -> None:
-        """CTL-07 (I8, hazard 1): what an ended run still owes to others is delivered."""
+        """CTL-07 (I8, hazard 1): what an ended run still owes to others is delivered.
+
+        A parent must hear that its child has ended. Usual cause: all items of a run are removed
+        when it ends.
+        """
         await t.start()
         claim = await t.turn()
         await t.store.commit(
@@ -256,7 +301,10 @@ class TurnChecks(Suite):
 
     @scenario
     async def test_CTL_08_pause_twice_is_once(self, t: Case) -> None:
-        """CTL-08: controls that change nothing are accepted."""
+        """CTL-08: controls that change nothing are accepted.
+
+        Two operators press the button. Usual cause: a toggle, or a second event.
+        """
         await t.start()
         for _ in range(2):
             await t.store.commit(t.outside(control=PAUSE))

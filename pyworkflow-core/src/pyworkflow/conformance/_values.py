@@ -55,7 +55,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_01_exact_page_edge(self, t: Case) -> None:
-        """PAG-01: a last page that is exactly full is the last."""
+        """PAG-01: a last page that is exactly full is the last.
+
+        A page that is exactly full is the last one. Usual cause: the cursor is given whenever the
+        page is full.
+        """
         for n in range(4):
             await t.start(f"run-{n}")
         assert await self._listed(t, limit=2) == [["run-3", "run-2"], ["run-1", "run-0"]]
@@ -64,14 +68,21 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_02_empty(self, t: Case) -> None:
-        """PAG-02: an empty store has one empty page."""
+        """PAG-02: an empty store has one empty page.
+
+        New installations list nothing. Usual cause: a cursor for a page without items.
+        """
         assert await self._listed(t) == [[]]
         await t.start()
         assert await self._listed(t, workflow="nothing") == [[]]
 
     @scenario
     async def test_PAG_03_cursor_survives_reopen(self, t: Case) -> None:
-        """PAG-03: a cursor is good in another process."""
+        """PAG-03: a cursor is good in another process.
+
+        A list is paged through by several requests, to several processes. Usual cause: cursors that
+        the server holds open.
+        """
         for n in range(3):
             await t.start(f"run-{n}")
         page = await t.store.list_runs(RunQuery(limit=1))
@@ -80,7 +91,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_04_bad_cursor_error(self, t: Case) -> None:
-        """PAG-04: what is no cursor is a ValueError, never a wrong page."""
+        """PAG-04: what is no cursor is a ValueError, never a wrong page.
+
+        A cursor comes back from browsers and scripts. Usual cause: it is decoded without a check,
+        and the driver's error shows.
+        """
         await t.start()
         for cursor in ("", "nonsense", "run-", "run-\u0661", "-1", "\x00", "9" * 5000):
             try:
@@ -91,7 +106,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_05_insert_during_scan(self, t: Case) -> None:
-        """PAG-05: while runs come and end, a listing shows each old run exactly once."""
+        """PAG-05: while runs come and end, a listing shows each old run exactly once.
+
+        Copies and purges page through a store in use. Usual cause: offsets, or an order that ties.
+        """
         for n in range(10):
             await t.start(f"run-{n}")
         seen: list[str] = []
@@ -108,7 +126,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_06_filters_compose(self, t: Case) -> None:
-        """PAG-06: status and workflow both hold, on every page."""
+        """PAG-06: status and workflow both hold, on every page.
+
+        Dashboards filter by status and workflow at once. Usual cause: the filter is applied after
+        the limit.
+        """
         for n in range(8):
             await t.start(f"run-{n}", workflow="even" if n % 2 == 0 else "odd")
         for n in (0, 1, 4):
@@ -127,7 +149,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAG_07_limit_bounds(self, t: Case) -> None:
-        """PAG-07: 1 to 1,000 runs a page; everything else is a ValueError."""
+        """PAG-07: 1 to 1,000 runs a page; everything else is a ValueError.
+
+        A limit is the caller's protection. Usual cause: no check, or a limit that is cut in
+        silence.
+        """
         await t.start()
         for limit in (1, 1000):
             assert await self._listed(t, limit=limit) == [["run"]]
@@ -146,14 +172,21 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_01_1mb_event(self, t: Case) -> None:
-        """PAY-01 (I12): a megabyte comes back."""
+        """PAY-01 (I12): a megabyte comes back.
+
+        Steps return documents. Usual cause: a limit of a column, a row or a message of the driver.
+        """
         await t.start()
         await self._round_trip(t, "x" * 2**20)
         await self._round_trip(t, ["\u00e9" * 2**18, {"k": "y" * 2**18}])
 
     @scenario
     async def test_PAY_02_256kb_edge(self, t: Case) -> None:
-        """PAY-02: nothing happens at a power of two."""
+        """PAY-02: nothing happens at a power of two.
+
+        256 KB is what every backend must hold. Usual cause: the limit counts the envelope, or
+        characters for bytes.
+        """
         await t.start()
         for size in (2**16, 2**18):
             for edge in (-1, 0, 1):
@@ -161,7 +194,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_03_over_limit_typed_error(self, t: Case) -> None:
-        """PAY-03: what is too large is refused as such, in bytes, and nothing is written."""
+        """PAY-03: what is too large is refused as such, in bytes, and nothing is written.
+
+        The user is told what is too large, and the run goes on. Usual cause: the driver's error
+        comes through, or half is written.
+        """
         limit = t.store.info().max_payload
         if limit > 64 * 2**20:
             return
@@ -179,7 +216,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_04_1000_events_one_batch(self, t: Case) -> None:
-        """PAY-04: many events in one change are one change."""
+        """PAY-04: many events in one change are one change.
+
+        A fan-out schedules a thousand steps in one turn. Usual cause: a limit on parameters of a
+        statement.
+        """
         await t.start()
         number = min(1000, t.store.info().max_events_per_commit)
         answer = await t.send(*(note(str(n), key=f"k{n}") for n in range(number)))
@@ -188,7 +229,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_05_100k_event_log(self, t: Case) -> None:
-        """PAY-05: a history of 100,000 events is read in pages, and still appended to."""
+        """PAY-05: a history of 100,000 events is read in pages, and still appended to.
+
+        Runs live for months. Usual cause: the history is read or rewritten whole with each change.
+        """
         if not self.capabilities.large_history:
             return
         await t.start()
@@ -203,7 +247,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_06_null_empty_bigint_float(self, t: Case) -> None:
-        """PAY-06 (I12): JSON comes back equal and of equal type; what is not JSON is refused."""
+        """PAY-06 (I12): JSON comes back equal and of equal type; what is not JSON is refused.
+
+        What a step returned is what the workflow gets on replay. Usual cause: numbers pass through
+        floats, or null through "absent".
+        """
         await t.start()
         values: list[Json] = [
             None,
@@ -237,14 +285,22 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_PAY_07_binary_and_nul(self, t: Case) -> None:
-        """PAY-07: control characters and NUL are text like any other."""
+        """PAY-07: control characters and NUL are text like any other.
+
+        Payloads hold base64 and control characters. Usual cause: C strings, or a text column that
+        ends at NUL.
+        """
         await t.start(args="a\x00b")
         await self._round_trip(t, "".join(map(chr, range(256))) * 10)
         assert (await t.run()).args == "a\x00b"
 
     @scenario
     async def test_UNI_01_texts(self, t: Case) -> None:
-        """UNI-01: every text comes back, as value and as key."""
+        """UNI-01: every text comes back, as value and as key.
+
+        Names and messages are in every language. Usual cause: a column or file that is not UTF-8,
+        or text that is normalised.
+        """
         await t.start()
         await self._round_trip(t, list(TEXTS))
         await self._round_trip(t, {text: text for text in TEXTS})
@@ -255,7 +311,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_UNI_02_nul_in_string(self, t: Case) -> None:
-        """UNI-02: NUL ends nothing: not ids, keys, queues or payloads."""
+        """UNI-02: NUL ends nothing: not ids, keys, queues or payloads.
+
+        Users paste anything. Usual cause: a text type that refuses NUL, and no escape for it.
+        """
         await t.start("a\x00b", queue="q\x00r", idempotency_key="k\x00l")
         await t.start("a\x00c", queue="q\x00s", idempotency_key="k\x00m", key="2")
         assert await t.store.find_run("k\x00l") == "a\x00b"
@@ -265,7 +324,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_UNI_03_lone_surrogate_rejected_typed(self, t: Case) -> None:
-        """UNI-03: half a character is refused by type, wherever it stands."""
+        """UNI-03: half a character is refused by type, wherever it stands.
+
+        What cannot be stored must be refused before anything is written. Usual cause: the driver
+        fails halfway, with an error of its own.
+        """
         await t.start()
         bad = "a\ud800"
         changes: tuple[dict[str, Any], ...] = (
@@ -284,7 +347,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_UNI_04_ids_are_opaque(self, t: Case) -> None:
-        """UNI-04: ids are names of nothing else: no path, pattern, line or separator."""
+        """UNI-04: ids are names of nothing else: no path, pattern, line or separator.
+
+        Ids come from users and go into file names and keys. Usual cause: ids in paths or separators
+        without escaping.
+        """
         ids = ["a/b", "../a", "..", ".", "a\nb", "*", "%", "a:b", "a b", "{a}", "CON", "a'b", "~"]
         for run_id in ids:
             await t.start(run_id, put=[step("../x"), deliver("a\nb")])
@@ -295,7 +362,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_UNI_05_4kb_names(self, t: Case) -> None:
-        """UNI-05: long names are names."""
+        """UNI-05: long names are names.
+
+        Nobody promises short names. Usual cause: a limit of an index or of a file name.
+        """
         long = "n" * 4096
         await t.start(long, workflow=long, queue=long, idempotency_key=long, key=long)
         assert (await t.start(long, key=long)).duplicate
@@ -306,7 +376,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_UNI_06_case_and_normalisation_distinct(self, t: Case) -> None:
-        """UNI-06: names that merely look alike are different."""
+        """UNI-06: names that merely look alike are different.
+
+        Two ids that look alike are two runs. Usual cause: a collation or a file system that folds
+        case.
+        """
         ids = ["a", "A", "\u00e9", "e\u0301", "a ", "\u212b", "\u00c5"]
         for n, run_id in enumerate(ids):
             await t.start(run_id, idempotency_key=run_id, args=str(n))
@@ -316,7 +390,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_01_due_uses_storage_clock(self, t: Case) -> None:
-        """TIM-01: shifting the storage's clock is all that time needs; every object sees it."""
+        """TIM-01: shifting the storage's clock is all that time needs; every object sees it.
+
+        Timers fire by one clock. Usual cause: due times are compared with the clock of the process.
+        """
         other = await t.open()
         before = await t.store.now()
         await t.start(events=[], put=[turn(due_at=before + seconds(3000))])
@@ -328,7 +405,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_02_writers_clock_is_ignored(self, t: Case) -> None:
-        """TIM-02: timestamps, seqs and run ids that a writer puts on events mean nothing."""
+        """TIM-02: timestamps, seqs and run ids that a writer puts on events mean nothing.
+
+        Clocks of machines differ. Usual cause: the client sends its time.
+        """
         await t.start()
         claimed = note()._replace(
             timestamp=datetime(2100, 1, 1, tzinfo=UTC), seq=77, run_id="another"
@@ -340,7 +420,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_03_clock_back_no_double_fire(self, t: Case) -> None:
-        """TIM-03: a clock set back gives nothing twice; what is held stays held."""
+        """TIM-03: a clock set back gives nothing twice; what is held stays held.
+
+        Clocks are set back. Usual cause: a timer is found by a window of time.
+        """
         await t.start()
         due = await t.store.now() + seconds(10)
         wait = under(await t.turn(), seen=1, settle=Settle(again_at=due))
@@ -357,7 +440,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_04_far_future_due_2100(self, t: Case) -> None:
-        """TIM-04: a timer may lie a lifetime ahead."""
+        """TIM-04: a timer may lie a lifetime ahead.
+
+        Sleeping for decades is allowed. Usual cause: 32 bits.
+        """
         due = datetime(2100, 2, 28, 23, 59, 59, 999_999, tzinfo=UTC)
         await t.start(events=[], put=[turn(due_at=due)], deadline=due)
         assert (await t.items())["turn"].due_at == due == await t.store.next_due()
@@ -366,7 +452,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_05_microsecond_roundtrip(self, t: Case) -> None:
-        """TIM-05: instants keep their microseconds."""
+        """TIM-05: instants keep their microseconds.
+
+        Instants are compared for equality. Usual cause: floats or milliseconds.
+        """
         base = datetime(2033, 5, 18, 3, 33, 20, tzinfo=UTC)
         for n, micros in enumerate((1, 999_999, 123_457, 500_000)):
             due = base + timedelta(microseconds=micros)
@@ -376,7 +465,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_06_zones_are_instants(self, t: Case) -> None:
-        """TIM-06: an instant in another zone is the same instant."""
+        """TIM-06: an instant in another zone is the same instant.
+
+        Workers run in many zones. Usual cause: naive instants in the database's zone.
+        """
         now = await t.store.now()
         zone = timezone(timedelta(hours=-9, minutes=-30))
         await t.start(events=[], put=[turn(due_at=(now + seconds(5)).astimezone(zone))])
@@ -387,7 +479,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_TIM_07_many_timers_same_instant(self, t: Case) -> None:
-        """TIM-07: what is due at one instant is all given, once each."""
+        """TIM-07: what is due at one instant is all given, once each.
+
+        Campaigns wake everybody at nine. Usual cause: an order by due alone, so that pages skip or
+        repeat.
+        """
         due = await t.store.now() + seconds(3600)
         for n in range(500):
             await t.start(f"run-{n}", events=[], put=[turn(due_at=due)])
@@ -404,7 +500,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_GC_01_purge_terminal_only(self, t: Case) -> None:
-        """GC-01: only runs that ended, own nothing and whose parent is done are removed."""
+        """GC-01: only runs that ended, own nothing and whose parent is done are removed.
+
+        What is open, or owes a message, is still needed. Usual cause: age alone decides.
+        """
         await t.start("open")
         await t.start("child", parent=ParentRef(run_id="open", op="1"))
         await t.start("orphan", parent=ParentRef(run_id="gone", op="1"))
@@ -422,7 +521,10 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_GC_02_purge_age_limit(self, t: Case) -> None:
-        """GC-02: ``before`` compares with the end of the run."""
+        """GC-02: ``before`` compares with the end of the run.
+
+        Retention is a promise in both directions. Usual cause: the start counts instead of the end.
+        """
         await t.start("old")
         await t.end("old")
         await t.shift(100)
@@ -435,7 +537,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_GC_03_purge_keeps_keys(self, t: Case) -> None:
-        """GC-03 (hazard 27): a purged run's key stays taken until ``key_retention`` is over."""
+        """GC-03 (hazard 27): a purged run's key stays taken until ``key_retention`` is over.
+
+        A start that is repeated after the purge must not run again. Usual cause: keys lie in the
+        run's row.
+        """
         await t.start(idempotency_key="order")
         await t.end()
         assert await self._purge(t, key_retention=seconds(1000)) == 1
@@ -453,7 +559,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_GC_04_purge_in_parts(self, t: Case) -> None:
-        """GC-04: purge removes at most ``limit`` runs, and goes on where it stopped."""
+        """GC-04: purge removes at most ``limit`` runs, and goes on where it stopped.
+
+        Millions are removed in portions. Usual cause: the limit is ignored, or what is skipped is
+        counted.
+        """
         for n in range(7):
             await t.start(f"run-{n}")
             await t.end(f"run-{n}")
@@ -462,7 +572,11 @@ class ValueChecks(Suite):
 
     @scenario
     async def test_GC_05_no_orphans_after_purge(self, t: Case) -> None:
-        """GC-05: a purged run leaves nothing under its id; the id may be used again."""
+        """GC-05: a purged run leaves nothing under its id; the id may be used again.
+
+        What is left of a purged run comes back with the next run of the id. Usual cause: a table
+        that the purge forgets.
+        """
         await t.start()
         await t.send(note(key="k"))
         await t.end()

@@ -1,11 +1,54 @@
 """``StorageConformance``: all groups of checks in one class to inherit from."""
 
+# ruff: noqa: E402 - pytest has to know the modules before they are imported
+
 from __future__ import annotations
+
+import pytest
+
+# The checks are plain asserts: failures must show what they compared.
+pytest.register_assert_rewrite(
+    *(
+        f"pyworkflow.conformance.{module}"
+        for module in (
+            "_case",
+            "_children",
+            "_claims",
+            "_contract",
+            "_copies",
+            "_crash",
+            "_damage",
+            "_faulty",
+            "_keys",
+            "_meta",
+            "_migrations",
+            "_model",
+            "_oracle",
+            "_processes",
+            "_profiles",
+            "_races",
+            "_soak",
+            "_stateful",
+            "_turns",
+            "_values",
+        )
+    )
+)
 
 from pyworkflow.conformance._claims import ClaimChecks
 from pyworkflow.conformance._contract import ContractChecks
+from pyworkflow.conformance._copies import CopyChecks
+from pyworkflow.conformance._crash import CrashChecks
+from pyworkflow.conformance._damage import DamageChecks
+from pyworkflow.conformance._faulty import FaultChecks
 from pyworkflow.conformance._keys import KeyChecks
+from pyworkflow.conformance._meta import MetaChecks
+from pyworkflow.conformance._migrations import MigrationChecks
+from pyworkflow.conformance._model import ModelChecks
+from pyworkflow.conformance._processes import ProcessChecks
+from pyworkflow.conformance._profiles import EngineChecks
 from pyworkflow.conformance._races import RaceChecks
+from pyworkflow.conformance._soak import SoakChecks
 from pyworkflow.conformance._turns import TurnChecks
 from pyworkflow.conformance._values import ValueChecks
 
@@ -13,7 +56,22 @@ __all__ = ["StorageConformance"]
 
 
 class StorageConformance(
-    ContractChecks, KeyChecks, ClaimChecks, TurnChecks, ValueChecks, RaceChecks
+    MetaChecks,
+    ContractChecks,
+    KeyChecks,
+    ClaimChecks,
+    TurnChecks,
+    ValueChecks,
+    RaceChecks,
+    ProcessChecks,
+    CrashChecks,
+    DamageChecks,
+    CopyChecks,
+    MigrationChecks,
+    ModelChecks,
+    FaultChecks,
+    SoakChecks,
+    EngineChecks,
 ):
     """Inherit from this, override ``make``, declare ``capabilities``; then run pytest.
 

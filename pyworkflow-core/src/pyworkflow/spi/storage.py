@@ -299,6 +299,10 @@ class StorageBackend(ABC):
     async def migrate(self) -> None:
         """Bring the schema forward; safe when several processes race. ``SchemaTooNew``."""
 
+    async def pending_migrations(self) -> list[str]:
+        """What ``migrate`` would do, by name; writes nothing. The default knows of none."""
+        return []
+
     @abstractmethod
     async def now(self) -> datetime:
         """The storage's clock, which alone decides due times, leases and timestamps."""

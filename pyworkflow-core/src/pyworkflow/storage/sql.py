@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 try:
-    from pyworkflow_storage_sql import __getattr__ as __getattr__  # loads the one that is asked for
+    from pyworkflow_storage_sql import __getattr__ as __getattr__  # noqa: PLC0414 - type checkers: re-exported
 except ModuleNotFoundError as error:
     if error.name != "pyworkflow_storage_sql":
         raise  # the plugin is there and broken: its own error says more

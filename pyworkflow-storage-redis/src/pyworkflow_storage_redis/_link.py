@@ -1,0 +1,284 @@
+"""From a storage object to its server: connecting, what is asked of a server, calls of scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from typing import Any, cast
+from uuid import uuid4
+
+from redis import exceptions
+
+from pyworkflow.spi import (
+    ConfigurationError,
+    SchemaTooNew,
+    StorageError,
+    StorageUnavailable,
+)
+from pyworkflow_storage_redis._channel import Answer, Channel
+from pyworkflow_storage_redis._connection import RedisConnection, make_connection
+from pyworkflow_storage_redis._errors import text_of, translate
+from pyworkflow_storage_redis._keys import FORMAT, Address, prefix_of
+from pyworkflow_storage_redis._scripts import NAMES, sha, source
+
+__all__ = ["Link", "forks"]
+
+_log = logging.getLogger("pyworkflow.storage")
+_OLDEST = (6, 2)
+_PAUSE = 0.05
+_REDIRECTS = 5
+
+_forks = 0
+#: Connections of the parent: dropped in the child without a word to the server or the event loop.
+_inherited: list[object] = []
+
+
+def forks() -> int:
+    """How many forks lie between this process and the one that began."""
+    return _forks
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+class Link:
+    """The connection of one storage object in one event loop; connects again when it is lost."""
+
+    def __init__(
+        self, address: Address, namespace: str, *, timeout: float, must_be_durable: bool = False
+    ) -> None:
+        self.address = address
+        self.location = address.location
+        self.prefix = prefix_of(namespace)
+        self.meta = f"{self.prefix}meta".encode()
+        self.durable = False
+        self._must_be_durable = must_be_durable
+        self._timeout = timeout
+        self._host: str = address.host
+        self._port = address.port
+        self._channel: Channel | None = None
+        self._lock = asyncio.Lock()
+        self._serial = 0
+        self._identity = b""
+        self._told = False
+
+    # --- calls --------------------------------------------------------------------------------
+
+    async def call(self, script: str, *args: bytes | str, again: bool = True) -> Any:
+        """What the script answers, without serial and clock.
+
+        ``again``: doing it twice does no harm, so it is sent once more when the connection was
+        lost.
+        """
+        return (await self.ask(script, *args, again=again))[2]
+
+    async def ask(self, script: str, *args: bytes | str, again: bool = True) -> list[Any]:
+        """What the script answers: serial, clock, answer."""
+        failure: Exception | None = None
+        for _ in range(_REDIRECTS):
+            channel = self._channel
+            if channel is None or not channel.alive:
+                channel = await self.connect()
+            try:
+                raw = await self.send(channel, script, *args)
+            except exceptions.NoScriptError:
+                # Another server, or somebody flushed its scripts.
+                await self._load(channel)
+            except exceptions.MovedError as moved:
+                await self._move(moved)
+            except (exceptions.RedisError, OSError, TimeoutError) as error:
+                lost = isinstance(error, exceptions.ConnectionError | OSError | TimeoutError)
+                if "READONLY" in text_of(error):
+                    # A failover may have put another server behind the name.
+                    await self._hang_up()
+                if not (lost and again) or failure is not None:
+                    raise translate(error, self.location) from error
+                failure = error
+            else:
+                answer: list[Any] = json.loads(cast("bytes", raw).decode())
+                self._serial = max(self._serial, answer[0])
+                return answer
+        raise StorageUnavailable(
+            f"the Redis server does not do what is asked: location={self.location}; try again later"
+        )
+
+    def send(self, channel: Channel, script: str, *args: bytes | str) -> Answer:
+        """Send a call without waiting for its answer."""
+        return channel.call(
+            b"EVALSHA", sha(script), b"1", self.meta, str(self._serial), self._identity, *args
+        )
+
+    async def close(self) -> None:
+        """Let go of the connection."""
+        await self._hang_up()
+
+    def abandon(self, *others: object) -> None:
+        """In a forked child: the connection is the parent's, and so are those of ``others``."""
+        _inherited.extend((self._channel, *others))
+        self._channel = None
+
+    async def _hang_up(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def _move(self, moved: exceptions.MovedError) -> None:
+        """In a cluster the slot is another node's."""
+        node = cast("Any", moved)  # redis-py does not say of what type its parts are
+        self._host, self._port = str(node.host or self._host), int(node.port)
+        await self._hang_up()
+
+    async def _load(self, channel: Channel) -> None:
+        try:
+            answers = [channel.call(b"SCRIPT", b"LOAD", source(name)) for name in NAMES]
+            await asyncio.gather(*answers)
+        except (exceptions.RedisError, OSError) as error:
+            raise translate(error, self.location) from error
+
+    # --- connecting ---------------------------------------------------------------------------
+
+    def connection(self) -> RedisConnection:
+        """A connection to the server, not connected yet."""
+        arguments = self.address.arguments() | {
+            "host": self._host,
+            "port": self._port,
+            # Our own watch over silence looks at all calls at once.
+            "socket_timeout": None,
+            "socket_connect_timeout": self._timeout,
+            "socket_keepalive": True,
+            "protocol": 2,
+        }
+        return make_connection(arguments, tls=self.address.scheme == "rediss")
+
+    async def connect(self) -> Channel:
+        """The connection, checked; waits while the server loads its data."""
+        async with self._lock:
+            channel = self._channel
+            if channel is not None and channel.alive:
+                return channel
+            await self._hang_up()
+            loop = asyncio.get_running_loop()
+            end = loop.time() + self._timeout
+            while True:
+                channel = Channel(self.connection(), timeout=self._timeout)
+                try:
+                    await channel.connect()
+                    await self._prove(channel)
+                except exceptions.MovedError as moved:
+                    await channel.close()
+                    await self._move(moved)
+                except (exceptions.RedisError, OSError, TimeoutError) as error:
+                    await channel.close()
+                    if "LOADING" not in text_of(error) or loop.time() > end:
+                        raise translate(error, self.location) from error
+                    await asyncio.sleep(_PAUSE)
+                except BaseException:
+                    await channel.close()
+                    raise
+                else:
+                    self._channel = channel
+                    return channel
+
+    async def _prove(self, channel: Channel) -> None:
+        """Refuse a server that would lose what it is given.
+
+        Raises:
+            ConfigurationError: Too old, evicts keys, or a replica.
+            SchemaTooNew: A newer version wrote the namespace.
+        """
+        facts = _facts(await channel.call(b"INFO"))
+        if facts.get("loading", "0") != "0":
+            raise exceptions.BusyLoadingError("LOADING")
+        version = facts.get("redis_version", "0")
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            raise ConfigurationError(
+                f"the Redis server is too old: location={self.location} version={version}; "
+                "Redis 6.2 or Valkey is needed"
+            )
+        policy = facts.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise ConfigurationError(
+                f"the Redis server may throw keys away: location={self.location} "
+                f"maxmemory-policy={policy}; runs would be lost without an error. "
+                "Set maxmemory-policy to noeviction, or use another server for PyWorkflow"
+            )
+        if facts.get("role") != "master":
+            raise ConfigurationError(
+                f"the Redis server is a replica: location={self.location} "
+                f"role={facts.get('role')}; name its primary in the storage URL"
+            )
+        self.durable = await self._is_durable(channel, facts)
+        if self._must_be_durable and not self.durable:
+            raise ConfigurationError(
+                f"the Redis server is not durable: location={self.location}; the storage URL says "
+                "durable=true. Set appendonly yes and appendfsync always, and let CONFIG GET be "
+                "allowed, or leave the option out"
+            )
+        for name in NAMES:
+            await channel.call(b"SCRIPT", b"LOAD", source(name))
+        found, identity = await self._format(channel, make=True)
+        if found > FORMAT:
+            raise SchemaTooNew(f"location={self.location}", found, FORMAT)
+        self._identity = self._identity or identity
+        if not self._told:
+            self._told = True
+            how = "appendfsync=always" if self.durable else "commits may be lost with the server"
+            _log.info(
+                "Redis storage opened: location=%s version=%s durable=%s (%s)",
+                self.location,
+                facts.get("valkey_version", version),
+                str(self.durable).lower(),
+                how,
+            )
+
+    async def _is_durable(self, channel: Channel, facts: dict[str, str]) -> bool:
+        if facts.get("aof_enabled") != "1":
+            return False
+        try:
+            answer = await channel.call(b"CONFIG", b"GET", b"appendfsync")
+        except exceptions.ResponseError:
+            return False  # a managed service does not say
+        return bool(answer) and answer[-1] == b"always"
+
+    async def _format(self, channel: Channel, *, make: bool) -> tuple[int, bytes]:
+        fresh = uuid4().hex if make else ""
+        raw: Any = await channel.call(
+            b"EVALSHA", sha("open"), b"1", self.meta, b"0", b"", fresh, str(FORMAT)
+        )
+        found, identity = json.loads(raw.decode())[2]
+        return found or 0, (identity or "").encode()
+
+    async def pending_migrations(self) -> list[str]:
+        """What ``migrate`` would do; writes nothing."""
+        channel = Channel(self.connection(), timeout=self._timeout)
+        try:
+            await channel.connect()
+            meta: Any = await channel.call(b"HGET", self.meta, b"format")
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            raise translate(error, self.location) from error
+        finally:
+            await channel.close()
+        found = int(meta or 0)
+        if found > FORMAT:
+            raise SchemaTooNew(f"location={self.location}", found, FORMAT)
+        return [f"{number:04d}" for number in range(found + 1, FORMAT + 1)]
+
+
+def _facts(answer: Any) -> dict[str, str]:
+    lines = cast("bytes", answer).decode("utf-8", "replace").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
+
+
+def other_loop(location: str) -> StorageError:
+    """The error for an object that belongs elsewhere."""
+    return StorageError(
+        f"the storage object belongs to another event loop: location={location}; "
+        "use twin() to make one for this loop"
+    )

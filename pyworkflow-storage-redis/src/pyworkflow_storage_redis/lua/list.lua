@@ -1,0 +1,51 @@
+-- list_runs, stats: runs by number, newest first, `bound` of them looked at per call at most.
+local q = cjson.decode(ARGV[3])
+if q.counts then
+  -- Ended runs are counted by their index, open ones by the caller, part by part.
+  local texts = { '"runs":0,"events":' .. int(events_total) .. ',"items":' .. int(items_total) }
+  for _, status in ipairs({ 'completed', 'failed', 'cancelled', 'terminated', 'continued' }) do
+    texts[#texts + 1] = '"' .. status .. '":' .. int(call('ZCARD', P .. 'runs:' .. status))
+  end
+  return answer('{' .. table.concat(texts, ',') .. '}')
+end
+local states, wanted = q.states, set_of(q.statuses)
+local heads, found, last, looked = {}, {}, nil, 0
+local function fill(head)
+  local list = call('ZREVRANGEBYSCORE', head.key, head.below, '-inf', 'WITHSCORES', 'LIMIT', 0, head.chunk)
+  head.list, head.at, head.done = list, 1, #list < 2 * head.chunk
+  if #list > 0 then head.below = '(' .. list[#list] end
+end
+for _, state in ipairs(states) do
+  local key = P .. 'runs:' .. state
+  if q.workflow then key = key .. ':' .. q.workflow end
+  local head = { key = key, below = q.below and '(' .. q.below or '+inf', chunk = math.min(q.limit + 1, 200) }
+  fill(head)
+  heads[#heads + 1] = head
+end
+local more = false
+while true do
+  local best
+  for _, head in ipairs(heads) do
+    if head.at > #head.list and not head.done then fill(head) end
+    if head.at <= #head.list and
+      (not best or tonumber(head.list[head.at + 1]) > tonumber(best.list[best.at + 1])) then best = head end
+  end
+  if not best then break end
+  if #found >= q.limit or looked >= q.bound then
+    more = true
+    break
+  end
+  local run_id, number = best.list[best.at], best.list[best.at + 1]
+  best.at = best.at + 2
+  looked, last = looked + 1, number
+  local status = status_of(run_id)
+  if not wanted or wanted[status] then
+    if q.names then
+      found[#found + 1] = '"' .. status .. '"'
+    else
+      found[#found + 1] = '[' .. number .. ',' .. enc(run_id) .. ',' .. run_json(run_id, status) .. ']'
+    end
+  end
+end
+return answer('[[' .. table.concat(found, ',') .. '],' .. (last or 'null') .. ',' ..
+  (more and 'true' or 'false') .. ']')

@@ -1,0 +1,112 @@
+"""What waits together goes together: calls that come while others are under way form the next batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+__all__ = ["Batches"]
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+_LARGEST = 500
+#: Below this a batch is not worth two transactions.
+_SPREAD = 16
+
+
+class Batches(Generic[T, A]):
+    """Sends requests in batches, at most ``width`` at a time.
+
+    A caller that gives up waiting leaves its request in the batch: it is answered to nobody,
+    and ``unwanted`` may undo it before the next batch.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[T]], Awaitable[list[A]]],
+        width: int,
+        unwanted: Callable[[A], Awaitable[None]] | None = None,
+    ) -> None:
+        self._send = send
+        self._unwanted = unwanted
+        self._width = width
+        self._waiting: deque[tuple[T, asyncio.Future[A]]] = deque()
+        self._senders: set[asyncio.Task[None]] = set()
+
+    async def add(self, request: T) -> A:
+        """The answer to one request."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[A] = loop.create_future()
+        self._waiting.append((request, answer))
+        if len(self._senders) < self._width:
+            sender = loop.create_task(self._run())
+            self._senders.add(sender)
+        return await answer
+
+    async def _run(self) -> None:
+        try:
+            await self._send_all()
+        finally:
+            # Not in a callback: a request that came before it ran would wait for ever.
+            task = asyncio.current_task()
+            assert task is not None
+            self._senders.discard(task)
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(_LARGEST, len(self._waiting)))]
+            batch = [entry for entry in batch if not entry[1].done()]
+            if not batch:
+                continue
+            try:
+                answers = await self._send([request for request, _ in batch])
+            except Exception as exc:  # noqa: BLE001 - raised again for each caller
+                if len(batch) > 1:
+                    # One of them may be the cause: it must not take the others along.
+                    for request, future in batch:
+                        await self._alone(request, future)
+                elif not batch[0][1].done():
+                    batch[0][1].set_exception(exc)
+                continue
+            for (_, future), answer in zip(batch, answers, strict=True):
+                await self._deliver(future, answer)
+
+    async def _deliver(self, future: asyncio.Future[A], answer: A) -> None:
+        if not future.done():
+            future.set_result(answer)
+        elif self._unwanted is not None:
+            await self._unwanted(answer)
+
+    async def _alone(self, request: T, future: asyncio.Future[A]) -> None:
+        try:
+            answer = (await self._send([request]))[0]
+        except Exception as exc:  # noqa: BLE001 - the caller's
+            if not future.done():
+                future.set_exception(exc)
+        else:
+            await self._deliver(future, answer)
+
+    async def spread(self, requests: Sequence[T], name: Callable[[T], str]) -> list[A]:
+        """Answers to many, over all connections; those of one name stay in order."""
+        if self._width == 1 or len(requests) < _SPREAD:
+            return await self._send(requests)
+        parts: list[list[int]] = [[] for _ in range(self._width)]
+        for index, request in enumerate(requests):
+            parts[hash(name(request)) % self._width].append(index)
+        parts = [part for part in parts if part]
+        sent = [
+            asyncio.ensure_future(self._send([requests[index] for index in part])) for part in parts
+        ]
+        try:
+            done = await asyncio.gather(*sent)
+        except BaseException:
+            # The others end before the caller hears of it, and may send the same again.
+            await asyncio.gather(*sent, return_exceptions=True)
+            raise
+        answers: dict[int, A] = {}
+        for part, answered in zip(parts, done, strict=True):
+            answers |= dict(zip(part, answered, strict=True))
+        return [answers[index] for index in range(len(requests))]

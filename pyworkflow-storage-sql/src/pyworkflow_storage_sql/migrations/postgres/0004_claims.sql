@@ -1,0 +1,210 @@
+-- Claims and leases. They lock items only, never a run: a commit may hold the run and wait for them.
+CREATE FUNCTION {schema}.pick_due(
+    p_now timestamptz, p_limit int, p_queues text[], p_workflows text[], p_kinds text[],
+    p_rung_before timestamptz
+) RETURNS SETOF {schema}.work_items
+LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    v_priority bigint; v_left int := p_limit; v_item {schema}.work_items%ROWTYPE;
+BEGIN
+    SELECT max(w.priority) INTO v_priority FROM {schema}.work_items w WHERE NOT w.paused;
+    WHILE v_priority IS NOT NULL AND v_left > 0 LOOP
+        FOR v_item IN
+            SELECT * FROM {schema}.work_items w
+            WHERE NOT w.paused AND w.priority = v_priority AND w.due_at <= p_now
+                AND (w.token IS NULL OR w.lease_until <= p_now)
+                AND (p_queues IS NULL OR w.queue = ANY (p_queues))
+                AND (p_workflows IS NULL OR w.kind = 'deliver' OR w.workflow = ANY (p_workflows))
+                AND (p_kinds IS NULL OR w.kind = ANY (p_kinds))
+                AND (p_rung_before IS NULL OR w.rung_at IS NULL OR w.rung_at <= p_rung_before)
+            ORDER BY w.due_at, w.number LIMIT v_left FOR UPDATE SKIP LOCKED
+        LOOP
+            v_left := v_left - 1;
+            RETURN NEXT v_item;
+        END LOOP;
+        SELECT max(w.priority) INTO v_priority FROM {schema}.work_items w
+        WHERE NOT w.paused AND w.priority < v_priority;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION {schema}.claim_many(p_requests jsonb)
+RETURNS TABLE (o_place int, o_now timestamptz, o_item text, o_run text, o_events text,
+    o_after bigint, o_cut boolean)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off SET timezone = 'UTC' AS $$
+DECLARE
+    q jsonb; ref jsonb; v_shift interval; v_mark bigint; v_floor timestamptz; v_now timestamptz;
+    v_queues text[]; v_workflows text[]; v_kinds text[]; v_found {schema}.work_items[];
+    v_item {schema}.work_items%ROWTYPE; v_budget bigint; v_size bigint; v_end bigint;
+    v_last bigint; v_wrote boolean := false; v_place int := -1; v_limit int; v_until timestamptz;
+BEGIN
+    SELECT t.shift, k.last_value INTO v_shift, v_mark
+    FROM {schema}.store t, {schema}.clock k WHERE t.one;
+    v_floor := timestamptz 'epoch' + v_mark * interval '1 us';
+    FOR q IN SELECT value FROM jsonb_array_elements(p_requests) LOOP
+        v_place := v_place + 1;
+        v_floor := greatest(v_floor, clock_timestamp());
+        v_now := v_floor + v_shift;
+        v_queues := CASE WHEN q ? 'queues'
+            THEN ARRAY(SELECT jsonb_array_elements_text(q->'queues')) END;
+        v_workflows := CASE WHEN q ? 'workflows'
+            THEN ARRAY(SELECT jsonb_array_elements_text(q->'workflows')) END;
+        v_kinds := CASE WHEN q ? 'kinds'
+            THEN ARRAY(SELECT jsonb_array_elements_text(q->'kinds')) END;
+        v_limit := (q->>'limit')::int; v_budget := (q->>'max_bytes')::bigint;
+        v_until := v_now + (q->>'lease')::interval;
+        IF q ? 'items' THEN
+            -- By reference it waits for who changes the item now; in order, as all who wait do.
+            PERFORM 1 FROM {schema}.work_items w
+            JOIN jsonb_array_elements(q->'items') r
+                ON w.run_id = r.value->>0 AND w.item_id = r.value->>1
+            ORDER BY w.run_id, w.item_id FOR UPDATE OF w;
+            v_floor := greatest(v_floor, clock_timestamp());
+            v_now := v_floor + v_shift;
+            v_until := v_now + (q->>'lease')::interval;
+            v_found := '{}';
+            FOR ref IN SELECT value FROM jsonb_array_elements(q->'items') LOOP
+                EXIT WHEN cardinality(v_found) >= v_limit;
+                SELECT * INTO v_item FROM {schema}.work_items w
+                WHERE w.run_id = ref->>0 AND w.item_id = ref->>1 AND NOT w.paused
+                    AND w.due_at <= v_now AND (w.token IS NULL OR w.lease_until <= v_now)
+                    AND (v_queues IS NULL OR w.queue = ANY (v_queues))
+                    AND (v_kinds IS NULL OR w.kind = ANY (v_kinds))
+                    AND (v_workflows IS NULL OR w.kind = 'deliver'
+                        OR w.workflow = ANY (v_workflows));
+                CONTINUE WHEN NOT FOUND OR EXISTS (
+                    SELECT 1 FROM unnest(v_found) f
+                    WHERE f.run_id = v_item.run_id AND f.item_id = v_item.item_id);
+                v_found := v_found || v_item;
+            END LOOP;
+        ELSE
+            v_found := ARRAY(SELECT d FROM {schema}.pick_due(
+                v_now, v_limit, v_queues, v_workflows, v_kinds, NULL) d);
+        END IF;
+        o_place := v_place; o_now := v_now; o_item := NULL; o_run := NULL; o_events := NULL;
+        o_after := 0; o_cut := false;
+        IF cardinality(v_found) = 0 THEN RETURN NEXT; END IF;
+        FOREACH v_item IN ARRAY v_found LOOP
+            v_wrote := true;
+            UPDATE {schema}.work_items w SET owner = q->>'owner', token = gen_random_uuid()::text,
+                lease_until = v_until, claims = w.claims + 1, rung_at = NULL
+            WHERE w.run_id = v_item.run_id AND w.item_id = v_item.item_id
+            RETURNING * INTO v_item;
+            o_item := {schema}.show_item(v_item)::text;
+            o_run := {schema}.show_run(v_item.run_id, v_now);
+            o_events := NULL; o_after := 0; o_cut := false;
+            IF v_item.kind = 'turn' THEN
+                SELECT r.last_seq INTO v_last FROM {schema}.runs r WHERE r.run_id = v_item.run_id;
+                o_after := coalesce((q->'known'->>v_item.run_id)::bigint, 0);
+                IF o_after < 0 OR o_after > v_last THEN o_after := 0; END IF;
+                SELECT max(x.seq), max(x.size) INTO v_end, v_size FROM (
+                    SELECT y.seq, sum(y.bytes) OVER (ORDER BY y.seq) AS size FROM (
+                        SELECT v.seq, 96 + octet_length(v.data::text) AS bytes
+                        FROM {schema}.events v
+                        WHERE v.run_id = v_item.run_id AND v.seq > o_after AND v.seq <= v_last
+                        ORDER BY v.seq LIMIT greatest(v_budget, 0) / 96 + 1
+                    ) y
+                ) x WHERE x.size <= v_budget;
+                v_end := coalesce(v_end, o_after);
+                v_budget := v_budget - coalesce(v_size, 0);
+                IF v_end > o_after THEN
+                    o_events := {schema}.show_events(v_item.run_id, o_after, v_end)::text;
+                END IF;
+                o_cut := v_end < v_last;
+            END IF;
+            RETURN NEXT;
+        END LOOP;
+    END LOOP;
+    IF v_wrote THEN PERFORM {schema}.remember(v_floor); END IF;
+END $$;
+
+CREATE FUNCTION {schema}.renew(p_refs jsonb, p_lease interval) RETURNS boolean[]
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    r record; v_kept boolean[] := '{}'; v_now timestamptz;
+BEGIN
+    PERFORM 1 FROM {schema}.work_items w
+    JOIN jsonb_array_elements(p_refs) x ON w.run_id = x.value->>0 AND w.item_id = x.value->>1
+    ORDER BY w.run_id, w.item_id FOR UPDATE OF w;
+    v_now := {schema}.instant();
+    FOR r IN SELECT value FROM jsonb_array_elements(p_refs) LOOP
+        UPDATE {schema}.work_items w SET lease_until = v_now + p_lease
+        WHERE w.run_id = r.value->>0 AND w.item_id = r.value->>1 AND w.token = r.value->>2;
+        v_kept := v_kept || FOUND;
+    END LOOP;
+    RETURN v_kept;
+END $$;
+
+CREATE FUNCTION {schema}.release(
+    p_run_id text, p_item_id text, p_token text, p_delay interval
+) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+BEGIN
+    PERFORM 1 FROM {schema}.work_items w
+    WHERE w.run_id = p_run_id AND w.item_id = p_item_id FOR UPDATE;
+    UPDATE {schema}.work_items w SET owner = NULL, token = NULL, lease_until = NULL,
+        rung_at = NULL, claims = greatest(0, w.claims - 1),
+        due_at = CASE WHEN p_delay IS NULL THEN w.due_at ELSE {schema}.instant() + p_delay END
+    WHERE w.run_id = p_run_id AND w.item_id = p_item_id AND w.token = p_token;
+    RETURN FOUND;
+END $$;
+
+CREATE FUNCTION {schema}.announce(p_limit int, p_mute interval) RETURNS SETOF text
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off SET timezone = 'UTC' AS $$
+DECLARE
+    v_now timestamptz := {schema}.instant(); v_item {schema}.work_items%ROWTYPE;
+BEGIN
+    FOR v_item IN SELECT * FROM {schema}.pick_due(
+        v_now, p_limit, NULL, NULL, NULL, v_now - p_mute)
+    LOOP
+        UPDATE {schema}.work_items w SET rung_at = v_now
+        WHERE w.run_id = v_item.run_id AND w.item_id = v_item.item_id RETURNING * INTO v_item;
+        RETURN NEXT {schema}.show_item(v_item)::text;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION {schema}.free(p_owner text) RETURNS bigint
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    v_now timestamptz; v_freed bigint;
+BEGIN
+    PERFORM 1 FROM {schema}.work_items w WHERE w.token IS NOT NULL AND w.owner = p_owner
+    ORDER BY w.run_id, w.item_id FOR UPDATE;
+    v_now := {schema}.instant();
+    UPDATE {schema}.work_items w SET lease_until = v_now, rung_at = NULL,
+        due_at = least(w.due_at, v_now)
+    WHERE w.token IS NOT NULL AND w.lease_until > v_now AND w.owner = p_owner;
+    GET DIAGNOSTICS v_freed = ROW_COUNT;
+    RETURN v_freed;
+END $$;
+
+CREATE FUNCTION {schema}.next_due(p_queues text[], p_workflows text[]) RETURNS timestamptz
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    v_priority bigint; v_due timestamptz; v_first timestamptz;
+BEGIN
+    SELECT max(w.priority) INTO v_priority FROM {schema}.work_items w WHERE NOT w.paused;
+    WHILE v_priority IS NOT NULL LOOP
+        SELECT w.due_at INTO v_due FROM {schema}.work_items w
+        WHERE NOT w.paused AND w.priority = v_priority
+            AND (w.token IS NULL OR w.lease_until <= w.due_at)
+            AND (p_queues IS NULL OR w.queue = ANY (p_queues))
+            AND (p_workflows IS NULL OR w.kind = 'deliver' OR w.workflow = ANY (p_workflows))
+        ORDER BY w.due_at, w.number LIMIT 1;
+        IF FOUND THEN v_first := least(v_first, v_due); END IF;
+        SELECT max(w.priority) INTO v_priority FROM {schema}.work_items w
+        WHERE NOT w.paused AND w.priority < v_priority;
+    END LOOP;
+    SELECT w.lease_until INTO v_due FROM {schema}.work_items w
+    WHERE w.token IS NOT NULL AND NOT w.paused AND w.lease_until > w.due_at
+        AND (p_queues IS NULL OR w.queue = ANY (p_queues))
+        AND (p_workflows IS NULL OR w.kind = 'deliver' OR w.workflow = ANY (p_workflows))
+    ORDER BY w.lease_until LIMIT 1;
+    IF FOUND THEN v_first := least(v_first, v_due); END IF;
+    RETURN v_first;
+END $$;

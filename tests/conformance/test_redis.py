@@ -1,0 +1,36 @@
+"""The Redis backend passes the suite, on Valkey with ``appendfsync always``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pyworkflow.conformance import StorageConformance
+from pyworkflow.spi import StorageBackend
+from pyworkflow_storage_redis import RedisStorageBackend
+from tests.servers import ValkeyServer
+
+
+class TestRedis(StorageConformance):
+    capabilities = RedisStorageBackend("redis://unused", durable=True).info().capabilities
+    valkey: ValkeyServer
+
+    # Not the shared one, which keeps no file: some checks kill the server.
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _valkey(cls) -> Iterator[None]:
+        with ValkeyServer() as cls.valkey:
+            yield
+
+    async def make(self, namespace: str) -> StorageBackend:
+        return RedisStorageBackend(self.valkey.url, namespace=namespace, durable=True)
+
+    def url(self, namespace: str) -> str:
+        return f"{self.valkey.url}?durable=true"
+
+    def server(self, namespace: str) -> ValkeyServer:
+        return self.valkey
+
+    async def make_newer(self, namespace: str) -> None:
+        self.valkey.command("HSET", f"pyworkflow:{{{namespace}}}:meta", "format", "99")
