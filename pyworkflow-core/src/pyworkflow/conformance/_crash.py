@@ -237,6 +237,7 @@ class CrashChecks(Suite):
                 while len(second.acknowledged()) <= before:
                     await second.line("ack")
                 await second.kill()
+            await asyncio.wait_for(t.send(note(f"after {n}")), SOON)
             await check_batches(t.store, "run", f"a{n}", first.acknowledged())
             await check_batches(t.store, "run", f"b{n}", second.acknowledged())
 
