@@ -139,6 +139,10 @@ class Proxy:
         except OSError:
             _reset(client)
             return
+        if self._refusing:  # closed or refusing since: nobody would end this link
+            _reset(client)
+            _reset(server)
+            return
         link = _Link(client, server, [])
         self._links.add(link)
         link.tasks += [
@@ -190,11 +194,16 @@ class Proxy:
             link.client.write_eof()
 
     async def _close(self) -> None:
+        self._refusing = True
         self._listener.close()
         await self._drop()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
-            await asyncio.wait(others, timeout=10)  # each ends with its link
+            _, late = await asyncio.wait(others, timeout=10)  # each ends with its link
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.sleep(0)  # transports let go of their sockets in the next turn of the loop
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -389,7 +389,7 @@ def test_the_planted_fault_in_files_is_found(scheme, check_id, plugins, monkeypa
     monkeypatch.setattr(_crash, "SOON", 3.0)
     if scheme == "lockfile":
         # Whether a kill meets the lock's holder is chance: one of so many will.
-        monkeypatch.setattr(_crash, "sizes", lambda small: 20 * small)
+        monkeypatch.setattr(_crash, "sizes", lambda small, full=None: 20 * small)
     with pytest.raises((AssertionError, TimeoutError, StorageError)) as caught:
         run(in_files(FILES[scheme], scheme, plugins), check_id)
     assert "the child process" not in str(caught.value), "the child did not get that far"

@@ -13,11 +13,13 @@ import base64
 import json
 import os
 import pickle
+import re
 import sys
 import threading
 import time
 import zlib
 from dataclasses import fields
+from dataclasses import replace as replace_fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,12 +50,14 @@ from pyworkflow.errors import (
     PayloadTooLarge,
     PayloadUnreadable,
     RetryableError,
+    RunCancelled,
     SerializationError,
     StorageError,
+    StorageFull,
     StorageUnavailable,
 )
 from pyworkflow.event_schema import validate_event
-from pyworkflow.spi import Codec, hookimpl
+from pyworkflow.spi import Codec, StorageInfo, hookimpl
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing import History, replay
@@ -145,6 +149,24 @@ async def coded_large(size: int) -> bytes:
     return bytes(size)
 
 
+@step(max_retries=0)
+async def coded_asks(text: str) -> str:
+    try:
+        raise KeyError(text)
+    except KeyError:
+        raise RunCancelled("another", "enough")  # noqa: B904 - its context is what is looked at
+
+
+@step(retry_delay=0)
+async def coded_length(text: str, kind: str) -> int:
+    if kind == "retried" and not attempts:
+        attempts.append(kind)
+        raise RetryableError("again")
+    if kind == "slow":
+        await asyncio.sleep(1.5)
+    return len(text)
+
+
 attempts: list[str] = []
 
 
@@ -174,6 +196,33 @@ async def coded_recovers(text: str) -> str:
     except ValueError as error:
         return f"{error} / {await coded_second_time(text)}"
     return "no error"
+
+
+@step
+async def coded_counted(text: str) -> str:
+    attempts.append(text)
+    return text * 2
+
+
+@workflow
+async def coded_once(text: str) -> int:
+    return len(await coded_counted(text))
+
+
+@workflow
+async def coded_cancelled_elsewhere(text: str) -> str:
+    return await coded_asks(text)
+
+
+@workflow
+async def coded_passes(size: int, kind: str) -> int | str:
+    text = "".join(chr(35 + n * n % 50) for n in range(size))
+    try:
+        if kind == "queued":
+            return len(await coded_queued(text)) - 1
+        return await coded_length(text, kind)
+    except PayloadTooLarge as error:
+        return f"limit={error.limit}"
 
 
 @workflow
@@ -264,6 +313,14 @@ def test_a_payload_that_does_not_get_smaller_stays_plain():
     use(codecs="zlib,zstd", codec_compress_threshold=1)
     noise = encode(base64.b85encode(os.urandom(60)).decode())
     assert not is_wrapped(wrap(noise))
+
+
+@pytest.mark.parametrize("codec", ["zlib", "zstd"])
+def test_compression_never_makes_a_stored_text_longer(codec):
+    use(codecs=codec)
+    # Compressed it is shorter, but not by the third that base64 adds.
+    text = encode(base64.b85encode(os.urandom(100_000)).decode())
+    assert wrap(text) == text
 
 
 def test_wrapping_twice_changes_nothing():
@@ -379,6 +436,43 @@ def test_a_key_file_is_looked_at_again_for_an_unknown_key(tmp_path):
     assert unreadable(one).key_id == "k1"
     file.write_text(f"{KEY_2}\n{KEY_1}\n")
     assert decode(one) == "one"
+
+
+def test_keys_that_are_known_stay_while_the_file_is_rewritten(tmp_path):
+    use(codecs="aesgcm", codec_keys=KEY_2)
+    unknown = wrap('"b"')
+    keys = tmp_path / "keys"
+    keys.write_text(KEY_1)
+    use(codecs="aesgcm", codec_keys_file=keys)
+    stored = wrap('"a"')
+    assert decode(stored) == "a"
+    keys.write_text("")
+    assert unreadable(unknown).key_id == "k2"
+    assert decode(stored) == "a"
+
+
+def test_one_id_with_two_keys_is_refused(tmp_path):
+    (tmp_path / "keys").write_text(f"k1:{base64.b64encode(TWO).decode()}\n")
+    use(codecs="aesgcm", codec_keys=KEY_1, codec_keys_file=tmp_path / "keys")
+    with pytest.raises(ConfigurationError, match="one id has two codec keys: key_id=k1"):
+        wrap('"a"')
+    (tmp_path / "keys").write_text(KEY_1 + "\n" + KEY_2)
+    assert names(wrap('"a"')) == ["aesgcm"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("zlib?compress_threshold=abc", "codec=zlib compress_threshold='abc'"),
+        ("zstd?compress_threshold=-5", "codec=zstd compress_threshold='-5'"),
+        ("zlib?level=9", "no such options: codec=zlib options=level"),
+        ("aesgcm?keys=x", "no such options: codec=aesgcm options=keys"),
+    ],
+)
+def test_wrong_options_of_a_codec_are_told(spec, said):
+    use(codecs=spec, codec_keys=KEY_1)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        wrap('"a"')
 
 
 @pytest.mark.parametrize("where", ["codec", "key", "data", "order"])
@@ -657,7 +751,7 @@ def test_a_broken_codec_tells_its_name_and_none_of_the_data():
     )
     _plugins.register(plugin)
     use(codecs="worse")
-    with pytest.raises(StorageError, match="codec=worse") as caught:
+    with pytest.raises(SerializationError, match="codec=worse") as caught:
         wrap(encode(SECRET))
     assert "sphinx" not in str(caught.value)
 
@@ -697,6 +791,20 @@ def test_an_encrypted_run_leaves_nothing_readable(kind, tmp_path):
     if kind == "file":
         for path in (tmp_path / "s").rglob("*"):
             assert not path.is_file() or b"sphinx" not in path.read_bytes()
+
+
+def test_an_error_that_quotes_is_hidden_whatever_its_type():
+    given = use(codecs="aesgcm", codec_keys=KEY_1)
+
+    async def main() -> None:
+        async with bench(**given) as b:
+            run_id = await b.start(coded_cancelled_elsewhere, SECRET)
+            with pytest.raises(RunCancelled, match="enough") as caught:
+                await b.result(run_id)
+            assert caught.value.run_id == "another"
+            assert "sphinx" not in await raw(b, run_id)
+
+    asyncio.run(main())
 
 
 def test_compression_alone_leaves_errors_readable():
@@ -946,6 +1054,35 @@ def test_the_limit_counts_what_is_stored():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["quick", "slow", "retried", "queued"])
+def test_arguments_count_before_codecs_however_their_step_goes(kind):
+    given = use(codecs="aesgcm", codec_keys=KEY_1, max_payload=40_000)
+
+    async def main() -> None:
+        attempts.clear()
+        async with bench(**given) as b:
+            if kind != "queued":  # its result counts as it is stored
+                assert await b.run(coded_passes, 38_000, kind) == 38_000
+            attempts.clear()
+            assert await b.run(coded_passes, 40_001, kind) == "limit=40000"
+
+    asyncio.run(main())
+
+
+def test_arguments_that_codecs_make_too_long_for_the_store_are_refused_at_the_call():
+    class Small(MemoryStorageBackend):
+        def info(self) -> StorageInfo:
+            return replace_fields(super().info(), max_payload=40_000)
+
+    given = use(codecs="aesgcm", codec_keys=KEY_1)
+
+    async def main() -> None:
+        async with bench(Small(), **given) as b:
+            assert await b.run(coded_passes, 38_000, "quick") == "limit=28976"
+
+    asyncio.run(main())
+
+
 def test_a_value_beyond_what_could_be_read_back_is_refused(tmp_path):
     given = use(codecs="zlib,offload", codec_offload_dir=tmp_path, codec_max_size="1 MiB")
 
@@ -1022,6 +1159,61 @@ def test_a_directory_that_is_out_of_order_fails_no_step(tmp_path, monkeypatch):
     assert times[0] > 5
 
 
+@pytest.mark.parametrize("trouble", [StorageFull, StorageUnavailable])
+def test_what_a_full_directory_cannot_take_waits_beyond_its_lease(trouble, tmp_path, monkeypatch):
+    given = use(codecs="offload", codec_offload_dir=tmp_path / "d", codec_offload_threshold=20)
+    real = OffloadCodec.encode
+    lease = 0.6
+    first: list[float] = []
+
+    def full(self: Any, data: bytes, context: bytes) -> Any:
+        if SECRET.encode() * 2 in data:  # what the first step returns
+            first.append(time.monotonic())
+            if first[-1] - first[0] < 3 * lease:
+                raise trouble("the directory is full")
+        return real(self, data, context)
+
+    monkeypatch.setattr(OffloadCodec, "encode", full)
+
+    async def main() -> None:
+        async with bench(lease=lease, **given) as b:
+            attempts.clear()
+            run_id = await b.start(coded_once, SECRET)
+            assert await b.result(run_id) == len(SECRET) * 2
+            assert attempts == [SECRET]
+            assert await b.events(run_id, "step.failed") == []
+
+    asyncio.run(main())
+    assert first[-1] - first[0] > 2 * lease
+
+
+def test_a_result_that_a_codec_cannot_take_fails_its_step_once_and_says_why():
+    class Picky(Reverse):
+        def encode(self, data: bytes, context: bytes) -> Any:
+            if b"!" in data:
+                raise ValueError("no")
+            return super().encode(data, context)
+
+    _plugins.register(
+        SimpleNamespace(
+            pyworkflow_make_codec=hookimpl(
+                lambda name, options: Picky(options) if name == "picky" else None
+            )
+        )
+    )
+    given = use(codecs="picky")
+
+    async def main() -> None:
+        async with bench(lease=0.6, **given) as b:
+            run_id = await b.start(coded_both, "text")
+            with pytest.raises(SerializationError, match="codec=picky error=ValueError"):
+                await b.result(run_id)
+            (failed,) = await b.events(run_id, "step.failed")
+            assert failed.data["attempt"] == 1
+
+    asyncio.run(main())
+
+
 def test_a_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     use(codecs="offload", codec_offload_dir=tmp_path / "file", codec_offload_threshold=1)
@@ -1041,6 +1233,8 @@ def test_sweeping_removes_old_files_that_no_run_refers_to(tmp_path):
 
     async def main() -> None:
         async with bench(**given) as b:
+            with pytest.raises(StorageError, match="no runs"):
+                await sweep_offloaded(b.storage, directory=tmp_path)
             asleep = await b.start(coded_nap_and, SECRET)
             await b.asleep(asleep)
             failed = await b.start(coded_fails, SECRET)
@@ -1062,6 +1256,41 @@ def test_sweeping_removes_old_files_that_no_run_refers_to(tmp_path):
                 await sweep_offloaded(b.storage, directory=tmp_path, older_than=timedelta(0))
 
     asyncio.run(main())
+
+
+def test_a_file_that_is_written_again_while_it_is_swept_stays(tmp_path, monkeypatch):
+    use(codecs="offload", codec_offload_dir=tmp_path, codec_offload_threshold=1)
+    stored = wrap('"again"')
+    (file,) = files(tmp_path)
+    os.utime(file, (0, 0))
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix != ".part":
+            monkeypatch.setattr(Path, "unlink", real)
+            assert wrap('"again"') == stored  # a worker offloads it at this moment
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    asyncio.run(swept(tmp_path))
+    assert Path.unlink is real
+    assert files(tmp_path) == [file]
+    assert decode(stored) == "again"
+
+
+def test_a_file_that_a_killed_sweep_took_away_comes_back(tmp_path):
+    use(codecs="offload", codec_offload_dir=tmp_path, codec_offload_threshold=1)
+    stored = wrap('"again"')
+    (file,) = files(tmp_path)
+    file.rename(file.with_name(f"{file.name}.00ff.gone"))
+    asyncio.run(swept(tmp_path))
+    assert files(tmp_path) == [file]
+    assert decode(stored) == "again"
+
+
+async def swept(directory: Path) -> list[Path]:
+    async with MemoryStorageBackend() as store:
+        return await sweep_offloaded(store, directory=directory, allow_empty=True)
 
 
 # --- the command line ----------------------------------------------------------------------------------------
@@ -1158,3 +1387,45 @@ def test_a_cancelled_run_tells_its_reason_without_a_key():
 def test_keys_compare_by_value():
     assert CodecKeys([("a", ONE)]) == CodecKeys([("a", ONE)]) != CodecKeys([("a", TWO)])
     assert hash(CodecKeys([("a", ONE)])) == hash(CodecKeys([("a", ONE)]))
+
+
+def test_a_result_is_shown_when_the_arguments_cannot_be():
+    given = use(codecs="aesgcm", codec_keys=KEY_1)
+
+    async def main() -> None:
+        async with bench(**given) as b:
+            run_id = await b.start(coded_nap_and, SECRET)
+            await b.asleep(run_id)
+            await become(b, codec_keys=KEY_1)
+            await b.pass_time("2m")
+            await b.result(run_id)
+            await b.rest()
+            use()
+            run = await b.ops.get_run(run_id)
+            assert is_wrapped(str(run.args))
+            assert run.result == SECRET * 2 + "!"
+
+    asyncio.run(main())
+
+
+def test_a_long_encrypted_history_is_read_beside_the_loop(monkeypatch):
+    given = use(codecs="aesgcm", codec_keys=KEY_1)
+    seen: set[int] = set()
+
+    async def main() -> None:
+        async with bench(**given) as b:
+            run_id = await b.start(coded_nap_and, SECRET)
+            await b.asleep(run_id)
+            real = _chain.unwrapped
+
+            def noted(text: str) -> str:
+                seen.add(threading.get_ident())
+                return real(text)
+
+            monkeypatch.setattr(_chain, "unwrapped", noted)
+            shown = await b.ops.get_events(run_id, 0, None)
+            assert SECRET in json.dumps([event.data for event in shown])
+
+    asyncio.run(main())
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen

@@ -12,10 +12,12 @@ from pyworkflow._copy import CopyConflict, copy_store
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import PayloadTooLarge, StorageError
 from pyworkflow.events import Event
-from pyworkflow.runs import ItemKind
+from pyworkflow.runs import ItemKind, RunStatus
 from pyworkflow.spi import (
     Change,
     ClaimRequest,
+    Control,
+    ControlKind,
     Delta,
     Held,
     NewRun,
@@ -127,6 +129,7 @@ def test_an_interrupted_copy_goes_on_and_owes_no_work_until_it_is_whole():
                     else:
                         return
                     run = await second.get_run("long")
+                    assert await fsck(second) == []
                     if run is not None and run.history_length < 1601:
                         assert run.status == "stalled"
                         assert await second.list_work("long") == []
@@ -135,6 +138,70 @@ def test_an_interrupted_copy_goes_on_and_owes_no_work_until_it_is_whole():
                     assert report.runs == 5
                     assert await fsck(second) == []
         raise AssertionError("the copy takes more parts than expected")
+
+    asyncio.run(main())
+
+
+async def cut_short(target: Interrupted) -> MemoryStorageBackend:
+    """A store from which one part of a long run, and nothing else, has arrived in ``target``."""
+    first = MemoryStorageBackend(namespace="first")
+    await first.commit(
+        Change(
+            run_id="long",
+            key="start",
+            create=NewRun(workflow="nobody", version="1", args="[]"),
+            events=[Event("workflow.started", "I", {"workflow": "nobody", "args": "[]"})],
+        )
+    )
+    for n in range(4):
+        notes = [Event("log.info", "O", {"message": "m" * 500, "n": m}) for m in range(400)]
+        await first.commit(Change(run_id="long", key=f"k{n}", events=notes))
+    control = Control(ControlKind.TERMINATE, "over")
+    await first.commit(
+        Change(run_id="long", key="end", control=control, final=RunStatus.TERMINATED)
+    )
+    target.left = 1
+    with pytest.raises(Cut):
+        await copy_store(first, target)
+    target.left = 10**9
+    return first
+
+
+def test_a_part_is_no_source():
+    async def main():
+        async with Interrupted(namespace="part") as part, MemoryStorageBackend() as third:
+            await cut_short(part)
+            with pytest.raises(CopyConflict, match=r"run_id=long.*only a part"):
+                await copy_store(part, third)
+            assert await listed(third) == []
+
+    asyncio.run(main())
+
+
+def test_a_part_that_nothing_can_complete_is_told_and_can_be_removed():
+    async def main():
+        async with Interrupted(namespace="target") as second:
+            first = await cut_short(second)
+            assert await first.purge(before=await first.now() + timedelta(seconds=1)) == 1
+            with pytest.raises(CopyConflict, match=r"run_id=long.*--abandon-parts"):
+                await copy_store(first, second)
+            assert (await second.get_run("long")).status == "stalled"
+            await copy_store(first, second, abandon_parts=True)
+            assert (await second.get_run("long")).status == "terminated"
+            assert await fsck(second) == []
+            assert await second.purge(before=await second.now() + timedelta(seconds=1)) == 1
+
+    asyncio.run(main())
+
+
+def test_one_directory_under_two_names_is_one_store(tmp_path):
+    async def main():
+        (tmp_path / "alias").symlink_to(tmp_path / "s")
+        async with FileStorageBackend(tmp_path / "s") as first:
+            await start_local(quick, 1, storage=first)
+            async with FileStorageBackend(tmp_path / "alias") as second:
+                with pytest.raises(StorageError, match="same store"):
+                    await copy_store(first, second)
 
     asyncio.run(main())
 

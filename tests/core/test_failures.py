@@ -131,7 +131,7 @@ def every_error():
         "NonDeterminism": ("a", "b", 1), "PayloadTooLarge": ("x", 1, 2), "HistoryTooLong": (1, 2),
         "RunNotFound": ("r",), "RunClosed": ("r", "s"), "PluginNotFound": ("k", "s", None),
         "PluginBroken": ("a", "b", "c"), "StorageDamaged": ("f", 1, "d"), "SchemaTooNew": ("w", 2, 1),
-        "StepError": ("m:T", "msg"),
+        "StepError": ("m:T", "msg"), "PayloadUnreadable": ("aesgcm", "no key", "add it", "2026"),
     }  # fmt: skip
     for name in errors.__all__:
         yield getattr(errors, name)(*made.get(name, ("message",)))

@@ -51,6 +51,10 @@ def test_copy_says_what_it_did_and_does_nothing_the_second_time(command):
     assert json.loads(done.stdout)["copied"] == 2
     again = command("storage", "copy", "file:.pyworkflow", "file:other", "--json")
     assert json.loads(again.stdout)["copied"] == 0
+    told = command("storage", "copy", "file:.pyworkflow", "file:other")
+    assert "everything was there already" in told.stdout
+    volatile = command("storage", "copy", "file:.pyworkflow", "memory:", "--not-durable")
+    assert volatile.returncode == 0, volatile.stderr
     listed = command("runs", "list", "--storage", "file:other", "--json")
     assert [run["result"] for run in json.loads(listed.stdout)["runs"]] == [300_000, 300_000]
 
@@ -58,8 +62,14 @@ def test_copy_says_what_it_did_and_does_nothing_the_second_time(command):
 @pytest.mark.parametrize(
     ("args", "status", "said"),
     [
-        (["copy", "file:a", "file:a"], 3, "same store"),
-        (["copy", "file:a", "nowhere://b"], 3, "no installed plugin serves"),
+        (["copy", "file:there", "file:there"], 3, "same store"),
+        (["copy", "file:there", "file:alias"], 3, "same store"),
+        (["copy", "file:there", "file:b"], 1, "no runs in FROM"),
+        (["copy", "file:there", "memory:"], 3, "--not-durable"),
+        (["copy", "file:missing", "file:b"], 3, "there is no store"),
+        (["copy", "sqlite:///missing", "file:b"], 3, "there is no store"),
+        (["purge", "--older-than", "1d", "--storage", "file:missing"], 3, "there is no store"),
+        (["copy", "file:there", "nowhere://b"], 3, "no installed plugin serves"),
         (["copy", "file:a"], 2, "Missing argument"),
         (["copy", "file:a", "file:b", "--storage", "file:c"], 2, "leave out --storage"),
         (["purge"], 2, "--older-than"),
@@ -68,10 +78,13 @@ def test_copy_says_what_it_did_and_does_nothing_the_second_time(command):
         (["sweep-offloaded", "--older-than", "5m"], 2, "an hour at least"),
     ],
 )
-def test_wrong_use_is_told_with_the_remedy(command, args, status, said):
+def test_wrong_use_is_told_with_the_remedy(command, tmp_path, args, status, said):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "there")
     done = command("storage", *args)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
+    assert not (tmp_path / "missing").exists()
     assert "Traceback" not in done.stderr
 
 
@@ -90,16 +103,57 @@ def test_purge_counts_first_and_then_removes(command):
     assert json.loads(command("runs", "list", "--json").stdout)["runs"] == []
 
 
-def test_offloaded_files_go_when_no_run_refers_to_them(command, tmp_path):
+@pytest.fixture
+def offloaded(command, tmp_path) -> tuple[dict[str, str], list[Path]]:
+    """Settings, and the old files of a run."""
     env = {"PYWORKFLOW_CODECS": "offload", "PYWORKFLOW_CODEC_OFFLOAD_DIR": str(tmp_path / "files")}
     assert command("run", "flow.py:flow", **env).returncode == 0
     files = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
     assert files
     for path in files:
         os.utime(path, (time.time() - 7200, time.time() - 7200))
+    return env, files
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--storage", "file:typo"], "there is no store"),
+        (["--storage", "file:empty"], "the store has no runs"),
+        (["--namespace", "typo"], "namespace=typo"),
+        (["--also", "sqlite:///typo.db"], "there is no store"),
+    ],
+)
+def test_nothing_is_swept_when_a_store_that_is_named_has_no_runs(
+    command, offloaded, tmp_path, given, said
+):
+    env, files = offloaded
+    (tmp_path / "empty").mkdir()
+    done = command("storage", "sweep-offloaded", "--older-than", "1h", *given, **env)
+    assert done.returncode == 3
+    assert said in done.stderr
+    assert all(path.exists() for path in files)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_what_a_sweep_would_remove_is_shown_first(command, offloaded, tmp_path):
+    env, files = offloaded
+    (tmp_path / "empty").mkdir()
+    asked = ("storage", "sweep-offloaded", "--older-than", "1h", "--storage", "file:empty")
+    shown = command(*asked, "--allow-empty", "--dry-run", "--json", **env)
+    assert json.loads(shown.stdout)["would_remove"] == [str(path) for path in files]
+    assert all(path.exists() for path in files)
+    done = command(*asked, "--allow-empty", "--json", **env)
+    assert json.loads(done.stdout)["removed"] == [str(path) for path in files]
+    assert not any(path.exists() for path in files)
+
+
+def test_offloaded_files_go_when_no_run_refers_to_them(command, offloaded):
+    env, files = offloaded
     kept = command("storage", "sweep-offloaded", "--older-than", "1h", **env)
     assert kept.stdout.startswith("removed 0 files"), kept.stderr
     command("storage", "purge", "--older-than", "0s", **env)
+    assert command("run", "flow.py:flow", PYWORKFLOW_CODECS="").returncode == 0
     done = command("storage", "sweep-offloaded", "--older-than", "1h", **env)
     assert done.stdout.startswith(f"removed {len(files)} files"), done.stderr
     assert not any(path.exists() for path in files)

@@ -33,7 +33,14 @@ def place_of(block: Block) -> str:
 
 @pytest.fixture
 def followed(tmp_path: Path) -> Path:
-    """The guide's directory, as if installed: its metadata lie beside its package."""
+    """The guide's directory, as if installed: its metadata lie beside its package.
+
+    It lies in a project with other ideas of tests, as a directory in a clone does.
+    """
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\naddopts = ["--import-mode=importlib"]\n'
+    )
+    tmp_path = tmp_path / "acme"
     for block in found():
         if place := place_of(block):
             path = tmp_path / place

@@ -57,6 +57,7 @@ def python(code: str, *arguments: object, **environment: str) -> str:
         ("lmdb://user:secret@host/path", {}, "absolute path"),
         ("lmdb:///srv/app?fast=yes", {"fast": "yes"}, "options=fast"),
         ("lmdb:///srv/app?max_size=1G", {"max_size": "1G"}, "max_size='1G'"),
+        ("lmdb:///srv/app?max_size=1000", {"max_size": "1000"}, "too small for a store"),
     ],
 )
 def test_a_wrong_url_is_refused_without_its_secrets(
@@ -195,6 +196,76 @@ def test_a_newer_layout_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "default" / "data.mdb").write_bytes(b"not LMDB" * 2000)
     with pytest.raises(StorageDamaged, match=r"data\.mdb"):
         asyncio.run(use(tmp_path / "foreign"))
+
+
+def test_a_file_that_was_cut_is_told_at_whatever_length(tmp_path: Path) -> None:
+    async def fill() -> None:
+        async with LmdbStorageBackend(tmp_path / "whole") as store:
+            for n in range(20):
+                await store.commit(start(f"run-{n}", '"' + "x" * (300_000 if n == 7 else 50) + '"'))
+            await store.commit(start("last"))
+
+    asyncio.run(fill())
+    whole = (tmp_path / "whole" / "default" / "data.mdb").read_bytes()
+    code = """
+import asyncio, sys
+from pathlib import Path
+from pyworkflow.spi import Change, NewRun, StorageDamaged, fsck
+from pyworkflow_storage_lmdb import LmdbStorageBackend
+
+async def look(path):
+    try:
+        async with LmdbStorageBackend(path) as store:
+            assert not await fsck(store)
+            new = NewRun(workflow="flow", version="1", args="x" * 100_000)
+            await store.commit(Change(run_id="new", key="start", create=new))
+            return "sound"
+    except StorageDamaged:
+        return "damaged"
+
+for path in sys.argv[1:]:
+    print(asyncio.run(look(Path(path))))
+"""
+    ends = [4096 * n for n in range(0, len(whole) // 4096, 6)]
+    lengths = [*ends, 1, 5000, 8193, len(whole) // 2 + 100, len(whole) - 4096]
+    places = [tmp_path / str(length) for length in lengths]
+    for place, length in zip(places, lengths, strict=True):
+        (place / "default").mkdir(parents=True)
+        (place / "default" / "made").touch()
+        (place / "default" / "data.mdb").write_bytes(whole[:length])
+    answers = dict(zip(lengths, python(code, *places).split(), strict=True))
+    assert set(answers.values()) == {"damaged"}, answers
+    os.truncate(tmp_path / "whole" / "default" / "data.mdb", 0)
+    assert python(code, tmp_path / "whole").split() == ["damaged"]
+
+
+def test_a_short_file_with_nothing_behind_it_is_sound(tmp_path: Path) -> None:
+    """LMDB does not write free pages at the end."""
+    path = tmp_path / "default"
+    path.mkdir()
+    with lmdb.open(str(path)) as environment:
+        for n in range(6):
+            with environment.begin(write=True) as txn:
+                txn.put(b"%d" % n, b"z" * 10_000 * n)
+                if n in {0, 5}:
+                    txn.put(b"x", b"y" * 400_000)
+                    txn.delete(b"x")
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    assert (path / "data.mdb").stat().st_size < needed
+
+    async def use() -> None:
+        async with LmdbStorageBackend(tmp_path) as store:
+            await store.commit(start("run", '"' + "x" * 500_000 + '"'))
+            assert not await fsck(store)
+
+    asyncio.run(use())
+
+
+def test_a_path_that_cannot_be_a_directory_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigurationError, match="directory cannot be used"):
+            asyncio.run(LmdbStorageBackend(place).open())
 
 
 def test_the_clock_never_goes_back_and_is_moved_for_all(tmp_path: Path) -> None:

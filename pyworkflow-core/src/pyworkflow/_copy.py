@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from pyworkflow.errors import StorageError, WorkflowError
-from pyworkflow.events import Event
+from pyworkflow.events import Event, EventType, Json, event_class
+from pyworkflow.runs import RunStatus
 from pyworkflow.spi._check import check_json
 from pyworkflow.spi._delta import Delta, KeyMark, RunDelta
 from pyworkflow.spi._state import size_of
@@ -55,6 +57,7 @@ async def copy_store(
     target: StorageBackend,
     *,
     in_use: bool = False,
+    abandon_parts: bool = False,
     progress: Callable[[CopyReport], None] | None = None,
 ) -> CopyReport:
     """Copy every run and key of ``source``, then read all of it back and compare.
@@ -68,16 +71,19 @@ async def copy_store(
         target: Opened.
         in_use: Copy although leases stand in the source. Whatever its workers do from then on is
             missing in the target.
+        abandon_parts: What an interrupted copy left of runs that the source no longer has is
+            ended as terminated, so that a purge can remove it.
         progress: Called after each run.
 
     Raises:
         StorageError: The source is in use, or both are one store.
-        CopyConflict: The target has another run or owner under the same id or key.
+        CopyConflict: The target has another run or owner under the same id or key, or a part of
+            a run that the source no longer has; or the source itself has a run only in part.
         PayloadTooLarge: The target stores no texts of that size.
         ConfigurationError: The target takes no copies.
     """
     ours, theirs = source.info(), target.info()
-    if (ours.location, ours.namespace) == (theirs.location, theirs.namespace):
+    if _same_place(ours.location, theirs.location) and ours.namespace == theirs.namespace:
         raise StorageError(
             f"source and target are the same store: location={theirs.location} "
             f"namespace={theirs.namespace}"
@@ -89,7 +95,9 @@ async def copy_store(
             "until their leases end, or copy with --in-use"
         )
     report = CopyReport()
-    ids = await _ids(source)
+    ids, parts = await _ids(source)
+    for run_id in parts:
+        raise CopyConflict(run_id, "the source has only a part of it: finish the copy into it")
     for run_id in ids:
         await _copy_run(source, target, run_id, report)
         if progress is not None:
@@ -101,22 +109,68 @@ async def copy_store(
     for run_id in ids:
         await _verify(source, target, run_id)
         report.runs += 1
+    _, parts = await _ids(target)
+    for run_id in parts:
+        if run_id not in ids:
+            await _abandon(target, run_id, abandon_parts)
     for key, mark in marks.items():
         if (owner := await target.find_run(key)) != await source.find_run(key):
             raise CopyConflict(mark.owner, f"its idempotency key is owned by {owner}: key={key!r}")
     return report
 
 
-async def _ids(store: StorageBackend) -> dict[str, None]:
-    """Oldest first, so that the copies are listed in the order of the originals."""
+def _same_place(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:  # one directory or file may have many names
+        return Path(one).is_absolute() and Path(other).is_absolute() and Path(one).samefile(other)
+    except OSError:
+        return False
+
+
+async def _abandon(target: StorageBackend, run_id: str, allowed: bool) -> None:
+    """End what is there of a run that nothing can complete any more."""
+    if not allowed:
+        raise CopyConflict(
+            run_id,
+            "an interrupted copy left a part of it, and this source does not have it; finish the "
+            "copy that it belongs to, or with --abandon-parts it is ended, for a purge to remove",
+        )
+    part, run = await target.export_run(run_id), await target.get_run(run_id)
+    if part is None or run is None:
+        return
+    events = await target.get_events(run_id, after=run.history_length - 1)
+    at = max([await target.now(), run.updated_at, *(event.timestamp for event in events)])
+    data: dict[str, Json] = {"reason": "the source of its copy does not have it"}
+    last = Event(
+        EventType.WORKFLOW_TERMINATED,
+        event_class(EventType.WORKFLOW_TERMINATED),
+        data,
+        run_id=run_id,
+        seq=run.history_length + 1,
+        timestamp=at,
+    )
+    fields = {name: value for name, value in part.fields.items() if name != "number"} | {
+        "stalled": None,
+        "final": RunStatus.TERMINATED,
+        "updated_at": at,
+        "finished_at": at,
+    }
+    await target.import_delta(Delta([RunDelta(run_id, fields, [last])]))
+
+
+async def _ids(store: StorageBackend) -> tuple[dict[str, None], list[str]]:
+    """Oldest first, so that the copies are listed in the order of the originals; and the parts."""
     ids: list[str] = []
+    parts: list[str] = []
     cursor: str | None = None
     while True:
         page = await store.list_runs(RunQuery(limit=1000), cursor)
         ids += [run.run_id for run in page.items]
+        parts += [run.run_id for run in page.items if run.stalled == _UNFINISHED]
         cursor = page.cursor
         if cursor is None:
-            return dict.fromkeys(reversed(ids))
+            return dict.fromkeys(reversed(ids)), parts
 
 
 async def _keys(store: StorageBackend) -> AsyncIterator[tuple[str, KeyMark]]:
@@ -168,6 +222,8 @@ async def _copy_run(
             raise CopyConflict(run_id, f"its idempotency key is owned by {owner}: key={key!r}")
         taken[key] = KeyMark(run_id)
     fields = {name: value for name, value in part.fields.items() if name != "number"}
+    # Until the last part it has no turn, so nothing in it may be unseen.
+    begun = fields.get("started_at") or fields.get("created_at")
     unfinished = {**fields, "stalled": _UNFINISHED, "final": None, "finished_at": None}
     waiting: list[Event] = []
     async for events in _events(source, run_id, done):
@@ -175,10 +231,12 @@ async def _copy_run(
             check_json(event.data, limits.max_payload)
         for start in range(0, len(events), limits.max_events_per_commit):
             if waiting:
+                unfinished |= {"started_at": begun, "seen_seq": waiting[-1].seq}
                 await target.import_delta(Delta([RunDelta(run_id, unfinished, waiting)], taken))
             waiting = events[start : start + limits.max_events_per_commit]
         report.events += len(events)
-    last = RunDelta(run_id, {"stalled": None, **fields}, waiting, part.items, [], part.records)
+    shown = {"stalled": None, "started_at": None, "seen_seq": 0, **fields}
+    last = RunDelta(run_id, shown, waiting, part.items, [], part.records)
     await target.import_delta(Delta([last], taken))
     report.copied += 1
 

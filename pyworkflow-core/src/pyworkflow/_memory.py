@@ -131,6 +131,7 @@ class MemoryStorageBackend(StorageBackend):
 
     def __init__(self, *, namespace: str = "default") -> None:
         self._namespace = namespace
+        self._info = replace(_INFO, location=f"memory:{namespace}", namespace=namespace)
         self._shared = _Shared()
         self._closed = False
         self._looked = 0
@@ -151,7 +152,7 @@ class MemoryStorageBackend(StorageBackend):
 
     def info(self) -> StorageInfo:
         """What this store can do."""
-        return replace(_INFO, location=f"memory:{self._namespace}", namespace=self._namespace)
+        return self._info
 
     async def migrate(self) -> None:
         """Nothing is older than this process."""
@@ -198,11 +199,10 @@ class MemoryStorageBackend(StorageBackend):
             self._check(change)
         answers: list[Answer] = []
         with shared.lock:
+            now = shared.now()
             for change in changes:
                 try:
-                    committed, delta = shared.store.commit(
-                        change, now=shared.now(), token=shared.token
-                    )
+                    committed, delta = shared.store.commit(change, now=now, token=shared.token)
                 except (Refusal, RunNotFound, RunClosed) as refusal:
                     answers.append(refusal)
                 else:
@@ -325,8 +325,8 @@ class MemoryStorageBackend(StorageBackend):
                     self._looked = shared.news
                     return True
             else:
-                run = shared.store.get_run(run_id, now=shared.now())
-                if run is not None and (run.history_length > after or run.status.is_terminal):
+                length, ended = shared.store.progress(run_id)
+                if ended or length > after:
                     return True
             shared.add(waiter)
         try:

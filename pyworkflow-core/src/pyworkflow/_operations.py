@@ -109,6 +109,8 @@ class Operations:
         codecs = self._pipeline.codecs
         if codecs is not None and codecs.offloads:
             limit = codecs.max_size
+        elif codecs is not None:  # what codecs make of arguments must fit into the store, too
+            limit = min(limit, codecs.most_arguments(self.storage.info().max_payload))
         if codecs is None and (size := payload_size(text)) > limit:
             raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", size, limit)
         run_id = options.run_id or _new_id()
@@ -229,6 +231,7 @@ class Operations:
                     f"status={found.status}; it goes on, ask again later"
                 )
             # An ended run answers every watch: only the end is waited for, not each event.
+            del found  # many may wait
             await self.storage.watch(run_id, after=_NEVER, timeout=min(left, _POLL))
 
     async def list_runs(
@@ -338,6 +341,9 @@ def _decoded(found: Run) -> Run:
             if workflow is not None
             else {**{str(i): v for i, v in enumerate(positional)}, **named}
         )
+    except (SerializationError, TypeError):
+        pass
+    try:
         if isinstance(found.result, str):
             value = (workflow.decode_result if workflow is not None else decode)(found.result)
     except (SerializationError, TypeError):

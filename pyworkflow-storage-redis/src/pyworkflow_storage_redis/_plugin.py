@@ -23,7 +23,15 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
     base = url.partition("#")[0].partition("?")[0]
     if base.partition(":")[0].lower() not in {"redis", "rediss"}:
         return None
-    from pyworkflow_storage_redis._backend import RedisStorageBackend
+    try:
+        from pyworkflow_storage_redis._backend import RedisStorageBackend
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "redis":
+            raise
+        raise ConfigurationError(
+            "the driver of Redis storage is not installed: package=redis; "
+            "run `pip install pyworkflow-storage-redis`"
+        ) from error
     from pyworkflow_storage_redis._keys import OPTIONS
 
     unknown = sorted(set(options) - set(OPTIONS))

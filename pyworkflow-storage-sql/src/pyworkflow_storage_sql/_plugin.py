@@ -18,11 +18,11 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
     """
     scheme = url.partition(":")[0].lower()
     if scheme == "sqlite":
-        from pyworkflow_storage_sql import _sqlite_url
+        from pyworkflow_storage_sql._sqlite_url import make
 
-        return _sqlite_url.make(url, options)
+        return make(url, options)
     if scheme in {"postgresql", "postgres"}:
-        from pyworkflow_storage_sql import _postgres_url
+        from pyworkflow_storage_sql._postgres_url import make
 
-        return _postgres_url.make(url, options)
+        return make(url, options)
     return None

@@ -96,7 +96,8 @@ class PostgresStorageBackend(PostgresReads):
                 await self._meet(request)
                 rows = await self._call(self._commit_sql, f"[{','.join(texts)}]")
                 for row in rows:
-                    at: int = order[start + row["o_place"]]
+                    placed: int = row["o_place"]
+                    at = order[start + placed]
                     answers[at] = self._reader.answer(changes[at], row)
                 start, size = place + 1, 0
                 texts.clear()
@@ -117,11 +118,12 @@ class PostgresStorageBackend(PostgresReads):
         rows = await self._call(self._claim_sql, text)
         answers: list[Claimed] = [Claimed(claims=[], now=rows[0]["o_now"]) for _ in requests]
         for row in rows:
-            answer: Claimed = answers[row["o_place"]]
+            place: int = row["o_place"]
+            answer = answers[place]
             if row["o_item"] is None:
-                answers[row["o_place"]] = replace(answer, now=row["o_now"])
+                answers[place] = replace(answer, now=row["o_now"])
             else:
-                answers[row["o_place"]] = Claimed(
+                answers[place] = Claimed(
                     claims=[*answer.claims, self._reader.claim(row)], now=row["o_now"]
                 )
         return answers

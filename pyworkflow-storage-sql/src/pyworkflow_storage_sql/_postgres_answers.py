@@ -66,9 +66,12 @@ class Reader:
         kind = row["o_kind"]
         run_id = change.run_id
         if kind == "done" or kind == "again":
-            seqs: list[int] = row["o_seqs"]
+            seqs: list[int] | None = row["o_seqs"]
             others = self.events(row["o_others"])
             skipped = row["o_skipped"]
+            if seqs is None:
+                last = row["o_last"]
+                seqs = list(range(last - len(change.events) + 1, last + 1))
             if kind == "again" and others:
                 left = set(skipped)
                 own = {seq for index, seq in enumerate(seqs) if index not in left}
@@ -103,10 +106,13 @@ class Reader:
         return ValueError(f"nothing has this seq yet: seen={change.seen} last_seq={row['o_last']}")
 
     def _unseen(self, change: Change, row: Mapping[str, Any]) -> list[Event]:
-        skipped = set(row["o_skipped"])
+        seqs = row["o_seqs"]
+        skipped: set[int] = set(row["o_skipped"] or ())
+        if seqs is None:
+            seqs = range(row["o_last"] + 1, row["o_last"] + 1 + len(change.events))
         own = [
             Event(e.type, e.klass, e.data, e.op, e.key, change.run_id, seq, row["o_at"], e.v)
-            for index, (e, seq) in enumerate(zip(change.events, row["o_seqs"], strict=True))
+            for index, (e, seq) in enumerate(zip(change.events, seqs, strict=True))
             if index not in skipped
         ]
         history = [*self.events(row["o_others"]), *own]
@@ -240,6 +246,8 @@ class Reader:
     def record(self, token: str | None, key: str, text: str) -> Record:
         """A kept answer."""
         last, seen, paused, at, now, seqs, skipped, held = _load(text)
+        if isinstance(seqs, int):
+            seqs = list(range(last - seqs + 1, last + 1))
         return Record(
             self.name(key),
             self.maybe(token),

@@ -28,6 +28,7 @@ _SERVER = {
     "application_name": "pyworkflow",
     "default_transaction_isolation": "read committed",
     "jit": "off",
+    "standard_conforming_strings": "on",
     "timezone": "UTC",
 }
 #: A role or database may have it off, and other values wait for more, which is not ours to undo.
@@ -78,6 +79,12 @@ class Connections:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.pid = os.getpid()
+        self.plain = not settings.pooled
+        """Whether a statement alone is a transaction as it should be: one, or two round trips.
+
+        Behind a pooler that is for the server's defaults to say, which are asked once. Poolers
+        leave a client its server from the first half of the driver's request to the second.
+        """
         self.durable = True
         """Whether the server keeps what it acknowledged: as the server says, once it was asked."""
         self._free: list[Transport] = []
@@ -104,9 +111,11 @@ class Connections:
             )
             if not settings.pooled:
                 await connection.execute(_WAIT_FOR_DISK.format(local="false"))
-        except Exception as exc:  # noqa: BLE001 - translated, whatever the driver raises
+        except (Exception, asyncio.CancelledError) as exc:
             if connection is not None:
                 _end(connection)
+            if not isinstance(exc, Exception):
+                raise
             # Not chained: the driver's text may hold the connection string.
             raise translate(exc, settings.where) from None
         return connection
@@ -125,11 +134,9 @@ class Connections:
         for attempt in range(_TRIES):
             connection = await self._take()
             try:
-                if not self.settings.pooled:
+                if self.plain:
                     rows = await connection.fetch(query, *args)
                 else:
-                    # Without one, a pooler may send the two halves of the driver's request to
-                    # two servers.
                     await self.begin(connection)
                     try:
                         rows = await connection.fetch(query, *args)

@@ -21,7 +21,7 @@ from pyworkflow_storage_sql._postgres_errors import translate
 
 __all__ = ["Schema", "migrations", "schema_name"]
 
-_log = logging.getLogger("pyworkflow_storage_sql")
+_log = logging.getLogger("pyworkflow.storage.postgresql")
 _PLAIN = re.compile(r"[a-z0-9_]+")
 _LONGEST = 63
 
@@ -84,8 +84,8 @@ class Schema:
             connections.give(connection, broken=broken)
         return self._supported(found, connections)
 
-    def _supported(self, found: tuple[int, str, bool], connections: Connections) -> int:
-        number, encoding, durable = found
+    def _supported(self, found: tuple[int, str, bool, bool], connections: Connections) -> int:
+        number, encoding, durable, plain = found
         if encoding != "UTF8":
             raise ConfigurationError(
                 f"the database's encoding is not UTF8: encoding={encoding} "
@@ -101,16 +101,19 @@ class Schema:
                 connections.settings.where,
             )
         connections.durable = durable
+        connections.plain = connections.plain or plain
         return number
 
-    async def _read(self, connection: Any) -> tuple[int, str, bool]:
+    async def _read(self, connection: Any) -> tuple[int, str, bool, bool]:
         # A transaction even for one statement: see Connections.call.
         async with connection.transaction():
             facts = await connection.fetchrow(
                 "SELECT to_regclass($1) IS NOT NULL AS there, "
                 "current_setting('server_encoding') AS encoding, "
                 "current_setting('fsync')::bool AND current_setting('full_page_writes')::bool "
-                "AS durable",
+                "AS durable, "
+                "current_setting('default_transaction_isolation') = 'read committed' "
+                "AND current_setting('synchronous_commit') <> 'off' AS plain",
                 f"{self.quoted}.migrations",
             )
             number = (
@@ -120,7 +123,7 @@ class Schema:
                 if facts["there"]
                 else 0
             )
-            return number, facts["encoding"], facts["durable"]
+            return number, facts["encoding"], facts["durable"], facts["plain"]
 
     async def migrate(self, connections: Connections) -> None:
         """Apply what is missing."""
@@ -133,9 +136,13 @@ class Schema:
         connection = await connections.borrow()
         broken = True
         try:
-            async with connection.transaction():
+            # What others did is seen once their lock is gone, whatever the role's default is.
+            async with connection.transaction(isolation="read_committed"):
                 key = int.from_bytes(sha256(self.name.encode()).digest()[:8], signed=True)
                 await connection.execute(f"SELECT pg_advisory_xact_lock({key})")
+                # A session takes notice of what others made when it opens a table, not while it
+                # waits: without this, IF NOT EXISTS goes by what it knew before.
+                await connection.execute("SELECT count(*) FROM pg_catalog.pg_namespace")
                 await connection.execute(
                     f"CREATE SCHEMA IF NOT EXISTS {self.quoted};"
                     f"CREATE TABLE IF NOT EXISTS {self.quoted}.migrations ("

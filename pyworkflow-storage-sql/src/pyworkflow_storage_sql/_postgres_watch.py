@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-from pyworkflow.spi import Change, Committed, StorageError
+from pyworkflow.spi import Change, Committed, StorageError, StorageUnavailable
 from pyworkflow_storage_sql._postgres_connections import Connections, Transport
 
 __all__ = ["News"]
@@ -57,6 +57,7 @@ class News:
         self._waiting: dict[str | None, set[_Waiter]] = {}
         self._listener: Transport = None
         self._opening = asyncio.Lock()
+        self._closed = False
         self._told: dict[str, int | None] = {}
         self._work = False
         self._hurry = asyncio.Event()
@@ -172,6 +173,10 @@ class News:
             connection = await self._connections.connect()
             try:
                 await connection.add_listener(self._channel, self._heard)
+                if self._closed:
+                    raise StorageUnavailable(
+                        f"the storage is closing: storage={self._connections.settings.where}"
+                    )
             except BaseException:
                 connection.terminate()
                 raise
@@ -225,6 +230,7 @@ class News:
 
     async def close(self) -> None:
         """Tell what is still to be told, and stop listening."""
+        self._closed = True
         teller = self._teller
         if teller is not None:
             self._hurry.set()

@@ -127,6 +127,10 @@ class SQLiteStorageBackend(StorageBackend):
                 indexed_filters=True,
                 purge_by_age=True,
                 large_history=True,
+                gaps={
+                    "CRA-04": "SQLite's pages have no checksums: events and names of namespaces "
+                    "are checked, a bit that flips in another row can go unnoticed"
+                },
             ),
             max_payload=MAX_PAYLOAD,
             max_events_per_commit=MAX_EVENTS,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import time
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
+from zlib import crc32
 
 from pyworkflow.spi import (
     ConfigurationError,
@@ -20,7 +22,15 @@ from pyworkflow.spi import (
     StorageUnavailable,
 )
 
-__all__ = ["OPEN_TIMEOUT", "connect", "is_busy", "migrate", "pending", "storage_error"]
+__all__ = [
+    "OPEN_TIMEOUT",
+    "claim_namespace",
+    "connect",
+    "is_busy",
+    "migrate",
+    "pending",
+    "storage_error",
+]
 
 #: Seconds that opening waits for another process's lock.
 OPEN_TIMEOUT: Final = 30.0
@@ -56,7 +66,8 @@ def connect(path: Path) -> sqlite3.Connection:
         cached_statements=512,
     )
     try:
-        mode = conn.execute("pragma journal_mode = wal").fetchone()[0]
+        _version(conn, path)  # what is refused stays as it is, to the byte
+        mode = _write_ahead(conn)
         if mode != "wal":
             raise StorageError(
                 f"the database cannot write ahead: path={path} journal_mode={mode}; "
@@ -72,6 +83,23 @@ def connect(path: Path) -> sqlite3.Connection:
         conn.close()
         raise
     return conn
+
+
+def _write_ahead(conn: sqlite3.Connection) -> str:
+    """Switch the database to WAL; its mode then.
+
+    The switch wants the database for itself, and does not wait for others that are opening it.
+    """
+    end = time.monotonic() + OPEN_TIMEOUT
+    while True:
+        try:
+            mode: str = conn.execute("pragma journal_mode = wal").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.005)
+        else:
+            return mode
 
 
 def _check_place(path: Path) -> None:
@@ -128,6 +156,27 @@ def migrate(conn: sqlite3.Connection, path: Path) -> None:
             if conn.in_transaction:
                 conn.execute("rollback")
             raise
+
+
+def claim_namespace(conn: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
+    """The namespace's id and its count of news; makes its row when there is none.
+
+    Raises:
+        StorageDamaged: A namespace's name is not what was written: its runs would seem to be gone.
+    """
+    for found, crc in conn.execute("select name, name_crc from namespaces"):
+        if crc32(found.encode()) != crc:
+            raise StorageDamaged(str(path), 0, f"the name of a namespace: name={found!r}")
+    find = "select id, work from namespaces where name = ?"
+    row = conn.execute(find, (name,)).fetchone()
+    if row is None:
+        conn.execute(
+            "insert or ignore into namespaces (name, name_crc) values (?, ?)",
+            (name, crc32(name.encode())),
+        )
+        row = conn.execute(find, (name,)).fetchone()
+    number, work = row
+    return number, work
 
 
 def _statements(text: str) -> list[str]:

@@ -26,7 +26,13 @@ from pyworkflow.spi import (
 )
 from pyworkflow_storage_sql._sqlite_pace import Pace
 from pyworkflow_storage_sql._sqlite_rows import from_micros
-from pyworkflow_storage_sql._sqlite_schema import connect, is_busy, migrate, storage_error
+from pyworkflow_storage_sql._sqlite_schema import (
+    claim_namespace,
+    connect,
+    is_busy,
+    migrate,
+    storage_error,
+)
 from pyworkflow_storage_sql._sqlite_twins import add_forkable
 
 __all__ = ["Answers", "Batch", "News", "Operation", "Writer"]
@@ -188,12 +194,7 @@ class Writer:
         conn = connect(self.path)
         try:
             migrate(conn, self.path)
-            find = "select id, work from namespaces where name = ?"
-            row = conn.execute(find, (self._name,)).fetchone()
-            if row is None:
-                conn.execute("insert or ignore into namespaces (name) values (?)", (self._name,))
-                row = conn.execute(find, (self._name,)).fetchone()
-            self._namespace, self._work = row
+            self._namespace, self._work = claim_namespace(conn, self.path, self._name)
             conn.execute("pragma busy_timeout = 0")
         except BaseException:
             conn.close()

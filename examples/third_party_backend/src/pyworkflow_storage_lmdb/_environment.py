@@ -6,6 +6,7 @@ blocks: nothing here may be called on an event loop.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from typing import TypeVar
 import lmdb
 
 from pyworkflow.spi import (
+    ConfigurationError,
     SchemaTooNew,
     StorageDamaged,
     StorageError,
     StorageFull,
     StorageUnavailable,
 )
+from pyworkflow_storage_lmdb._plugin import LEAST_SIZE
 
 __all__ = ["Environment"]
 
@@ -28,8 +31,10 @@ T = TypeVar("T")
 
 #: Version of the layout that `_tables` describes.
 SCHEMA = 1
-FIRST_SIZE = 1 << 20
+FIRST_SIZE = LEAST_SIZE
 MAX_SIZE = 1 << 40
+MADE = "made"
+"""An empty file beside LMDB's: a store was made here."""
 
 _open: dict[Path, Environment] = {}
 _lock = threading.RLock()
@@ -44,8 +49,28 @@ class Environment:
         # Held for each transaction: LMDB grows only while none is open, and no fork may copy one.
         self.lock = threading.Lock()
         path.mkdir(parents=True, exist_ok=True)
+        file = path / "data.mdb"
+        # LMDB takes an empty file for a new one, and would begin anew in silence.
+        if (path / MADE).exists() and not (file.exists() and file.stat().st_size):
+            raise StorageDamaged(str(file), 0, "it is empty or gone")
         self.lmdb = lmdb.open(str(path), map_size=FIRST_SIZE, max_readers=1024)
-        self.lmdb.reader_check()  # slots of processes that are gone
+        try:
+            self._fill_up(file)
+            self.lmdb.reader_check()  # slots of processes that are gone
+        except BaseException:
+            self.lmdb.close()
+            raise
+
+    def _fill_up(self, file: Path) -> None:
+        """Make the file as long as its pages say: reading behind its end would kill the process.
+
+        LMDB itself leaves free pages at the end unwritten, so a short file may be a sound one. In
+        one that was cut, pages of zeros stand for what is missing: no tree and no value is that.
+        """
+        with self.lmdb.begin(write=True):  # nobody else makes it longer meanwhile
+            needed = (self.lmdb.info()["last_pgno"] + 1) * self.lmdb.stat()["psize"]
+            if file.stat().st_size < needed:
+                os.truncate(file, needed)
 
     @classmethod
     def acquire(cls, path: Path) -> Environment:
@@ -56,10 +81,16 @@ class Environment:
             if environment is None:
                 try:
                     environment = cls(path)
+                except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                    raise ConfigurationError(
+                        f"the directory cannot be used: path={path} cause={error.strerror}; "
+                        "name one that can be made and written"
+                    ) from error
                 except (lmdb.Error, OSError) as error:
                     raise _translated(error, path) from error
                 try:
                     environment.run(_migrate, write=True, max_size=MAX_SIZE)
+                    (path / MADE).touch()
                 except BaseException:
                     environment.lmdb.close()
                     raise
@@ -96,6 +127,9 @@ class Environment:
                     self.lmdb.set_mapsize(0)  # another process made it larger: take its size
                 except lmdb.Error as error:
                     raise _translated(error, self.path) from error
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    file = str(self.path / "data.mdb")
+                    raise StorageDamaged(file, 0, "a value in it is no JSON") from error
 
 
 def _migrate(txn: lmdb.Transaction) -> None:
@@ -103,8 +137,8 @@ def _migrate(txn: lmdb.Transaction) -> None:
     found = txn.get(b"mschema")
     if found is None:
         txn.put(b"mschema", str(SCHEMA).encode())
-    elif int(found) > SCHEMA:
-        raise SchemaTooNew("lmdb", int(found), SCHEMA)
+    elif (version := json.loads(bytes(found))) > SCHEMA:
+        raise SchemaTooNew("lmdb", version, SCHEMA)
 
 
 def _translated(error: Exception, path: Path) -> StorageError:

@@ -7,6 +7,9 @@ from urllib.parse import unquote, urlsplit
 
 from pyworkflow.spi import ConfigurationError, StorageBackend, hookimpl
 
+#: Bytes of the smallest ``max_size``: what is mapped at first.
+LEAST_SIZE = 1 << 20
+
 
 @hookimpl
 def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBackend | None:
@@ -32,6 +35,8 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
     text = options.get("max_size", "0")
     if not (text.isascii() and text.isdigit()):
         raise ConfigurationError(f"not a number of bytes: max_size={text!r}; write 1000000000")
+    if 0 < int(text) < LEAST_SIZE:
+        raise ConfigurationError(f"too small for a store: max_size={text}; give {LEAST_SIZE}")
     from pyworkflow_storage_lmdb._backend import LmdbStorageBackend
 
     return LmdbStorageBackend(path, namespace=options["namespace"], max_size=int(text) or None)

@@ -33,7 +33,8 @@ from pyworkflow.errors import (
     PayloadTooLarge,
     PayloadUnreadable,
     SerializationError,
-    StorageError,
+    StorageFull,
+    StorageUnavailable,
     WorkflowError,
 )
 from pyworkflow.runs import ErrorInfo, Run
@@ -56,9 +57,21 @@ __all__ = [
 _TEXTS = ("args", "result", "salt")
 #: Fields that hold such fields in turn: what a ``deliver`` item carries.
 _INNER = ("data", "run", "started")
-#: Kept readable: it holds nothing but the reason of a cancellation.
+#: With nothing else to it, such an error is only the reason of a cancellation: kept readable.
 _CANCELLED = "pyworkflow.errors:RunCancelled"
 _HIDDEN = "(wrapped by a codec)"
+#: Codecs whose only purpose is a shorter text.
+_SHORTEN = frozenset({"zlib", "zstd"})
+#: What is added to a text that gets no shorter: base64, and around it the names of the codecs.
+_GROWTH, _FRAME = (4, 3), 1024
+#: Of what a codec raises, what tells what to do; the rest it raises again for the same value.
+_SPOKEN = (
+    ConfigurationError,
+    PayloadTooLarge,
+    SerializationError,
+    StorageFull,
+    StorageUnavailable,
+)
 
 Wraps = Mapping[str, str]
 """Plain text to stored text."""
@@ -85,7 +98,8 @@ class Writer:
 
         Raises:
             PayloadTooLarge: It has more than ``codec_max_size`` bytes.
-            StorageError: A codec cannot do its work.
+            SerializationError: A codec cannot do its work.
+            StorageUnavailable, StorageFull: It cannot do it now.
         """
         if is_wrapped(text):
             return text
@@ -98,18 +112,27 @@ class Writer:
         for name, codec in self._codecs:
             try:
                 made = codec.encode(data, context(applied))
-            except WorkflowError:
+            except _SPOKEN:
                 raise
             except Exception as error:
                 # Its message may repeat what it was given.
-                raise StorageError(
+                raise SerializationError(
                     f"a codec failed: codec={name} error={type(error).__name__}; nothing was "
                     "written. Repair the codec or its settings"
                 ) from error
             if made is not None:
                 data, params = made
                 applied.append((name, dict(params)))
-        return Wrapped(applied, data).text() if applied else text
+        if not applied:
+            return text
+        stored = Wrapped(applied, data).text()
+        if len(stored) >= payload_size(text) and _SHORTEN.issuperset(name for name, _ in applied):
+            return text  # what was gained is less than base64 costs
+        return stored
+
+    def most_arguments(self, limit: int) -> int:
+        """Bytes that arguments may have before codecs, to be at most ``limit`` as stored."""
+        return max(limit * _GROWTH[1] // _GROWTH[0] - _FRAME, 1)
 
     async def wrap_text(self, text: str) -> str:
         """``wrap``, beside the event loop when it may take long."""
@@ -120,11 +143,14 @@ class Writer:
     async def wrap_change(self, change: Change, limit: int) -> Change:
         """The change as it is stored. ``limit`` bounds each text in bytes.
 
+        Arguments are as long as the workflow passed them: what fits before codecs fits behind.
+
         Raises:
             PayloadTooLarge: A stored text would be longer.
-            StorageError: A codec cannot do its work.
+            SerializationError: A codec cannot do its work.
+            StorageUnavailable, StorageFull: It cannot do it now.
         """
-        texts, errors = _texts_of(change, self.secret)
+        texts, errors, arguments = _texts_of(change, self.secret)
         if not texts and not errors:
             return change
         found = dict.fromkeys([*texts, *errors])
@@ -133,7 +159,8 @@ class Writer:
         else:
             wraps = self._wrap_all(found)
         for plain in texts:  # errors are bounded where they are made
-            if (size := payload_size(wraps[plain])) > limit:
+            size = payload_size(wraps[plain])
+            if size > limit and not (plain in arguments and payload_size(plain) <= limit):
                 what = f"a payload of run {change.run_id!r} (bytes={payload_size(plain)} unwrapped)"
                 raise PayloadTooLarge(what, size, limit)
         if all(map(str.__eq__, wraps.keys(), wraps.values())):
@@ -165,9 +192,9 @@ _writer: tuple[Settings, Writer] | None = None
 # --- what of a change is wrapped ----------------------------------------------------------------
 
 
-def _texts_of(change: Change, secret: bool) -> tuple[list[str], list[str]]:
-    """The plain payload texts of a change, and the JSON of its errors when those are hidden."""
-    texts: list[str] = []
+def _texts_of(change: Change, secret: bool) -> tuple[list[str], list[str], set[str]]:
+    """The plain payload texts, the JSON of errors when those are hidden, which are arguments."""
+    texts: dict[str, list[str]] = {name: [] for name in _TEXTS}
     errors: list[str] = []
     for event in change.events:
         _gather(event.data, texts, errors)
@@ -182,14 +209,15 @@ def _texts_of(change: Change, secret: bool) -> tuple[list[str], list[str]]:
         _gather({"result": update.result}, texts, errors)
         if update.error is not None:
             _gather({"error": update.error.to_json()}, texts, errors)
-    return texts, errors if secret else []
+    found = [text for of_name in texts.values() for text in of_name]
+    return found, errors if secret else [], set(texts["args"])
 
 
-def _gather(data: Mapping[str, Json], texts: list[str], errors: list[str]) -> None:
+def _gather(data: Mapping[str, Json], texts: Mapping[str, list[str]], errors: list[str]) -> None:
     for name in _TEXTS:
         value = data.get(name)
         if isinstance(value, str) and not is_wrapped(value):
-            texts.append(value)
+            texts[name].append(value)
     error = data.get("error")
     if isinstance(error, dict) and _hides(error):
         errors.append(_error_text(error))
@@ -201,8 +229,10 @@ def _gather(data: Mapping[str, Json], texts: list[str], errors: list[str]) -> No
 
 def _hides(error: Mapping[str, Json]) -> bool:
     details = error.get("details")
-    wrapped = isinstance(details, dict) and "codec" in details
-    return not wrapped and error.get("type") != _CANCELLED
+    if isinstance(details, dict) and "codec" in details:
+        return False
+    # One that code raised has a traceback and what it was made of, and may quote anything.
+    return bool(error.get("type") != _CANCELLED or details or error.get("traceback"))
 
 
 def _error_text(error: Mapping[str, Json]) -> str:
@@ -343,12 +373,19 @@ def _made(spec: str, config: Settings) -> tuple[str, Codec]:
         raise ConfigurationError(
             f"a codec has no proper name: codec={name:.40}; write small letters, digits, '_', '-'"
         )
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(given.keys() - _OPTIONS[name]) if name in _OPTIONS else []
+    if unknown:
+        raise ConfigurationError(
+            f"the codec has no such options: codec={name} options={','.join(unknown):.80}; there "
+            f"are {', '.join(sorted(_OPTIONS[name])) or 'none: its settings have a name each'}"
+        )
     options = {
         "max_size": str(config.codec_max_size),
         "compress_threshold": str(config.codec_compress_threshold),
         "offload_dir": str(config.codec_offload_dir or ""),
         "offload_threshold": str(config.codec_offload_threshold),
-        **dict(parse_qsl(query, keep_blank_values=True)),
+        **given,
     }
     if name == "aesgcm":
         options["keys"] = config.codec_keys.text()
@@ -356,7 +393,16 @@ def _made(spec: str, config: Settings) -> tuple[str, Codec]:
     return name, make_codec(name, options)
 
 
+#: What may be said in ``codecs`` for one of the core's; keys are settings, which are not shown.
+_OPTIONS = {
+    "zlib": {"compress_threshold", "max_size"},
+    "zstd": {"compress_threshold", "max_size"},
+    "aesgcm": set[str](),
+    "offload": {"offload_dir", "offload_threshold", "max_size"},
+}
 _NAMES = re.compile(r'\["([a-z][a-z0-9_-]*)",\{')
+#: Events that are looked through beside the event loop.
+_MANY = 200
 _QUICK = frozenset({"aesgcm", "zlib", "zstd"})
 
 
@@ -378,8 +424,16 @@ async def opened_events(events: Sequence[Event], *, every: bool = False) -> list
 
     What cannot be unwrapped stays as it is stored: who reads it is told why.
     """
+    if every and len(events) > _MANY:
+        return await asyncio.to_thread(_opened_events, events, every)
+    if not any(_wrapped_in(event.data, every) for event in events):
+        return list(events)
+    return await asyncio.to_thread(_opened_events, events, every)
+
+
+def _opened_events(events: Sequence[Event], every: bool) -> list[Event]:
     return [
-        await _opened_event(event, names) if (names := _wrapped_in(event.data, every)) else event
+        _opened_event(event, names) if (names := _wrapped_in(event.data, every)) else event
         for event in events
     ]
 
@@ -400,22 +454,18 @@ def _wrapped_in(data: Mapping[str, Json], every: bool) -> list[str]:
     return names
 
 
-async def _opened_event(event: Event, names: list[str]) -> Event:
+def _opened_event(event: Event, names: list[str]) -> Event:
     new: dict[str, Json] = {}
     for name in names:
         value = event.data[name]
         try:
             if isinstance(value, dict):
-                new[name] = await _opened_error(value)
+                new[name] = dict(unwrapped_error(value))
             else:
-                new[name] = await opened_text(str(value))
+                new[name] = unwrapped(str(value))
         except SerializationError:
             continue
     return event._replace(data={**event.data, **new}) if new else event
-
-
-async def _opened_error(error: Mapping[str, Json]) -> dict[str, Json]:
-    return dict(await asyncio.to_thread(unwrapped_error, error))
 
 
 async def opened_run(run: Run) -> Run:
@@ -430,7 +480,8 @@ async def opened_run(run: Run) -> Run:
                 continue
     if run.error is not None and "codec" in run.error.details:
         try:
-            new["error"] = ErrorInfo.from_json(await _opened_error(run.error.to_json()))
+            opened = await asyncio.to_thread(unwrapped_error, run.error.to_json())
+            new["error"] = ErrorInfo.from_json(opened)
         except SerializationError:
             pass
     return dataclasses.replace(run, **new) if new else run

@@ -61,7 +61,10 @@ class AesGcmCodec:
         key = self._keys.get(key_id)
         if key is None:
             try:
-                self._keys = dict(self._load())  # a file may have it by now
+                # A file may have it by now. What is known stays: another process may be writing
+                # the file, and no key id is ever given to another key.
+                found = dict(self._load())
+                self._keys = {**found, **{k: v for k, v in self._keys.items() if k not in found}}
             except ConfigurationError as error:
                 raise PayloadUnreadable("aesgcm", str(error), "repair it", key_id) from error
             key = self._keys.get(key_id)

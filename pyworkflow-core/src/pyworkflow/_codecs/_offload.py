@@ -16,7 +16,13 @@ from typing import cast
 
 from pyworkflow._codecs._form import parse
 from pyworkflow._serialization import is_wrapped
-from pyworkflow.errors import ConfigurationError, PayloadUnreadable, StorageFull, StorageUnavailable
+from pyworkflow.errors import (
+    ConfigurationError,
+    PayloadUnreadable,
+    StorageError,
+    StorageFull,
+    StorageUnavailable,
+)
 from pyworkflow.spi.storage import RunQuery, StorageBackend
 
 __all__ = ["ASIDE", "OffloadCodec", "sweep_offloaded"]
@@ -25,6 +31,8 @@ __all__ = ["ASIDE", "OffloadCodec", "sweep_offloaded"]
 ASIDE = 16 * 1024
 _HASH = re.compile(r"[0-9a-f]{64}")
 _PAGE = 100
+#: A file on its way out: ``<name>.<random>.gone``.
+_GONE = ".gone"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -135,44 +143,86 @@ def _sync(directory: Path) -> None:
 
 
 async def sweep_offloaded(
-    *storages: StorageBackend, directory: Path, older_than: timedelta = timedelta(days=1)
+    *storages: StorageBackend,
+    directory: Path,
+    older_than: timedelta = timedelta(days=1),
+    allow_empty: bool = False,
+    dry_run: bool = False,
 ) -> list[Path]:
     """Remove files that no run refers to and that are older than ``older_than``; which.
 
     ``storages`` must be every store, in every namespace, that offloads to ``directory``. A file
     is written before the commit that refers to it: ``older_than`` must be longer than that takes,
-    an hour at least.
+    an hour at least. A store without any run is refused unless ``allow_empty``: it is more often
+    the wrong one than one that refers to nothing. ``dry_run`` tells and removes nothing.
 
     Raises:
         ValueError: ``older_than`` is too short, or there is no store.
-        StorageError: A store could not be read; nothing was removed.
+        StorageError: A store could not be read, or has no runs; nothing was removed.
     """
     if older_than < timedelta(hours=1) or not storages:
         raise ValueError("give every store of the directory, and older_than of an hour or more")
     before = time.time() - older_than.total_seconds()
-    old = await asyncio.to_thread(_older, directory, before)
+    for storage in storages:
+        if not allow_empty and not (await storage.list_runs(RunQuery(limit=1))).items:
+            info = storage.info()
+            raise StorageError(
+                f"the store has no runs: location={info.location} namespace={info.namespace}; "
+                "nothing was removed. Name the stores that use the directory, or say "
+                "--allow-empty if this one is empty indeed"
+            )
+    old = await asyncio.to_thread(_older, directory, before, dry_run)
     used: set[str] = set()
     for storage in storages:
         async for name in _referred(storage):
             used.add(name)
-    return await asyncio.to_thread(_remove, old, used, before)
+    return await asyncio.to_thread(_remove, old, used, before, dry_run)
 
 
-def _older(directory: Path, before: float) -> list[Path]:
-    files = directory.glob("[0-9a-f][0-9a-f]/*")
-    return [path for path in files if path.is_file() and path.stat().st_mtime < before]
+def _older(directory: Path, before: float, dry_run: bool) -> list[Path]:
+    found: list[Path] = []
+    for path in [*directory.glob("[0-9a-f][0-9a-f]/*")]:
+        try:
+            if path.suffix == _GONE:
+                if not dry_run:
+                    _put_back(path)  # a sweep that was killed left it
+            elif path.is_file() and path.stat().st_mtime < before:
+                found.append(path)
+        except FileNotFoundError:
+            continue  # another sweep has it
+    return found
 
 
-def _remove(old: list[Path], used: set[str], before: float) -> list[Path]:
+def _remove(old: list[Path], used: set[str], before: float, dry_run: bool) -> list[Path]:
     removed: list[Path] = []
     for path in old:
         name = path.name.partition(".")[0]
         if not _HASH.fullmatch(name) or (name in used and path.suffix != ".part"):
             continue
-        if path.exists() and path.stat().st_mtime < before:  # not written anew meanwhile
-            path.unlink(missing_ok=True)
-            removed.append(path)
+        try:
+            if dry_run:
+                removed += [path] if path.stat().st_mtime < before else []
+                continue
+            # Out of the way first: a worker that offloads the same bytes now makes the name anew,
+            # and what it made before is seen by its time.
+            gone = path.with_name(f"{path.name}.{secrets.token_hex(6)}{_GONE}")
+            path.rename(gone)
+            if gone.stat().st_mtime < before:
+                gone.unlink()
+                removed.append(path)
+            else:
+                _put_back(gone)
+        except FileNotFoundError:
+            continue  # another sweep has it
     return removed
+
+
+def _put_back(gone: Path) -> None:
+    path = gone.with_name(gone.name.rsplit(".", 2)[0])
+    if path.exists():
+        gone.unlink()  # equal: the name tells the content
+    else:
+        gone.replace(path)
 
 
 async def _referred(storage: StorageBackend) -> AsyncIterator[str]:

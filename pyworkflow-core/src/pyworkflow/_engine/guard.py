@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import threading
 import time
@@ -139,7 +140,9 @@ class Guard:
 
     def __init__(self, limit: float = _LIMIT) -> None:
         self._limit = limit
-        self._thread: threading.Thread | None = None
+        self._watching = False
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self._forked)
         sys.addaudithook(_audit)
         _audit_sleep()
         _audit_threads()
@@ -147,7 +150,8 @@ class Guard:
     def feed(self, replay: Replay, events: Sequence[Event]) -> None:
         """``replay.feed(events)``, interrupted when its code holds the thread for too long."""
         thread = threading.get_ident()
-        self.begin()
+        if not self._watching:
+            self.begin()
         _spinning[thread] = (replay, monotonic())
         try:
             replay.feed(events)
@@ -162,22 +166,29 @@ class Guard:
 
     def begin(self) -> None:
         """See to it that the watchdog's thread runs."""
-        if self._thread is not None and self._thread.is_alive():
-            return
+        with _lock:
+            if self._watching:
+                return
+            self._watching = True
         thread = threading.Thread(target=self._run, name="pyworkflow-watchdog", daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            return  # the process ends: no thread can start, and nobody is held up for long
-        self._thread = thread
+            self._watching = False  # the process ends: nobody is held up for long
+
+    def _forked(self) -> None:
+        self._watching = False  # threads stay behind
 
     def _run(self) -> None:
         idle = 0
         tick = threading.Event()
-        while idle < 240:  # a minute without work ends the thread; the next feed begins another
+        while True:
             tick.wait(_POLL)
             idle += 1
             with _lock:
+                if idle > 240 and not _spinning:
+                    self._watching = False  # a minute without work; the next feed begins another
+                    return
                 now = monotonic()
                 for thread, (replay, since) in list(_spinning.items()):
                     idle = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, cast
 
-from pyworkflow import _plugins
+from pyworkflow import _hooks, _plugins
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ErrorInfo
 
@@ -22,7 +22,8 @@ _HOOKS = (
 
 def observed_hooks() -> list[str]:
     """The hooks about events that somebody implements; empty in the common case."""
-    return [hook for hook in _HOOKS if _plugins.hooks_active(hook)]
+    active = _hooks.table().active
+    return [] if active.isdisjoint(_HOOKS) else [hook for hook in _HOOKS if hook in active]
 
 
 def tell_observers(hooks: list[str], run_id: str, workflow: str, events: Sequence[Event]) -> None:

@@ -7,9 +7,11 @@ batching there is. ``call_soon`` lets everything that is ready in one turn of th
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from time import monotonic
 
@@ -20,6 +22,7 @@ from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
     StorageError,
+    StorageFull,
     StorageUnavailable,
 )
 from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
@@ -67,9 +70,13 @@ class Pipeline:
         self._clock = clock
         self._patience = patience
         """Seconds to go on trying while the storage does not answer: about a lease."""
-        self._waiting: deque[tuple[Change, asyncio.Future[Committed]]] = deque()
+        self._waiting: deque[tuple[Change, Callable[[Answer | Exception], None]]] = deque()
+        # Not the context of the step or session that happens to send first.
+        self._context = contextvars.copy_context()
         self._sender: asyncio.Task[None] | None = None
         self.on_trouble: Callable[[StorageError], None] | None = None
+        self.batch: AbstractContextManager[None] = nullcontext()
+        """Entered while changes are under way."""
 
     def write_with(self, codecs: Writer | None, max_payload: int) -> None:
         """Write payloads with these codecs, each of at most so many bytes as it is stored."""
@@ -80,24 +87,45 @@ class Pipeline:
         """Commit a change; raises the refusal, or ``StorageError`` when the storage gave up."""
         if self.codecs is not None:
             change = await self._wrapped(self.codecs, change)
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Committed] = loop.create_future()
-        self._waiting.append((change, answer))
+        future: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+
+        def done(answer: Answer | Exception) -> None:
+            if future.done():
+                return
+            if isinstance(answer, Committed):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+        self.submit(change, done)
+        return await future
+
+    def submit(self, change: Change, done: Callable[[Answer | Exception], None]) -> None:
+        """Send a change along as it is; ``done`` is called with what came of it, and raises not.
+
+        Only while there are no codecs.
+        """
+        self._waiting.append((change, done))
         if self._sender is None:
-            self._sender = loop.create_task(self._send(), name="pyworkflow-pipeline")
-        return await answer
+            self._sender = asyncio.get_running_loop().create_task(
+                self._send(), name="pyworkflow-pipeline", context=self._context.copy()
+            )
 
     async def _wrapped(self, codecs: Writer, change: Change) -> Change:
-        """The change as it is stored; made once, so that sending it again sends the same."""
+        """The change as it is stored; made once, so that sending it again sends the same.
+
+        What is done under a claim waits for as long as it takes: the lease is renewed meanwhile,
+        and the store, which is in order, would count a claim that ends as a worker that died.
+        """
         end = monotonic() + self._patience
         pause = 0.05
         while True:
             try:
                 return await codecs.wrap_change(change, self._max_payload)
-            except StorageUnavailable as exc:
+            except (StorageUnavailable, StorageFull) as exc:
                 if self.on_trouble is not None:
                     self.on_trouble(exc)
-                if monotonic() + pause > end:
+                if change.claim is None and monotonic() + pause > end:
                     raise
                 _log.warning("a payload cannot be wrapped now; trying again: %s", exc)
             await asyncio.sleep(pause)
@@ -110,25 +138,27 @@ class Pipeline:
 
     async def _send(self) -> None:
         try:
-            while self._waiting:
-                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-                answers = await self._deliver([change for change, _ in batch])
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    if future.done():
-                        continue
-                    if isinstance(answer, Committed):
-                        future.set_result(answer)
-                    else:
-                        future.set_exception(answer)
-                if answers and isinstance(answers[-1], Committed):
-                    self._clock.update(answers[-1].now)
-                # Let the sessions that were just answered send their next change along: at once,
-                # or when the short step that they begin has ended.
-                await asyncio.sleep(0)
-                if not self._waiting:
+            with self.batch:
+                while self._waiting:
+                    await self._send_batch()
+                    # Let the sessions that were just answered send their next change along: at
+                    # once, or when the short step that they begin has ended.
                     await asyncio.sleep(0)
+                    if not self._waiting:
+                        await asyncio.sleep(0)
         finally:
             self._sender = None
+
+    async def _send_batch(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+        answers = await self._deliver([change for change, _ in batch])
+        if answers and isinstance(answers[-1], Committed):
+            self._clock.update(answers[-1].now)
+        for (change, done), answer in zip(batch, answers, strict=True):
+            try:
+                done(answer)
+            except Exception:  # noqa: BLE001 - the others must have their answers
+                _log.exception("an answer could not be given: run_id=%s", change.run_id)
 
     async def _deliver(self, changes: list[Change]) -> list[Answer | Exception]:
         """Send a batch, again while the storage is unavailable: changes carry their keys."""

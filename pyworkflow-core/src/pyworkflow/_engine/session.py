@@ -10,27 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from operator import attrgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
-from pyworkflow._codecs import opened_events
-from pyworkflow._definitions import Step
 from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
     COMMAND,
     INPUT,
     OBSERVATION,
     cancelled_error,
-    end_events,
     ending_of,
-    scheduled_event,
-    started_event,
     suspension,
 )
 from pyworkflow._engine.steps import StepTry
+from pyworkflow._engine.straight import Straight
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import (
     CancelStep,
@@ -41,21 +36,10 @@ from pyworkflow._replay.commands import (
     StartSleep,
 )
 from pyworkflow._replay.replay import DEADLINE_OP
-from pyworkflow.errors import HistoryTooLong, PayloadTooLarge, SerializationError, UnseenInput
+from pyworkflow.errors import PayloadTooLarge, SerializationError, UnseenInput
 from pyworkflow.events import Event, EventType
-from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
-from pyworkflow.spi.storage import (
-    TURN,
-    Change,
-    ClaimRef,
-    Committed,
-    Control,
-    ControlKind,
-    Held,
-    Put,
-    Settle,
-    Update,
-)
+from pyworkflow.runs import Run, RunStatus, WorkItem
+from pyworkflow.spi.storage import TURN, Change, Control, ControlKind, Settle, Update
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
@@ -66,52 +50,25 @@ _log = logging.getLogger("pyworkflow.engine")
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
-_WARN_AT = 10_240
 _BYTES = 8 * 1024 * 1024
 """Characters of results after which a change takes no further one."""
-_SLICE = 500
 
 
-class Session:
+class Session(Straight):
     """Drives one run under the claim of its turn."""
 
     def __init__(
         self, worker: Worker, live: LiveRun, run: Run, item: WorkItem, *, resumed: bool
     ) -> None:
-        self._worker = worker
-        self._live = live
-        self._replay = live.replay
-        self._run = run
-        self._queue = run.queue
-        self._hold(item)
-        # A turn that is claimed again without progress may hold a step that kills its worker:
-        # then steps get an item, and so a count of their own, before they start.
-        self._careful = item.claims > 1
-        self._events: list[Event] = []
-        self._puts: list[Put] = []
-        self._drops: list[str] = []
-        self._running: dict[str, InPlace] = {}
-        self._handing: list[InPlace] = []
-        self._ended: list[InPlace] = []
+        super().__init__(worker, live, run, item)
         self._waiter: asyncio.Future[None] | None = None
         self._resumed = resumed
-        self._control: Control | None = None
         self._cancel: str | None = None
         self._abandoned = False
         # Half of what the storage takes in one change: a round adds to what commands made.
         self._most = max(1, worker.max_events // 2)
         # Of ends (up to three events), timers and hand-offs (two) each, in one round.
         self._several = max(1, self._most // 6)
-        if run.stalled is not None:
-            self._control = Control(ControlKind.UNSTALL)
-            self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
-
-    def _hold(self, item: WorkItem) -> None:
-        assert item.lease is not None
-        self._ref = ClaimRef(item.run_id, item.item_id, item.lease.token)
-        self._claims = item.claims
-        self._changes = 0
-        self._worker.leases.add(self._ref)
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -178,6 +135,14 @@ class Session:
             return None
         if replay.outcome is not None:
             return await self._finish()
+        if self._is_straight(FLUSH):
+            left = await self._go_straight()
+            if left is not None and left[0].paused:
+                await self._pause()
+                return False
+            if left is not None:
+                await self._deliver(*left)
+            return None
         if self._running and not self._ended:
             await asyncio.sleep(0)  # a short step ends here
         due = replay.due_timers(self._worker.clock.micros())
@@ -209,20 +174,10 @@ class Session:
             self._waiter = None
 
     def _notify(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._road is not None and not self._road.done():
+            self._step_ended(self._road)
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    async def _feed(self, events: Sequence[Event]) -> None:
-        """Deliver, yielding to the worker's loop on a long history."""
-        if len(events) > _SLICE:
-            self._replay.know_markers(events)
-        for start in range(0, len(events), _SLICE):
-            if start:
-                await asyncio.sleep(0)
-            part = events[start : start + _SLICE]
-            if self._worker.codecs is not None:
-                part = await opened_events(part)  # what takes long, beside the loop
-            self._worker.guard.feed(self._replay, part)
 
     # --- carrying out commands --------------------------------------------------------------------
 
@@ -258,33 +213,6 @@ class Session:
                 own = False
                 self._start(what)
 
-    def _try_of(self, command: RunStep) -> StepTry:
-        step = cast("Step[Any, Any]", command.step)
-        return StepTry(
-            run_id=self._run.run_id,
-            workflow=self._run.workflow,
-            op=command.op,
-            step=step,
-            args=command.args,
-            digest=command.digest,
-            attempt=1,
-            policy=step.policy,
-            timeout=step.timeout,
-        )
-
-    def _start(self, what: StepTry) -> None:
-        place = InPlace(what)
-        self._running[what.op] = place
-        place.task = asyncio.get_running_loop().create_task(self._body(place))
-
-    async def _body(self, place: InPlace) -> None:
-        place.end = end = await self._worker.runner.run(place.what)
-        if place.item is not None:
-            await self._worker.finish_step(place.what, end, place.item, started=True)
-        else:
-            self._ended.append(place)
-            self._notify()
-
     def _cancel_step(self, command: CancelStep) -> None:
         place = self._running.pop(command.op, None)
         if place is not None and place.task is not None:
@@ -296,30 +224,6 @@ class Session:
             data = {"name": command.name}
             self._events.append(Event(EventType.STEP_CANCELLED, COMMAND, data, command.op))
             self._drops.append(f"step:{command.op}")
-
-    def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
-        """Owe a step to whoever claims it."""
-        self._events.append(scheduled_event(what))
-        self._puts.append(self._put_of(what, attempt=attempt, due_us=due_us))
-
-    def _put_of(
-        self,
-        what: StepTry,
-        *,
-        attempt: int = 1,
-        due_us: int | None = None,
-        claimed: Held | None = None,
-    ) -> Put:
-        return Put(
-            item_id=f"step:{what.op}",
-            kind=ItemKind.STEP,
-            due_at=None if due_us is None else from_micros(due_us),
-            queue=what.step.queue or self._queue,
-            priority=what.step.priority,
-            payload=what.payload(attempt),
-            rung=claimed is None and due_us is None and self._worker.rings,
-            claimed=claimed,
-        )
 
     # --- committing -------------------------------------------------------------------------------
 
@@ -378,120 +282,6 @@ class Session:
             return False
         await self._deliver(answer, events)
         return None
-
-    def _record_end(self, place: InPlace) -> None:
-        what, end = place.what, place.end
-        assert end is not None
-        events, retry_us = end_events(self._worker, what, end, started=False)
-        if retry_us is not None:
-            self._events.extend(events)
-            self._dispatch(what, attempt=what.attempt + 1, due_us=retry_us)
-        else:
-            self._events.extend(events)
-
-    async def _commit(
-        self,
-        *,
-        settle: Settle | None = None,
-        take_turn: Held | None = None,
-        final: RunStatus | None = None,
-        update: Update | None = None,
-        last: Event | None = None,
-        seen: bool = True,
-    ) -> tuple[Committed, list[Event]]:
-        """Commit what has gathered; the answer, and the events as they were sent."""
-        events = self._events if last is None else [*self._events, last]
-        self._changes += 1
-        answer = await self._worker.pipeline.commit(
-            Change(
-                run_id=self._run.run_id,
-                key=f"{self._ref.token}:{self._changes}",
-                claim=self._ref,
-                seen=self._replay.seen or None if seen else None,
-                events=events,
-                settle=settle,
-                put=self._puts,
-                drop=self._drops,
-                take_turn=take_turn,
-                final=final,
-                update=update,
-                # A run that heals and ends at once is stalled no more by its end.
-                control=None if final is not None else self._control,
-            )
-        )
-        puts, drops = self._puts, self._drops
-        self._events, self._puts, self._drops, self._control = [], [], [], None
-        self._replay.acknowledge(answer.seen_seq)
-        for item_id in drops:
-            self._worker.cancel_step(self._run.run_id, item_id)
-        if puts:
-            self._worker.announce_puts(self._run, puts)
-        self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
-        return answer, events
-
-    async def _commit_part(self, number: int) -> None:
-        """Commit the first ``number`` events alone: one change may not hold them all.
-
-        Without ``seen``: what the delivered inputs produced is not complete yet.
-        """
-        part, events = self._events[:number], self._events[number:]
-        items = {f"step:{event.op}" for event in part}
-        puts = [p for p in self._puts if p.item_id not in items]
-        drops = [d for d in self._drops if d not in items]
-        self._puts = [p for p in self._puts if p.item_id in items]
-        self._drops = [d for d in self._drops if d in items]
-        self._events = part
-        answer, sent = await self._commit(seen=False)
-        self._events, self._puts, self._drops = events, puts, drops
-        await self._deliver(answer, sent)
-
-    async def _deliver(self, answer: Committed, events: list[Event]) -> None:
-        """Feed what others added and what was just committed, strictly by seq."""
-        run_id, at = self._run.run_id, answer.timestamp
-        own = [
-            Event(e.type, e.klass, e.data, e.op, e.key, run_id, answer.seqs[i], at)
-            for i, e in enumerate(events)
-            if e.klass != OBSERVATION and i not in answer.skipped
-        ]
-        if answer.others:
-            own = sorted([*own, *answer.others], key=attrgetter("seq"))
-        await self._feed(own)
-        self._replay.skip_to(answer.last_seq)
-        self._check_length(answer.last_seq)
-
-    def _check_length(self, length: int) -> None:
-        limit = self._worker.settings.max_history
-        if length >= limit:
-            self._replay.abandon(HistoryTooLong(length, limit))
-        elif length >= _WARN_AT and not self._live.warned:
-            self._live.warned = True
-            message = f"the history is getting long: events={length} limit={limit}"
-            _log.warning("%s run_id=%s", message, self._run.run_id)
-            warning: dict[str, Any] = {"message": message, "fields": {}}
-            self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
-
-    def _hand_off(self, number: int) -> list[InPlace]:
-        """Up to ``number`` steps get an item of their own with the next commit."""
-        handing, self._handing = self._handing[:number], self._handing[number:]
-        for place in handing:
-            self._events.append(scheduled_event(place.what))
-            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
-            self._puts.append(self._put_of(place.what, claimed=self._worker.held()))
-        return handing
-
-    def _take_over(self, handing: list[InPlace], answer: Committed) -> None:
-        """Steps that were handed off go on under a claim of their own."""
-        for place in handing:
-            item_id = f"step:{place.what.op}"
-            item = next((i for i in answer.claims if i.item_id == item_id), None)
-            self._running.pop(place.what.op, None)
-            self._ended = [p for p in self._ended if p is not place]
-            if item is None:  # cannot be while the contract holds; the item is due for anybody
-                if place.task is not None:
-                    place.task.cancel()
-                continue
-            place.item = item
-            self._worker.adopt_step(place.what, item, place.task, place.end)
 
     async def _finish(self) -> bool | None:
         """Commit the run's end. None when inputs came that it did not know: deliver and repeat."""

@@ -16,6 +16,7 @@ from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._context import StepContext, running_step
 from pyworkflow._definitions import Step
+from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import Ended, StepThreads
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
@@ -91,11 +92,11 @@ class StepRunner:
         self, *, concurrency: int, threads: int, max_payload: int, codecs: Writer | None = None
     ) -> None:
         self._codecs = codecs
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = Slots(concurrency)
         self._threads = StepThreads(threads)
         self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
         self._max_payload = max_payload
-        self._busy = asyncio.Semaphore(threads)
+        self._busy = Slots(threads)
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
@@ -109,25 +110,33 @@ class StepRunner:
         running_step.set(context)
         slots = self._slots if what.step.is_async else self._busy
         threads: list[asyncio.Future[Ended]] = []
-        await slots.acquire()
+        if not slots.take():
+            await slots.acquire()
         try:
             what.began = utcnow()
             end = StepEnd()
             try:
                 args, kwargs = decode_arguments(what.args)
-                with _plugins.around(
-                    "pyworkflow_around_step",
-                    run_id=what.run_id,
-                    workflow=what.workflow,
-                    step_id=what.op,
-                    step_name=what.step.name,
-                    attempt=what.attempt,
-                ):
-                    if what.step.is_async:
-                        value = await self._async(what, args, kwargs)
-                    else:
-                        value = await self._sync(what, args, kwargs, threads)
-                end.result = await self._encode(what, value)
+                if _plugins.hooks_active("pyworkflow_around_step"):
+                    with _plugins.around(
+                        "pyworkflow_around_step",
+                        run_id=what.run_id,
+                        workflow=what.workflow,
+                        step_id=what.op,
+                        step_name=what.step.name,
+                        attempt=what.attempt,
+                    ):
+                        value = await self._call(what, args, kwargs, threads)
+                elif what.step.is_async and what.timeout is None:
+                    value = await what.step.fn(*args, **kwargs)
+                else:
+                    value = await self._call(what, args, kwargs, threads)
+                text = _encoded(what, value)
+                if self._codecs is not None:
+                    text = await self._wrapped(self._codecs, what, text)
+                else:
+                    self._check_size(what, text)
+                end.result = text
             except asyncio.CancelledError as exc:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -149,7 +158,11 @@ class StepRunner:
             else:
                 slots.release()
 
-    async def _async(self, what: StepTry, args: Any, kwargs: Any) -> object:
+    async def _call(
+        self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Ended]]
+    ) -> object:
+        if not what.step.is_async:
+            return await self._sync(what, args, kwargs, threads)
         if what.timeout is None:
             return await what.step.fn(*args, **kwargs)
         limit = asyncio.timeout(what.timeout.total_seconds())
@@ -199,23 +212,19 @@ class StepRunner:
         await asyncio.wait({body})
         raise _TimedOut(message)
 
-    async def _encode(self, what: StepTry, value: object) -> str:
+    async def _wrapped(self, codecs: Writer, what: StepTry, text: str) -> str:
         try:
-            text = what.step.encode_result(value)
-        except SerializationError as exc:
-            raise SerializationError(
-                f"the result of step {what.step.name!r} cannot be stored: {exc}"
-            ) from exc
-        if self._codecs is not None:
-            try:
-                text = await self._codecs.wrap_text(text)
-            except StorageError:
-                # No failure of the step: the commit tries again, and waits if it has to.
-                return text
+            text = await codecs.wrap_text(text)
+        except StorageError:
+            # No failure of the step: the commit tries again, and waits if it has to.
+            return text
+        self._check_size(what, text)
+        return text
+
+    def _check_size(self, what: StepTry, text: str) -> None:
         size = payload_size(text)
         if size > self._max_payload:
             raise PayloadTooLarge(f"the result of step {what.step.name!r}", size, self._max_payload)
-        return text
 
     def judge(self, what: StepTry, end: StepEnd, now: datetime) -> Verdict:
         """Whether a failed try is followed by another."""
@@ -247,6 +256,15 @@ class StepRunner:
     def close(self) -> None:
         """Let go of the threads; those that still run a step end by themselves."""
         self._threads.close()
+
+
+def _encoded(what: StepTry, value: object) -> str:
+    try:
+        return what.step.encode_result(value)
+    except SerializationError as exc:
+        raise SerializationError(
+            f"the result of step {what.step.name!r} cannot be stored: {exc}"
+        ) from exc
 
 
 class _TimedOut(Exception):

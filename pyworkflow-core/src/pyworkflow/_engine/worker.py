@@ -31,7 +31,7 @@ from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
-from pyworkflow._replay._cpython import prepare
+from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
@@ -93,6 +93,7 @@ class Worker:
         stored = min(settings.max_payload, storage.info().max_payload)
         patience = settings.lease.total_seconds()
         self.pipeline = Pipeline(storage, self.clock, patience, self.codecs, stored)
+        self.pipeline.batch = Batch()
         self.max_payload = stored if self.codecs is None else self.codecs.max_size
         """Bytes of one payload before codecs."""
         self.runner = StepRunner(

@@ -11,11 +11,14 @@ import sys
 from asyncio import events, tasks
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyworkflow.errors import ConfigurationError
 
-__all__ = ["ASYNCIO_PROFILE", "Entered", "prepare"]
+if TYPE_CHECKING:
+    from pyworkflow._replay.loop import DeterministicLoop as ReplayLoop
+
+__all__ = ["ASYNCIO_PROFILE", "Batch", "enter", "leave", "prepare"]
 
 T = TypeVar("T")
 
@@ -30,25 +33,36 @@ _swap: Callable[[Any, Any], Any] | None = (
 )
 
 
-class Entered:
-    """Context manager: within it, ``loop`` is the running loop of this thread.
+class _Hook:
+    """A hook for async generators that asks whose loop is running."""
 
-    One object serves a loop again and again, but is not entered twice at once.
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, name: str, before: Callable[[Any], object] | None) -> None:
+        self._name = name
+        self._before = before
+
+    def __call__(self, generator: Any) -> None:
+        ours = getattr(events._get_running_loop(), self._name, None)
+        hook = self._before if ours is None else ours
+        if hook is not None:
+            hook(generator)
+
+
+class Batch:
+    """Context manager: within it, entering our loops is cheap.
+
+    Every change of the hooks for async generators tells the process's audit hooks, which takes
+    longer than all the rest of entering: within a batch they are changed once, to hooks that pass
+    generators of other loops on to the hooks that were there before. A batch may last over awaits.
     """
 
-    __slots__ = ("_hooks", "_loop", "_ours", "_outer", "_task")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        ours: Any = loop
-        self._ours: tuple[Any, Any] = (ours.asyncgen_started, ours.asyncgen_dropped)
+    __slots__ = ("_before", "_first")
 
     def __enter__(self) -> None:
-        outer = self._outer = events._get_running_loop()
-        self._task = _swap(outer, None) if _swap is not None and outer is not None else None
-        self._hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(*self._ours)
-        events._set_running_loop(self._loop)
+        self._before = before = sys.get_asyncgen_hooks()
+        self._first = _Hook("asyncgen_started", before.firstiter)
+        sys.set_asyncgen_hooks(self._first, _Hook("asyncgen_dropped", before.finalizer))
 
     def __exit__(
         self,
@@ -56,10 +70,35 @@ class Entered:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        events._set_running_loop(self._outer)
-        sys.set_asyncgen_hooks(*self._hooks)
-        if _swap is not None and self._outer is not None:
-            _swap(self._outer, self._task)
+        if sys.get_asyncgen_hooks().firstiter is self._first:  # nobody has set others since
+            sys.set_asyncgen_hooks(*self._before)
+
+
+#: What ``enter`` set aside: the outer loop, its current task, and the hooks, if they were changed.
+Outer = tuple[asyncio.AbstractEventLoop | None, Any, Any]
+
+
+def enter(loop: ReplayLoop) -> Outer:
+    """Make ``loop`` the running loop of this thread until ``leave`` is called with the answer."""
+    outer = events._get_running_loop()
+    task = _swap(outer, None) if _swap is not None and outer is not None else None
+    hooks: Any = sys.get_asyncgen_hooks()
+    if type(hooks.firstiter) is _Hook:
+        hooks = None
+    else:
+        sys.set_asyncgen_hooks(loop.asyncgen_started, loop.asyncgen_dropped)
+    events._set_running_loop(loop)
+    return outer, task, hooks
+
+
+def leave(outer: Outer) -> None:
+    """Put back what ``enter`` set aside, in reverse."""
+    loop, task, hooks = outer
+    events._set_running_loop(loop)
+    if hooks is not None:
+        sys.set_asyncgen_hooks(*hooks)
+    if _swap is not None and loop is not None:
+        _swap(loop, task)
 
 
 async def _wait_for(fut: Any, timeout: float | None) -> Any:

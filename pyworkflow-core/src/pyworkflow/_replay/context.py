@@ -28,6 +28,8 @@ __all__ = ["Op", "RunContext", "current_run"]
 
 
 _LONGEST_LINE = 16_384
+# Looked up once: a member of an enum takes long to find.
+_STEP, _EMITTED = OpKind.STEP, OpState.EMITTED
 
 
 class Op:
@@ -42,7 +44,7 @@ class Op:
         self.kind = kind
         self.number = number
         """Creation number: the order of timers that are due together."""
-        self.state = OpState.EMITTED
+        self.state = _EMITTED
         self.recorded = False
         """Steps: a ``step.scheduled`` carries it, so an item may owe it."""
         self.cancel_recorded = False
@@ -99,7 +101,7 @@ class RunContext:
         if self.max_payload and (size := payload_size(text)) > self.max_payload:
             raise PayloadTooLarge(f"the arguments of step {step.name!r}", size, self.max_payload)
         name = self.loop.branch().next_op("step")
-        op = Op(OpKind.STEP, len(self.ops))
+        op = Op(_STEP, len(self.ops))
         op.name = step.name
         # One brace is the arguments' own: nothing in them has an order to be freed of.
         made = digest if text.count("{") == 1 else digest_arguments

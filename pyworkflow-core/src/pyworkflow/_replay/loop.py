@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from math import ceil
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
 
-from pyworkflow._replay._cpython import Entered
+from pyworkflow._replay._cpython import enter, leave
 from pyworkflow.errors import WorkflowContextError
 
 __all__ = ["Branch", "BusyLoop", "DeterministicLoop", "WorkflowBlocked", "WorkflowTask"]
@@ -24,6 +24,8 @@ Ts = TypeVarTuple("Ts")
 
 #: µs since the epoch of the last instant that a date can name.
 LAST_INSTANT = 253_402_300_799_999_999
+
+_SPREAD, _MASK = 0x9E3779B97F4A7C15, 0x7FFFFFFFFFFFFFFF
 
 #: Callbacks that one input may cause. Beyond it the code is taken to wait by spinning.
 BUDGET = 100_000
@@ -72,6 +74,7 @@ _branch_of_context: contextvars.ContextVar[Branch] = contextvars.ContextVar("pyw
 class WorkflowFuture(asyncio.Future[T]):
     """A future whose place in a set depends on the run alone; made by ``create_future``."""
 
+    __slots__ = ("_hash",)
     _hash: int
 
     def __hash__(self) -> int:
@@ -135,7 +138,6 @@ class DeterministicLoop(_Loop):
         self._generators: list[AsyncGenerator[Any, Any]] = []
         self._generators_limit = 16
         self._root_branch = Branch("1")
-        self._entered = Entered(self)
         self._root: asyncio.Task[Any] | None = None
         #: Set by the watchdog's interruption; the spin ends at once.
         self.interrupted = False
@@ -149,14 +151,15 @@ class DeterministicLoop(_Loop):
         context = contextvars.Context()
         context.run(_branch_of_context.set, self._root_branch)
         self._open = True
+        outer = enter(self)
         try:
-            with self._entered:
-                root: WorkflowTask[T] = WorkflowTask(coro, loop=self, name="1", context=context)
-                root.branch = self._root_branch
-                self._root = root
-                self._tasks.append(root)
-                self._drain()
+            root: WorkflowTask[T] = WorkflowTask(coro, loop=self, name="1", context=context)
+            root.branch = self._root_branch
+            self._root = root
+            self._tasks.append(root)
+            self._drain()
         finally:
+            leave(outer)
             self._open = False
         return root
 
@@ -167,11 +170,12 @@ class DeterministicLoop(_Loop):
             BusyLoop: the budget is used up.
         """
         self._open = True
+        outer = enter(self)
         try:
-            with self._entered:
-                callback(*args)
-                self._drain()
+            callback(*args)
+            self._drain()
         finally:
+            leave(outer)
             self._open = False
 
     def _drain(self) -> None:
@@ -214,29 +218,40 @@ class DeterministicLoop(_Loop):
         Closing throws GeneratorExit, never CancelledError: ``finally`` runs, ``except
         CancelledError`` does not.
         """
-        stubborn: list[str] = []
-        with Entered(self):
-            for task in reversed(self._tasks):
-                if task.done():
-                    continue
-                # A task closed on purpose is no cause for a warning.
-                setattr(task, "_log_destroy_pending", False)  # noqa: B010 - private to asyncio
-                if not _close(task.get_coro()):
-                    stubborn.append(task.get_name())
-            for generator in self._generators:
-                # A started generator that is suspended in a yield has no one to close it but us.
-                closer = generator.aclose()
-                try:
-                    closer.send(None)
-                except (StopIteration, StopAsyncIteration):
-                    pass
-                except BaseException:  # noqa: BLE001 - closing must go on with the others
-                    pass
-                finally:
-                    closer.close()
+        outer = enter(self)
+        try:
+            stubborn = self._close_tasks()
+        finally:
+            leave(outer)
         self._ready.clear()
         self._tasks = [t for t in self._tasks if t.get_name() in stubborn and not t.done()]
         self._generators.clear()
+        if not stubborn:
+            # Nothing runs here any more: without cycles the run's memory is free at once, and no
+            # garbage for a collector that would look at all of the process to find it.
+            self._root = self.run = None
+        return stubborn
+
+    def _close_tasks(self) -> list[str]:
+        stubborn: list[str] = []
+        for task in reversed(self._tasks):
+            if task.done():
+                continue
+            # A task closed on purpose is no cause for a warning.
+            setattr(task, "_log_destroy_pending", False)  # noqa: B010 - private to asyncio
+            if not _close(task.get_coro()):
+                stubborn.append(task.get_name())
+        for generator in self._generators:
+            # A started generator that is suspended in a yield has no one to close it but us.
+            closer = generator.aclose()
+            try:
+                closer.send(None)
+            except (StopIteration, StopAsyncIteration):
+                pass
+            except BaseException:  # noqa: BLE001 - closing must go on with the others
+                pass
+            finally:
+                closer.close()
         return stubborn
 
     def unfinished(self) -> list[str]:
@@ -248,7 +263,7 @@ class DeterministicLoop(_Loop):
     def next_hash(self) -> int:
         """A number for the next object: the same in every replay, different between runs."""
         self._objects += 1
-        return (self._salt + self._objects * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
+        return (self._salt + self._objects * _SPREAD) & _MASK
 
     def branch(self) -> Branch:
         """The branch that is running: of the current task, else of what registered the callback."""
@@ -312,13 +327,15 @@ class DeterministicLoop(_Loop):
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        if isinstance(handle, DurableTimer) and handle.op:
+        if isinstance(handle, DurableTimer) and handle.op and self.run is not None:
             self.run.cancel_timer(handle.op)
 
     def create_future(self) -> asyncio.Future[Any]:
-        self._check()
+        if not self._open:
+            raise WorkflowContextError(_SHARED)
         future: WorkflowFuture[Any] = WorkflowFuture(loop=self)
-        future._hash = self.next_hash()
+        self._objects += 1
+        future._hash = (self._salt + self._objects * _SPREAD) & _MASK
         return future
 
     def create_task(

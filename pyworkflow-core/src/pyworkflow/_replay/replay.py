@@ -71,6 +71,11 @@ _CLOSING = frozenset(
     {EventType.WORKFLOW_COMPLETED, EventType.WORKFLOW_FAILED, EventType.WORKFLOW_CANCELLED}
 )
 _KNOWN = frozenset(str(t) for t in EventType)
+# What every event is compared with: a member of an enum takes long to look up.
+_INPUT, _OBSERVATION = str(EventClass.INPUT), str(EventClass.OBSERVATION)
+_COMPLETED, _FAILED = str(EventType.STEP_COMPLETED), str(EventType.STEP_FAILED)
+_MARKED = str(EventType.VERSION_MARKED)
+_DELIVER, _EMITTED = Action.DELIVER, OpState.EMITTED
 
 
 class Replay:
@@ -122,7 +127,7 @@ class Replay:
     def know_markers(self, events: Iterable[Event]) -> None:
         """Look ahead for version markers: one anywhere in the history counts from the start."""
         for event in events:
-            if event.type == EventType.VERSION_MARKED:
+            if event.type == _MARKED:
                 self._markers.add(str(event.data["id"]))
 
     def skip_to(self, seq: int) -> None:
@@ -143,13 +148,14 @@ class Replay:
             )
             return
         self.fed = event.seq
-        if event.klass == EventClass.OBSERVATION:
+        klass = event.klass
+        if klass == _OBSERVATION:
             return
-        if event.klass == EventClass.INPUT:
+        if klass == _INPUT:
             self._input(event)
         elif event.type in _CLOSING:
             self._closing(event)
-        elif event.type != EventType.VERSION_MARKED:
+        elif event.type != _MARKED:
             self._recorded(event)
 
     def _recorded(self, event: Event) -> None:
@@ -168,6 +174,9 @@ class Replay:
 
     def _input(self, event: Event) -> None:
         self.seen = event.seq
+        if event.type == _COMPLETED and self._context is not None:
+            self._result(self._context, event, to_micros(event.timestamp))
+            return
         if event.type == EventType.WORKFLOW_STARTED:
             self._start(event)
             return
@@ -177,8 +186,6 @@ class Replay:
             return
         instant = to_micros(event.timestamp)
         match event.type:
-            case EventType.STEP_COMPLETED:
-                self._result(context, event, instant)
             case EventType.CANCEL_REQUESTED:
                 self._advance(context, event.seq, instant)
                 self._cancel(context, "cancel", str(event.data.get("reason", "")))
@@ -205,9 +212,9 @@ class Replay:
         op.state = state
         if op.until:
             context.waiting_timers.pop(event.op or "", None)
-            instant = max(instant, op.until) if action is Action.DELIVER else instant
+            instant = max(instant, op.until) if action is _DELIVER else instant
         self._advance(context, event.seq, instant)
-        if action is not Action.DELIVER or context.closed:
+        if action is not _DELIVER or context.closed:
             return
         if op.timer is not None:
             timer, op.timer = op.timer, None
@@ -216,7 +223,7 @@ class Replay:
         future, op.future = op.future, None
         step, op.step = op.step, None
         try:
-            if event.type == EventType.STEP_FAILED:
+            if event.type == _FAILED:
                 error = decode_error(cast("dict[str, Any]", event.data["error"]))
                 self._spin(context, _set_exception, future, error)
                 return
@@ -412,6 +419,30 @@ class Replay:
             if not isinstance(c, RunStep | StartSleep)
             or (not ended and ops[c.op].state is OpState.EMITTED)
         ]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the code waits for no time; it may have a deadline."""
+        context = self._context
+        return context is not None and not context.waiting_timers
+
+    def take_step(self) -> RunStep | None:
+        """As ``take``, when a step is all that the code went on to; else None, and all is left."""
+        context = self._context
+        if (
+            context is None
+            or len(context.commands) != 1
+            or self.problem is not None
+            or self.outcome is not None
+            or context.waiting_timers
+            or context.warnings
+        ):
+            return None
+        command = context.commands[0]
+        if not isinstance(command, RunStep) or context.ops[command.op].state is not _EMITTED:
+            return None
+        context.commands.clear()
+        return command
 
     def op(self, name: str) -> Op:
         """The emitted op of this identity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -12,7 +13,14 @@ import click
 
 from pyworkflow._duration import parse_duration
 from pyworkflow.cli import _output as output
-from pyworkflow.cli._options import in_store, opening, settle_settings, shared, wants_json
+from pyworkflow.cli._options import (
+    Unusable,
+    in_store,
+    opening,
+    settle_settings,
+    shared,
+    wants_json,
+)
 from pyworkflow.runs import RunStatus
 
 if TYPE_CHECKING:
@@ -96,14 +104,24 @@ def stats() -> None:
 @click.option("--namespace", help="Namespace in both (default: the setting, else default).")
 @click.option("--to-namespace", help="Namespace in TO, if it is another one.")
 @click.option("--in-use", is_flag=True, help="Copy although workers hold work in FROM.")
+@click.option("--not-durable", is_flag=True, help="Copy although TO may lose what it was given.")
+@click.option("--abandon-parts", is_flag=True, help="End runs in TO that FROM has no more of.")
 @shared
 def copy(
-    source: str, target: str, namespace: str | None, to_namespace: str | None, in_use: bool
-) -> None:
+    source: str,
+    target: str,
+    namespace: str | None,
+    to_namespace: str | None,
+    in_use: bool,
+    not_durable: bool,
+    abandon_parts: bool,
+) -> int:
     r"""Copy all runs and keys from the store FROM to the store TO (storage URLs), and compare.
 
     Stop the workers first. Goes on where it stopped when it is run again; never overwrites a run
     that is different in TO. Ids, histories and times stay as they are, what is due stays due.
+
+    Exit status: 0 all is there, 1 FROM is empty or a run differs, 3 a store cannot be used.
 
     \b
     pyworkflow storage copy file:.pyworkflow postgresql://user@host/db
@@ -127,11 +145,19 @@ def copy(
         with opening():
             old = make_storage(source, given)
             new = make_storage(target, to_namespace or given)
+        _refuse_missing(source)
         async with AsyncExitStack() as stack:
             with opening():
                 await stack.enter_async_context(old)
                 await stack.enter_async_context(new)
-            report = await copy_store(old, new, in_use=in_use, progress=show)
+            if not (not_durable or new.info().capabilities.durable):
+                raise Unusable(
+                    f"the target may lose what it was given: location={new.info().location}; "
+                    "copy into a durable store, or with --not-durable"
+                )
+            report = await copy_store(
+                old, new, in_use=in_use, abandon_parts=abandon_parts, progress=show
+            )
             return report, old.info().location, new.info().location
 
     report, old, new = asyncio.run(main())
@@ -140,10 +166,15 @@ def copy(
         output.print_json(facts)
     else:
         output.print_pairs({name: str(value) for name, value in facts.items()})
-        if report.runs or report.keys:
-            output.styled("copied and compared", "green")
-        else:
-            output.styled("nothing to copy: there are no runs in FROM", "yellow")
+    if not (report.runs or report.keys):
+        click.echo(f"Error: nothing was copied: there are no runs in FROM: {old}", err=True)
+        return 1
+    if not wants_json():
+        new_here = bool(report.copied or report.keys)
+        output.styled(
+            "copied and compared" if new_here else "compared: everything was there already", "green"
+        )
+    return 0
 
 
 @command.command("purge")
@@ -175,6 +206,7 @@ def purge(older_than: str, key_retention: str, dry_run: bool) -> None:
             total += removed
         return total, store.info().location
 
+    _refuse_missing_default()
     number, location = in_store(remove)
     if wants_json():
         output.print_json({"storage": location, "runs": number, "removed": not dry_run})
@@ -188,12 +220,23 @@ def purge(older_than: str, key_retention: str, dry_run: bool) -> None:
 @click.option("--older-than", default="1d", metavar="D", show_default=True, help="At least 1h.")
 @click.option("--also", multiple=True, metavar="URL", help="Another store that uses the directory.")
 @click.option("--namespace", multiple=True, help="Another namespace that uses the directory.")
+@click.option("--allow-empty", is_flag=True, help="Also when one of the stores has no runs.")
+@click.option("--dry-run", is_flag=True, help="Show what would go, remove nothing.")
 @shared
-def sweep_offloaded(older_than: str, also: tuple[str, ...], namespace: tuple[str, ...]) -> None:
+def sweep_offloaded(
+    older_than: str,
+    also: tuple[str, ...],
+    namespace: tuple[str, ...],
+    allow_empty: bool,
+    dry_run: bool,
+) -> None:
     """Remove files of the setting codec_offload_dir that no run refers to any more.
 
     Every store, in every namespace, that offloads to the directory must be named: a file of one
     that is left out is lost. Files younger than --older-than stay: their commit may be under way.
+
+    A store or namespace without any run is refused: it is more often a mistyped one. --namespace
+    counts for every store.
     """
     import asyncio
     from pathlib import Path
@@ -218,17 +261,58 @@ def sweep_offloaded(older_than: str, also: tuple[str, ...], namespace: tuple[str
         async with AsyncExitStack() as stack:
             stores: list[StorageBackend] = []
             for url in dict.fromkeys(urls):
+                _refuse_missing(url)
                 for name in dict.fromkeys(names):
                     with opening():
                         store = make_storage(url, name)
                         stores.append(await stack.enter_async_context(store))
-            return await sweep_offloaded(*stores, directory=Path(directory), older_than=age)
+            return await sweep_offloaded(
+                *stores,
+                directory=Path(directory),
+                older_than=age,
+                allow_empty=allow_empty,
+                dry_run=dry_run,
+            )
 
     removed = asyncio.run(main())
     if wants_json():
-        output.print_json({"directory": str(directory), "removed": [str(path) for path in removed]})
+        files = [str(path) for path in removed]
+        told = {"would_remove": files, "removed": []} if dry_run else {"removed": files}
+        output.print_json({"directory": str(directory), **told})
+    elif dry_run:
+        for path in removed:
+            click.echo(str(path))
+        click.echo(f"would remove {len(removed)} files: {directory}")
     else:
         click.echo(f"removed {len(removed)} files: {directory}")
+
+
+def _refuse_missing_default() -> None:
+    from pyworkflow._config import settings
+
+    settle_settings()
+    chosen = settings().storage
+    if isinstance(chosen, str):
+        _refuse_missing(chosen)
+
+
+def _refuse_missing(url: str) -> None:
+    """Raise ``Unusable`` for a store that would only be made by opening it.
+
+    Of other stores the server tells; what is wrong with the URL is told by its plugin.
+    """
+    from pathlib import Path
+    from urllib.parse import unquote
+
+    from pyworkflow._urls import resolve_url
+
+    scheme, _, rest = resolve_url(url, Path.cwd()).partition(":")
+    if scheme.lower() not in {"file", "sqlite"} or ":memory:" in rest:
+        return
+    path = rest.partition("?")[0].partition("#")[0].removeprefix("//localhost")
+    path = re.sub("^/+(?=[A-Za-z]:|/)", "", unquote(path))
+    if path and not Path(path).exists():
+        raise Unusable(f"there is no store: location={path}; check the URL")
 
 
 def _duration(option: str, text: str) -> timedelta:

@@ -66,7 +66,7 @@ class DamageChecks(Suite):
                         await store.close()
             after.restore(self.files(t.namespace))
 
-    @scenario(needs=("url", "files"))
+    @scenario(needs=("url", "files"), sampled=True)
     async def test_CRA_04_bitflip_detected(self, t: Case) -> None:
         """CRA-04: a bit that flipped on the disk is noticed: right data or a refusal, never wrong.
 

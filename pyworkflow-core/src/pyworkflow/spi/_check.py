@@ -7,12 +7,19 @@ from math import isfinite
 from typing import Any, cast
 
 from pyworkflow.errors import PayloadTooLarge, SerializationError
+from pyworkflow.events import EventType
 from pyworkflow.runs import ItemKind
 from pyworkflow.spi.storage import TURN, Change, ControlKind
 
 __all__ = ["check_change", "check_json"]
 
 _MAX_DEPTH = 200
+_SMALL = 1 << 63
+# What most events are made of: known to be short, and ASCII.
+_TYPES = frozenset(str(t) for t in EventType)
+_NAMES = frozenset(
+    {"name", "attempt", "digest", "result", "worker", "at", "dispatched", "error", "until", "lag"}
+)
 _MAX_BITS = 14_000  # json refuses integers of more than 4,300 digits
 
 
@@ -27,9 +34,18 @@ def check_change(change: Change, *, max_payload: int, max_events: int) -> None:
     _check_shape(change)
     if len(change.events) > max_events:
         raise PayloadTooLarge("the number of events in one change", len(change.events), max_events)
-    _check_text("a name", max_payload, (change.run_id, change.key))
+    for text in (change.run_id, change.key):
+        # Most texts are short and ASCII: checked without a call.
+        if len(text) > max_payload or not text.isascii():
+            _check_text("a name", max_payload, (text,))
     for event in change.events:
-        _check_text("an event", max_payload, (event.type, event.op, event.key))
+        op, key = event.op, event.key
+        if (
+            event.type not in _TYPES
+            or not (op is None or (len(op) <= max_payload and op.isascii()))
+            or not (key is None or (len(key) <= max_payload and key.isascii()))
+        ):
+            _check_text("an event", max_payload, (event.type, op, key))
         check_json(event.data, max_payload, 0)
     create = change.create
     if create is not None:
@@ -113,12 +129,19 @@ def check_json(value: Any, limit: int, depth: int = 0) -> None:  # noqa: ANN401 
     if type(value) is dict and depth <= _MAX_DEPTH:
         # Most of what is stored: checked without a call for each plain entry.
         plain: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType] - its type was asked
-        for key, entry in plain.items():
-            if type(key) is not str or not key.isascii():
-                _check_key(key, limit)
-            if type(entry) is str and len(entry) <= limit and entry.isascii():
-                continue
-            if entry is not None and entry is not True and entry is not False:
+        if not _NAMES.issuperset(plain):
+            for key in plain:
+                if type(key) is not str or not key.isascii():
+                    _check_key(key, limit)
+        for entry in plain.values():
+            kind = cast("object", type(entry))
+            if kind is str:
+                if len(entry) > limit or not entry.isascii():
+                    _check_text("a value", limit, (entry,))
+            elif kind is int:
+                if not -_SMALL < entry < _SMALL:
+                    check_json(entry, limit, depth + 1)
+            elif kind is not bool and entry is not None:
                 check_json(entry, limit, depth + 1)
     elif isinstance(value, str):
         if len(value) > limit or not value.isascii():

@@ -149,10 +149,11 @@ class RunState:
         """Take over row fields, events and records; the store does the items."""
         for name, value in part.fields.items():
             setattr(self, name, value)
+        self.events.extend(part.events)
         for event in part.events:
-            self.events.append(event)
-            if event.key is not None:
-                self.keys[event.key] = event.seq
+            key = event.key
+            if key is not None:
+                self.keys[key] = event.seq
             if event.klass == "I":
                 self.last_input = event.seq
         for record in part.records:

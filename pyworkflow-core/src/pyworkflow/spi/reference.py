@@ -380,6 +380,11 @@ class ReferenceStore:
         run = self._runs.get(run_id)
         return None if run is None else run.view(now)
 
+    def progress(self, run_id: str) -> tuple[int, bool]:
+        """The length of the run's history, and whether it has ended; of none, nothing."""
+        run = self._runs.get(run_id)
+        return (0, False) if run is None else (len(run.events), run.final is not None)
+
     def find_run(self, idempotency_key: str, *, now: datetime) -> str | None:
         """Who owns the key."""
         mark = self._keys.get(idempotency_key)

@@ -48,6 +48,8 @@ CREATE UNIQUE INDEX runs_number ON {schema}.runs (number);
 CREATE INDEX runs_workflow ON {schema}.runs (workflow, number);
 CREATE INDEX runs_final ON {schema}.runs (final, number) WHERE final IS NOT NULL;
 CREATE INDEX runs_open ON {schema}.runs (number) WHERE final IS NULL;
+CREATE INDEX runs_stalled ON {schema}.runs (number) WHERE stalled IS NOT NULL;
+CREATE INDEX runs_paused ON {schema}.runs (number) WHERE paused;
 CREATE INDEX runs_finished ON {schema}.runs (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX runs_ended ON {schema}.runs (number) WHERE finished_at IS NOT NULL;
 

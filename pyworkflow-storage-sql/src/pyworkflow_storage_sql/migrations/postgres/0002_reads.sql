@@ -64,22 +64,44 @@ CREATE FUNCTION {schema}.show_runs(
     p_below bigint, p_workflow text, p_status text[], p_limit int
 ) RETURNS SETOF text
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off SET timezone = 'UTC' AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off SET timezone = 'UTC' AS $$
 DECLARE
     v_now timestamptz := {schema}.instant();
     v_open boolean := p_status IS NULL
         OR p_status && ARRAY['stalled', 'paused', 'pending', 'running', 'suspended'];
     v_ended boolean := p_status IS NULL
         OR p_status && ARRAY['completed', 'failed', 'cancelled', 'terminated', 'continued'];
-    v_text text; v_left int := p_limit; r record; v_sql text;
+    v_text text; v_left int := p_limit; r record; v_sql text; v_some text[];
+    v_order text := 'number';
 BEGIN
+    IF p_status <@ ARRAY['stalled', 'paused', 'running'] THEN
+        -- Few of the open runs have these, and an index finds them.
+        v_some := ARRAY(
+            SELECT s.run_id FROM {schema}.runs s
+            WHERE 'stalled' = ANY (p_status) AND s.stalled IS NOT NULL
+            UNION ALL SELECT s.run_id FROM {schema}.runs s
+            WHERE 'paused' = ANY (p_status) AND s.paused
+            UNION SELECT w.run_id FROM {schema}.work_items w
+            WHERE 'running' = ANY (p_status) AND w.token IS NOT NULL AND w.lease_until > v_now
+            UNION SELECT w.run_id FROM {schema}.work_items w
+            WHERE 'running' = ANY (p_status) AND NOT w.paused AND w.due_at <= v_now
+                AND w.kind <> 'deliver');
+    END IF;
     v_sql := 'SELECT run_id FROM {schema}.runs WHERE number < $1';
     IF p_workflow IS NOT NULL THEN v_sql := v_sql || ' AND workflow = $2'; END IF;
-    IF NOT v_open THEN v_sql := v_sql || ' AND final IS NOT NULL AND final = ANY ($3)';
-    ELSIF NOT v_ended THEN v_sql := v_sql || ' AND final IS NULL';
+    IF NOT v_open AND cardinality(p_status) = 1 THEN v_sql := v_sql || ' AND final = $3[1]';
+    ELSIF NOT v_open THEN v_sql := v_sql || ' AND final IS NOT NULL AND final = ANY ($3)';
+    ELSIF NOT v_ended THEN
+        v_sql := v_sql || ' AND final IS NULL';
+        IF v_some IS NOT NULL THEN
+            v_sql := v_sql || ' AND run_id = ANY ($4)';
+            v_order := 'number + 0';  -- sorted, as the index would have it read all open runs
+        END IF;
     ELSIF p_status IS NOT NULL THEN v_sql := v_sql || ' AND (final IS NULL OR final = ANY ($3))';
     END IF;
-    FOR r IN EXECUTE v_sql || ' ORDER BY number DESC' USING p_below, p_workflow, p_status LOOP
+    FOR r IN EXECUTE v_sql || ' ORDER BY ' || v_order || ' DESC'
+        USING p_below, p_workflow, p_status, v_some
+    LOOP
         EXIT WHEN v_left <= 0;
         v_text := {schema}.show_run(r.run_id, v_now);
         CONTINUE WHEN v_text IS NULL

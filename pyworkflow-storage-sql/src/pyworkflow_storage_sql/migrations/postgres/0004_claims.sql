@@ -1,4 +1,5 @@
 -- Claims and leases. They lock items only, never a run: a commit may hold the run and wait for them.
+-- The index of what is due has its order; before tables are analyzed, sorting would look cheaper.
 CREATE FUNCTION {schema}.pick_due(
     p_now timestamptz, p_limit int, p_queues text[], p_workflows text[], p_kinds text[],
     p_rung_before timestamptz
@@ -31,7 +32,7 @@ CREATE FUNCTION {schema}.claim_many(p_requests jsonb)
 RETURNS TABLE (o_place int, o_now timestamptz, o_item text, o_run text, o_events text,
     o_after bigint, o_cut boolean)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off SET timezone = 'UTC' AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off SET timezone = 'UTC' AS $$
 DECLARE
     q jsonb; ref jsonb; v_shift interval; v_mark bigint; v_floor timestamptz; v_now timestamptz;
     v_queues text[]; v_workflows text[]; v_kinds text[]; v_found {schema}.work_items[];
@@ -153,7 +154,7 @@ END $$;
 
 CREATE FUNCTION {schema}.announce(p_limit int, p_mute interval) RETURNS SETOF text
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off SET timezone = 'UTC' AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off SET timezone = 'UTC' AS $$
 DECLARE
     v_now timestamptz := {schema}.instant(); v_item {schema}.work_items%ROWTYPE;
 BEGIN
@@ -184,7 +185,7 @@ END $$;
 
 CREATE FUNCTION {schema}.next_due(p_queues text[], p_workflows text[]) RETURNS timestamptz
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $$
 DECLARE
     v_priority bigint; v_due timestamptz; v_first timestamptz;
 BEGIN

@@ -3,6 +3,7 @@
 create table namespaces (
     id integer primary key,
     name text not null unique,
+    name_crc integer not null,                -- a damaged name must not look like no namespace
     clock_offset integer not null default 0,  -- moved by shift_clock, for tests
     latest integer not null default 0,        -- the clock never goes back behind this
     work integer not null default 0           -- counts changes that may give a worker something to do

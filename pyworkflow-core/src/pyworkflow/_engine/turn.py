@@ -1,0 +1,288 @@
+"""What a claimed turn has gathered, how it is committed, and how what is durable is delivered.
+
+``Session`` decides what is done when; this is what it does it with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
+
+from pyworkflow._clock import from_micros
+from pyworkflow._codecs import opened_events
+from pyworkflow._definitions import Step
+from pyworkflow._engine.live import InPlace, LiveRun
+from pyworkflow._engine.records import (
+    OBSERVATION,
+    end_events,
+    scheduled_event,
+    started_event,
+)
+from pyworkflow._engine.steps import StepTry
+from pyworkflow._replay.commands import RunStep
+from pyworkflow.errors import HistoryTooLong
+from pyworkflow.events import Event, EventType
+from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi._plan import stamped
+from pyworkflow.spi.storage import (
+    Change,
+    ClaimRef,
+    Committed,
+    Control,
+    ControlKind,
+    Held,
+    Put,
+    Settle,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from pyworkflow._engine.worker import Worker
+
+__all__ = ["SLICE", "Turn"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+_WARN_AT = 10_240
+SLICE = 500
+"""Events that are fed without a pause for the worker's loop."""
+
+
+class Turn:
+    """One claimed turn: what it owes the storage, and the steps that run in it."""
+
+    def __init__(self, worker: Worker, live: LiveRun, run: Run, item: WorkItem) -> None:
+        self._worker = worker
+        self._live = live
+        self._replay = live.replay
+        self._run = run
+        self._queue = run.queue
+        self._hold(item)
+        # A turn that is claimed again without progress may hold a step that kills its worker:
+        # then steps get an item, and so a count of their own, before they start.
+        self._careful = item.claims > 1
+        self._events: list[Event] = []
+        self._puts: list[Put] = []
+        self._drops: list[str] = []
+        self._running: dict[str, InPlace] = {}
+        self._handing: list[InPlace] = []
+        self._ended: list[InPlace] = []
+        self._control: Control | None = None
+        if run.stalled is not None:
+            self._control = Control(ControlKind.UNSTALL)
+            self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
+
+    def _hold(self, item: WorkItem) -> None:
+        assert item.lease is not None
+        self._ref = ClaimRef(item.run_id, item.item_id, item.lease.token)
+        self._claims = item.claims
+        self._changes = 0
+        self._worker.leases.add(self._ref)
+
+    async def _feed(self, events: Sequence[Event]) -> None:
+        """Deliver, yielding to the worker's loop on a long history."""
+        if len(events) > SLICE:
+            self._replay.know_markers(events)
+        for start in range(0, len(events), SLICE):
+            if start:
+                await asyncio.sleep(0)
+            part = events[start : start + SLICE]
+            if self._worker.codecs is not None:
+                part = await opened_events(part)  # what takes long, beside the loop
+            self._worker.guard.feed(self._replay, part)
+
+    def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
+        """Owe a step to whoever claims it."""
+        self._events.append(scheduled_event(what))
+        self._puts.append(self._put_of(what, attempt=attempt, due_us=due_us))
+
+    def _put_of(
+        self,
+        what: StepTry,
+        *,
+        attempt: int = 1,
+        due_us: int | None = None,
+        claimed: Held | None = None,
+    ) -> Put:
+        return Put(
+            item_id=f"step:{what.op}",
+            kind=ItemKind.STEP,
+            due_at=None if due_us is None else from_micros(due_us),
+            queue=what.step.queue or self._queue,
+            priority=what.step.priority,
+            payload=what.payload(attempt),
+            rung=claimed is None and due_us is None and self._worker.rings,
+            claimed=claimed,
+        )
+
+    def _record_end(self, place: InPlace) -> None:
+        what, end = place.what, place.end
+        assert end is not None
+        events, retry_us = end_events(self._worker, what, end, started=False)
+        if retry_us is not None:
+            self._events.extend(events)
+            self._dispatch(what, attempt=what.attempt + 1, due_us=retry_us)
+        else:
+            self._events.extend(events)
+
+    async def _commit(
+        self,
+        *,
+        settle: Settle | None = None,
+        take_turn: Held | None = None,
+        final: RunStatus | None = None,
+        update: Update | None = None,
+        last: Event | None = None,
+        seen: bool = True,
+    ) -> tuple[Committed, list[Event]]:
+        """Commit what has gathered; the answer, and the events as they were sent."""
+        events = self._events if last is None else [*self._events, last]
+        change = self._change(
+            events, settle=settle, take_turn=take_turn, final=final, update=update, seen=seen
+        )
+        answer = await self._worker.pipeline.commit(change)
+        self._taken(events, answer)
+        return answer, events
+
+    def _change(
+        self,
+        events: list[Event],
+        *,
+        settle: Settle | None = None,
+        take_turn: Held | None = None,
+        final: RunStatus | None = None,
+        update: Update | None = None,
+        seen: bool = True,
+    ) -> Change:
+        self._changes += 1
+        return Change(
+            run_id=self._run.run_id,
+            key=f"{self._ref.token}:{self._changes}",
+            claim=self._ref,
+            seen=self._replay.seen or None if seen else None,
+            events=events,
+            settle=settle,
+            put=self._puts,
+            drop=self._drops,
+            take_turn=take_turn,
+            final=final,
+            update=update,
+            # A run that heals and ends at once is stalled no more by its end.
+            control=None if final is not None else self._control,
+        )
+
+    def _taken(self, events: list[Event], answer: Committed) -> None:
+        """The change with these events is durable: nothing of it is owed any more."""
+        puts, drops = self._puts, self._drops
+        self._events, self._control = [], None
+        self._replay.acknowledge(answer.seen_seq)
+        if drops:
+            self._drops = []
+            for item_id in drops:
+                self._worker.cancel_step(self._run.run_id, item_id)
+        if puts:
+            self._puts = []
+            self._worker.announce_puts(self._run, puts)
+        self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
+
+    async def _commit_part(self, number: int) -> None:
+        """Commit the first ``number`` events alone: one change may not hold them all.
+
+        Without ``seen``: what the delivered inputs produced is not complete yet.
+        """
+        part, events = self._events[:number], self._events[number:]
+        items = {f"step:{event.op}" for event in part}
+        puts = [p for p in self._puts if p.item_id not in items]
+        drops = [d for d in self._drops if d not in items]
+        self._puts = [p for p in self._puts if p.item_id in items]
+        self._drops = [d for d in self._drops if d in items]
+        self._events = part
+        answer, sent = await self._commit(seen=False)
+        self._events, self._puts, self._drops = events, puts, drops
+        await self._deliver(answer, sent)
+
+    async def _deliver(self, answer: Committed, events: list[Event]) -> None:
+        """Feed what others added and what was just committed, strictly by seq."""
+        await self._feed(self._to_feed(answer, events))
+        self._fed(answer)
+
+    def _to_feed(self, answer: Committed, events: list[Event]) -> list[Event]:
+        run_id, at, seqs, skipped = self._run.run_id, answer.timestamp, answer.seqs, answer.skipped
+        own = [
+            stamped(e, run_id, seqs[i], at)
+            for i, e in enumerate(events)
+            if e.klass != OBSERVATION and i not in skipped
+        ]
+        return sorted([*own, *answer.others], key=attrgetter("seq")) if answer.others else own
+
+    def _fed(self, answer: Committed) -> None:
+        self._replay.skip_to(answer.last_seq)
+        self._check_length(answer.last_seq)
+
+    def _check_length(self, length: int) -> None:
+        limit = self._worker.settings.max_history
+        if length >= limit:
+            self._replay.abandon(HistoryTooLong(length, limit))
+        elif length >= _WARN_AT and not self._live.warned:
+            self._live.warned = True
+            message = f"the history is getting long: events={length} limit={limit}"
+            _log.warning("%s run_id=%s", message, self._run.run_id)
+            warning: dict[str, Any] = {"message": message, "fields": {}}
+            self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
+
+    def _hand_off(self, number: int) -> list[InPlace]:
+        """Up to ``number`` steps get an item of their own with the next commit."""
+        handing, self._handing = self._handing[:number], self._handing[number:]
+        for place in handing:
+            self._events.append(scheduled_event(place.what))
+            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
+            self._puts.append(self._put_of(place.what, claimed=self._worker.held()))
+        return handing
+
+    def _take_over(self, handing: list[InPlace], answer: Committed) -> None:
+        """Steps that were handed off go on under a claim of their own."""
+        for place in handing:
+            item_id = f"step:{place.what.op}"
+            item = next((i for i in answer.claims if i.item_id == item_id), None)
+            self._running.pop(place.what.op, None)
+            self._ended = [p for p in self._ended if p is not place]
+            if item is None:  # cannot be while the contract holds; the item is due for anybody
+                if place.task is not None:
+                    place.task.cancel()
+                continue
+            place.item = item
+            self._worker.adopt_step(place.what, item, place.task, place.end)
+
+    def _try_of(self, command: RunStep) -> StepTry:
+        step = cast("Step[Any, Any]", command.step)
+        return StepTry(
+            run_id=self._run.run_id,
+            workflow=self._run.workflow,
+            op=command.op,
+            step=step,
+            args=command.args,
+            digest=command.digest,
+            attempt=1,
+            policy=step.policy,
+            timeout=step.timeout,
+        )
+
+    def _start(self, what: StepTry) -> None:
+        place = InPlace(what)
+        self._running[what.op] = place
+        place.task = asyncio.get_running_loop().create_task(self._body(place))
+
+    async def _body(self, place: InPlace) -> None:
+        place.end = end = await self._worker.runner.run(place.what)
+        if place.item is not None:
+            await self._worker.finish_step(place.what, end, place.item, started=True)
+        else:
+            self._ended.append(place)
+            self._notify()
+
+    def _notify(self) -> None:
+        """A step has ended."""
+        raise NotImplementedError
