@@ -163,7 +163,12 @@ class PostgresBase(StorageBackend):
         assert self._opening is not None
         async with self._opening:
             if not self._opened:
-                await self._schema.migrate(connections)
+                try:
+                    await self._schema.migrate(connections)
+                except BaseException:
+                    # Who could not open it has nothing to close.
+                    await connections.let_go()
+                    raise
                 self._opened = True
         return connections
 

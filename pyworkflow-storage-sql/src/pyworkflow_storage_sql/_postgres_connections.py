@@ -224,14 +224,19 @@ class Connections:
     async def close(self) -> None:
         """End what is free at once, and what is in use when its call returns."""
         self._closed = True
+        await self.let_go()
+        while self._queue:
+            self._wake()
+
+    async def let_go(self) -> None:
+        """End what is free; a later call connects anew."""
         free, self._free = self._free, []
+        self._made -= len(free)
         for connection in free:
             try:
                 await connection.close(timeout=2)
             except Exception:  # noqa: BLE001 - it ends one way or the other
                 _end(connection)
-        while self._queue:
-            self._wake()
 
     def leave_to_parent(self) -> None:
         """In a forked child: forget the parent's connections without touching them."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import pytest
 
-from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.errors import SchemaTooNew, StorageError, StorageUnavailable
 from pyworkflow.spi import (
     Change,
     ClaimRequest,
@@ -69,6 +69,22 @@ async def until(look: Callable[[], bool]) -> None:
             if look():
                 return
             await asyncio.sleep(0.005)
+
+
+def test_who_cannot_open_leaves_no_connection_behind(postgres: Given) -> None:
+    url = postgres.database()
+
+    async def main() -> None:
+        async with PostgresStorageBackend(url):
+            pass
+        newer = "UPDATE pyworkflow.migrations SET number = 99 WHERE number = 1"
+        postgres.sql(newer, url=url)
+        with pytest.raises(SchemaTooNew):
+            async with PostgresStorageBackend(url):
+                raise AssertionError("a newer schema was opened")
+
+    asyncio.run(main())
+    gc.collect()  # an open connection would complain
 
 
 def test_f25_idle_sessions_that_were_terminated_are_made_again(postgres: Given) -> None:

@@ -225,7 +225,6 @@ class DeterministicLoop(_Loop):
             leave(outer)
         self._ready.clear()
         self._tasks = [t for t in self._tasks if t.get_name() in stubborn and not t.done()]
-        self._generators.clear()
         if not stubborn:
             # Nothing runs here any more: without cycles the run's memory is free at once, and no
             # garbage for a collector that would look at all of the process to find it.
@@ -234,24 +233,21 @@ class DeterministicLoop(_Loop):
 
     def _close_tasks(self) -> list[str]:
         stubborn: list[str] = []
-        for task in reversed(self._tasks):
+        unfinished = [task for task in reversed(self._tasks) if not task.done()]
+        # Closing a coroutine does not reach into a generator that it waits for: the generator would
+        # stay where it is, and go on when it is freed, in whichever run is at work then.
+        for outer in (*reversed(self._generators), *(task.get_coro() for task in unfinished)):
+            _unwind(outer)
+        for task in unfinished:
             if task.done():
                 continue
             # A task closed on purpose is no cause for a warning.
             setattr(task, "_log_destroy_pending", False)  # noqa: B010 - private to asyncio
             if not _close(task.get_coro()):
                 stubborn.append(task.get_name())
-        for generator in self._generators:
-            # A started generator that is suspended in a yield has no one to close it but us.
-            closer = generator.aclose()
-            try:
-                closer.send(None)
-            except (StopIteration, StopAsyncIteration):
-                pass
-            except BaseException:  # noqa: BLE001 - closing must go on with the others
-                pass
-            finally:
-                closer.close()
+        # A started generator that is suspended in a yield has no one to close it but us.
+        self._generators = [g for g in self._generators if not _close_generator(g)]
+        stubborn += [getattr(g, "__qualname__", "generator") for g in self._generators]
         return stubborn
 
     def unfinished(self) -> list[str]:
@@ -434,6 +430,58 @@ def _close(coro: Any) -> bool:
             return True
         return True
     return False
+
+
+async def _nothing() -> AsyncGenerator[None, None]:
+    yield
+
+
+def _generator_calls() -> tuple[type, ...]:
+    generator = _nothing()
+    calls = (generator.asend(None), generator.aclose())
+    for call in calls:
+        call.close()  # or they complain that nobody awaited them
+    return tuple(type(call) for call in calls)
+
+
+#: What a coroutine waits for while it asks an async generator for a value, or closes it.
+_GENERATOR_CALLS = _generator_calls()
+
+
+def _unwind(outer: Any) -> None:
+    """End the generator that a coroutine or generator waits for, if it does."""
+    awaited = outer
+    while awaited is not None and not isinstance(awaited, _GENERATOR_CALLS):
+        for name in ("cr_await", "ag_await", "gi_yieldfrom"):
+            if hasattr(awaited, name):
+                awaited = getattr(awaited, name)
+                break
+        else:
+            return
+    if awaited is not None:
+        _throw(awaited)
+
+
+def _throw(call: Any) -> bool:
+    """Throw GeneratorExit into a suspended generator until it ends; False when it refuses."""
+    try:
+        for _ in range(3):
+            call.throw(GeneratorExit)
+    except BaseException:  # noqa: BLE001 - it has ended, in whatever way
+        return True
+    return False
+
+
+def _close_generator(generator: AsyncGenerator[Any, Any]) -> bool:
+    """Close a started generator; False when it refuses, and must be kept for ever."""
+    if getattr(generator, "ag_running", False):  # nobody can end what it waits for
+        return False
+    closer = generator.aclose()
+    try:
+        closer.send(None)
+    except BaseException:  # noqa: BLE001 - it has ended, in whatever way
+        return True
+    return _throw(closer)
 
 
 def _discard(coro: object) -> None:
