@@ -67,10 +67,15 @@ class Environment:
         LMDB itself leaves free pages at the end unwritten, so a short file may be a sound one. In
         one that was cut, pages of zeros stand for what is missing: no tree and no value is that.
         """
-        with self.lmdb.begin(write=True):  # nobody else makes it longer meanwhile
-            needed = (self.lmdb.info()["last_pgno"] + 1) * self.lmdb.stat()["psize"]
-            if file.stat().st_size < needed:
-                os.truncate(file, needed)
+        while True:
+            try:
+                with self.lmdb.begin(write=True):  # nobody else makes it longer meanwhile
+                    needed = (self.lmdb.info()["last_pgno"] + 1) * self.lmdb.stat()["psize"]
+                    if file.stat().st_size < needed:
+                        os.truncate(file, needed)
+                    return
+            except lmdb.MapResizedError:
+                self.lmdb.set_mapsize(0)  # another process made it larger since it was opened
 
     @classmethod
     def acquire(cls, path: Path) -> Environment:
