@@ -292,6 +292,8 @@ class Client:
         self._opening: asyncio.Lock | None = None
         self._worker: Worker | None = None
         self._opened: StorageBackend | None = None
+        self._ringer: Executor | None = None
+        """The executor that the client made, when it is a distributed one."""
 
     async def __aenter__(self) -> Self:
         await self._operations()
@@ -310,9 +312,11 @@ class Client:
         if self._worker is not None:
             await self._worker.drain(10)
             await self._worker.close()
+        if self._ringer is not None:
+            await self._ringer.close()
         if self._opened is not None:
             await self._opened.close()
-        self._own = self._worker = self._opened = None
+        self._own = self._worker = self._opened = self._ringer = None
 
     async def _operations(self) -> Operations:
         if self._own is not None:
@@ -345,6 +349,8 @@ class Client:
             await self.close()
             raise
         if executor.capabilities.distributed:
+            if executor is not self._executor:
+                self._ringer = executor
             await executor.open({})
             self._own = Operations(storage, None, executor)
         else:

@@ -201,6 +201,7 @@ class EmbeddedHost:
         if self.worker is not None:
             await self.worker.drain(0)
             await self.worker.close()
+        await self.executor.close()
         await self.storage.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import secrets
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
+from pyworkflow._engine.bells import bell_of_put
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
@@ -42,7 +44,7 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus
-from pyworkflow.spi.executor import Doorbell, Executor
+from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
     TURN,
     Change,
@@ -61,6 +63,7 @@ __all__ = ["Operations"]
 
 D = str | int | float | timedelta
 
+_log = logging.getLogger("pyworkflow.client")
 _POLL = timedelta(seconds=5)
 _NEVER = 2**62
 _LONGEST_REASON = 4096
@@ -130,9 +133,25 @@ class Operations:
             event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
             fresh = _fresh_run(run_id, created, answer.timestamp)
             self._worker.begin_turn(Claim(item=turn, run=fresh, events=(event,)))
-        elif self._executor is not None:
-            await self._executor.ring([Doorbell(run_id, TURN)])
+        else:
+            await self._ring(run_id, cast("NewRun", change.create))
         return run_id
+
+    async def _ring(self, run_id: str, run: Run | NewRun) -> None:
+        """Tell workers that the run has a turn; how a broker takes that is the executor's affair."""
+        if self._executor is None:
+            return
+        bell = bell_of_put(
+            run_id,
+            Put(item_id=TURN, kind=ItemKind.TURN),
+            workflow=run.workflow,
+            queue=run.queue,
+            priority=run.priority,
+        )
+        try:
+            await self._executor.ring([bell])
+        except Exception:  # noqa: BLE001 - the run is durable: a plugin's fault must not hide that
+            _log.exception("an executor could not ring: executor=%s", self._executor.name)
 
     async def _creation(
         self,
@@ -282,8 +301,8 @@ class Operations:
                 raise
         if self._worker is not None:
             self._worker.wake()
-        elif self._executor is not None:
-            await self._executor.ring([Doorbell(run_id, TURN)])
+        else:
+            await self._ring(run_id, found)
 
 
 def _closed_without_code(run_id: str, key: str, reason: str) -> Change:

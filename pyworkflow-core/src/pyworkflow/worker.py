@@ -1,4 +1,4 @@
-"""What executor plugins call to make this process work: ``create_runtime`` and ``serve_here``."""
+"""What executor plugins call to make this process work, and where they find its settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pyworkflow import _plugins
 from pyworkflow._client import Importing
 from pyworkflow._config import Settings, settings
+from pyworkflow._definitions import workflow_names
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
@@ -19,7 +20,14 @@ from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
 
-__all__ = ["create_runtime", "import_modules", "serve_here"]
+__all__ = [
+    "Settings",
+    "create_runtime",
+    "import_modules",
+    "serve_here",
+    "settings",
+    "workflow_names",
+]
 
 
 def create_runtime(
@@ -30,7 +38,23 @@ def create_runtime(
     spread: bool = False,
     ring: Callable[[Sequence[Doorbell]], None] | None = None,
 ) -> Runtime:
-    """The worker of this process on the configured store. Does no I/O before it is opened."""
+    """The worker of this process, on the configured store or on one that the caller closes.
+
+    Plugins are loaded and told the settings, and the modules that they name are imported; those of
+    the setting ``modules`` are the caller's to import. No I/O happens before ``open``.
+
+    Args:
+        storage: The store; None makes the configured one, which ``close`` closes.
+        config: The settings; None means those of the process.
+        queues: What ``next_due`` and claims without a doorbell look at; None means every queue.
+        spread: Parallel branches are given to other workers, by doorbells.
+        ring: Tells workers of items that are due. Called in the runtime's loop after commits: it
+            hands over and returns. Without it nobody is told, and workers have to look.
+
+    Raises:
+        ConfigurationError: a setting or a module cannot be used.
+        PluginNotFound: the store's URL has no plugin.
+    """
     config = config or settings()
     _load_plugins(config)
     return Worker(
@@ -39,6 +63,7 @@ def create_runtime(
         queues=queues,
         spread=spread,
         ring=ring,
+        owns_storage=storage is None,
     )
 
 

@@ -83,7 +83,7 @@ async def _start(worker: Worker, run_id: str, key: str, payload: dict[str, Any])
         if standing is None or standing.parent != new.parent:
             _log.error("a run cannot start: its id is somebody else's: run_id=%s", run_id)
     else:
-        worker.wake()
+        worker.tell_of(run_id, new, [put])
 
 
 async def _input(worker: Worker, run_id: str, key: str, payload: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class DispatchedSteps:
         self._worker = worker
         self._running: dict[tuple[str, str], tuple[str, asyncio.Task[Any]]] = {}
         """(run, item) → the claim's token, and the task that works under it."""
+        self._adopted: dict[str, set[asyncio.Task[Any]]] = {}
         self._changes: dict[ClaimRef, int] = {}
         self._workflows: dict[ClaimRef, str] = {}
         self._ending: set[str] = set()
@@ -85,6 +86,14 @@ class DispatchedSteps:
         else:
             worker.keep_task(task)
         self._track(ref, task)
+        self._adopted.setdefault(ref.run_id, set()).add(task)
+        task.add_done_callback(lambda ended: self._let_go(ref.run_id, ended))
+
+    def _let_go(self, run_id: str, task: asyncio.Task[Any]) -> None:
+        adopted = self._adopted[run_id]
+        adopted.discard(task)
+        if not adopted:
+            del self._adopted[run_id]
 
     def _track(self, ref: ClaimRef, task: asyncio.Task[Any]) -> None:
         key = (ref.run_id, ref.item_id)
@@ -107,6 +116,15 @@ class DispatchedSteps:
         found = self._running.get((run_id, item_id))
         if found is not None and token in (None, found[0]) and found[0] not in self._ending:
             found[1].cancel()
+
+    def task_of(self, ref: tuple[str, str]) -> asyncio.Task[Any] | None:
+        """What works on a (run, item) here."""
+        found = self._running.get(ref)
+        return None if found is None else found[1]
+
+    def adopted(self, run_id: str) -> list[asyncio.Task[Any]]:
+        """The run's steps that a session handed off to this worker."""
+        return list(self._adopted.get(run_id, ()))
 
     def ending(self) -> list[asyncio.Task[Any]]:
         """Tasks whose last commit is on its way: it may bring a turn that they must drive."""

@@ -20,6 +20,7 @@ from pyworkflow._codecs import writer_for
 from pyworkflow._config import Settings
 from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
+from pyworkflow._engine.bells import Bells
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
@@ -35,6 +36,7 @@ from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi.capabilities import StorageInfo
 from pyworkflow.spi.executor import Doorbell, Outcome
 from pyworkflow.spi.storage import (
     TURN,
@@ -43,6 +45,7 @@ from pyworkflow.spi.storage import (
     ClaimRequest,
     Committed,
     Held,
+    NewRun,
     Put,
     StorageBackend,
 )
@@ -74,8 +77,10 @@ class Worker:
         queues: Sequence[str] | None = None,
         spread: bool = False,
         ring: Callable[[Sequence[Doorbell]], None] | None = None,
+        owns_storage: bool = False,
     ) -> None:
         self.storage = storage
+        self._owns_storage = owns_storage
         self.settings = settings
         self.owner = new_owner()
         self._held = Held(self.owner, settings.lease)
@@ -83,7 +88,7 @@ class Worker:
         """Parallel branches go to other workers too: the executor is distributed."""
         self.on_run_ended: Callable[[str], object] | None = None
         self._queues = None if queues is None else frozenset(queues)
-        self._ring = ring
+        self._bells = Bells(self, ring)
         self.clock = StorageClock()
         prepare()
         self.guard = shared_guard()
@@ -107,6 +112,7 @@ class Worker:
         self._known: dict[str, int] = {}
         self._steps = DispatchedSteps(self)
         self._turns: dict[str, asyncio.Task[None]] = {}
+        self._deliveries: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -166,7 +172,7 @@ class Worker:
                 _log.warning("claims could not be given back and will run out: %s", exc)
 
     async def close(self) -> None:
-        """Stop at once and let go of coroutines and threads. The store stays open."""
+        """Stop at once and let go of coroutines and threads. A store that was given stays open."""
         self._stopping = True
         self.leases.close()
         tasks = [t for t in self._tasks if not t.done()]
@@ -178,6 +184,8 @@ class Worker:
             self._drop(self._kept.popitem()[1])
         self.evictor.stop()
         self.runner.close()
+        if self._owns_storage:
+            await self.storage.close()
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task of this worker, kept until it ends."""
@@ -319,7 +327,10 @@ class Worker:
             case ItemKind.STEP:
                 self._steps.begin(claim)
             case ItemKind.DELIVER:
-                self.spawn(self.contained(deliver(self, claim), claim.item.run_id))
+                ref = (claim.item.run_id, claim.item.item_id)
+                task = self.spawn(self.contained(deliver(self, claim), ref[0]))
+                self._deliveries[ref] = task
+                task.add_done_callback(lambda _: self._deliveries.pop(ref, None))
 
     async def _free_gone(self) -> int:
         """Free at once what processes of this machine held that are gone."""
@@ -333,43 +344,50 @@ class Worker:
 
     # --- Runtime: what executors call -----------------------------------------------------------
 
+    def info(self) -> StorageInfo:
+        """The store."""
+        return self.storage.info()
+
     async def handle(self, bell: Doorbell) -> Outcome:
         """Take the item that a doorbell names, and see it through."""
-        run = await self.storage.get_run(bell.run_id)
-        items = {i.item_id: i for i in await self.storage.list_work(bell.run_id)}
-        item = items.get(bell.item_id)
-        if run is None or item is None:
-            return Outcome.GONE
-        if find_workflow(run.workflow) is None:
-            return Outcome.UNKNOWN_WORKFLOW
-        if not await self.claim_due([(bell.run_id, bell.item_id)]):
-            return Outcome.BUSY
-        await self.settle_down()
-        return Outcome.HANDLED
+        return await self._bells.handle(bell)
 
     async def sweep(self, limit: int = 100) -> int:
         """Ring for due items that nobody was told of lately; how many."""
-        began = monotonic()
-        items = await self.storage.announce(limit, self.settings.mute)
-        if items and self._ring is not None:
-            self._ring([Doorbell(i.run_id, i.item_id) for i in items])
-        _plugins.observe(
-            "pyworkflow_sweep_ended", announced=len(items), seconds=monotonic() - began
-        )
-        return len(items)
+        return await self._bells.sweep(limit)
+
+    def following(self, run_id: str) -> set[asyncio.Task[Any]]:
+        """The run's turn in this worker, and the steps that it handed off to itself."""
+        busy: set[asyncio.Task[Any]] = set(self._steps.adopted(run_id))
+        turn = self._turns.get(run_id)
+        if turn is not None:
+            busy.add(turn)
+        return busy
+
+    def task_of(self, ref: tuple[str, str]) -> asyncio.Task[Any] | None:
+        """What works on a (run, item) that is no turn."""
+        return self._steps.task_of(ref) or self._deliveries.get(ref)
 
     async def next_due(self) -> datetime | None:
         """When an item is due next."""
         return await self.storage.next_due(queues=self._queues)
+
+    async def wait_for_news(self, timeout: float) -> bool:
+        """Until the store has news for workers, or for ``timeout`` seconds."""
+        return await self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
 
     def free(self, pid: int) -> None:
         """A pool child with this pid has died: what it held is due at once."""
         prefix = owner_of(pid).rpartition("/")[0] + "/"
 
         async def free_all() -> None:
+            freed = 0
             for owner in await self.storage.holders():
                 if owner.startswith(prefix):
-                    await self.storage.free(owner)
+                    freed += await self.storage.free(owner)
+            if freed:
+                _log.info("freed what a dead process held: pid=%d items=%d", pid, freed)
+                await self.sweep(freed)
 
         self.spawn(self.contained(free_all(), "-"))
 
@@ -529,15 +547,17 @@ class Worker:
     @property
     def rings(self) -> bool:
         """Whether this worker tells others of new items itself."""
-        return self._ring is not None
+        return self._bells.rings
 
     def announce_puts(self, run: Run, puts: Sequence[Put]) -> None:
         """New items are durable: somebody should claim them."""
-        free = [p for p in puts if p.claimed is None and p.due_at is None]
-        if free and self._ring is not None:
-            self._ring([Doorbell(run.run_id, p.item_id) for p in free])
         if puts:
-            self.wake()
+            self.tell_of(run.run_id, run, puts)
+
+    def tell_of(self, run_id: str, run: Run | NewRun, puts: Sequence[Put]) -> None:
+        """Ring for what these puts made due, and look for work here."""
+        self._bells.tell_of(run_id, run, puts)
+        self.wake()
 
     def committed(
         self, run_id: str, workflow: str, events: Sequence[Event], answer: Committed

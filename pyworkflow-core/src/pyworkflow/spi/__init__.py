@@ -49,7 +49,7 @@ from pyworkflow.spi.capabilities import (
     ExecutorCapabilities,
     StorageInfo,
 )
-from pyworkflow.spi.executor import Doorbell, Executor, Outcome, Runtime
+from pyworkflow.spi.executor import Doorbell, Executor, Outcome, Runtime, doorbell_headers
 from pyworkflow.spi.storage import (
     Answer,
     Change,
@@ -159,6 +159,7 @@ __all__ = [
     "RunView",
     "check_change",
     "decide",
+    "doorbell_headers",
     "record_from_json",
     "record_to_json",
     "fsck",

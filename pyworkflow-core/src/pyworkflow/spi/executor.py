@@ -7,24 +7,38 @@ record.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
 
-from pyworkflow.spi.capabilities import ExecutorCapabilities
+from pyworkflow.spi.capabilities import ExecutorCapabilities, StorageInfo
 
-__all__ = ["Doorbell", "Executor", "Outcome", "Runtime"]
+__all__ = ["Doorbell", "Executor", "Outcome", "Runtime", "doorbell_headers"]
+
+#: The headers of the doorbell that is being handled here, for a plugin's ``pyworkflow_around_turn``.
+doorbell_headers: ContextVar[Mapping[str, str]] = ContextVar("doorbell_headers", default={})  # noqa: B039 - never changed in place
 
 
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """Says that a work item is due: all that ever crosses a broker."""
+    """Says that a work item is due. The body of a message is ``run_id``, ``item_id`` and ``v``."""
 
     run_id: str
     item_id: str
     v: int = 1
     """Version of the message. A worker drops one that it does not know: sweeps ring again."""
+    queue: str = field(default="default", kw_only=True, compare=False)
+    """Where the message goes. As the next three no part of the body."""
+    priority: int = field(default=0, kw_only=True, compare=False)
+    """Higher is sooner."""
+    name: str = field(default="", kw_only=True, compare=False)
+    """What people see of it: the name of the workflow or step."""
+    headers: Mapping[str, str] = field(
+        default_factory=dict[str, str], kw_only=True, compare=False, repr=False
+    )
+    """What plugins send along, for example a trace context."""
 
 
 class Outcome(StrEnum):
@@ -41,10 +55,35 @@ class Outcome(StrEnum):
 
 
 class Runtime(Protocol):
-    """What the core gives to a worker process (``pyworkflow.worker.create_runtime()``)."""
+    """What the core gives to a worker process (``pyworkflow.worker.create_runtime()``).
+
+    Belongs to the event loop that ``open`` was awaited in; no method may be called elsewhere.
+    """
+
+    def info(self) -> StorageInfo:
+        """The store: name, place without credentials, capabilities. No I/O."""
+        ...
+
+    async def open(self) -> None:
+        """Open the store, and free what processes of this machine held that are gone.
+
+        Raises:
+            StorageError: the store cannot be used.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop at once and close the store; ``drain`` first. Idempotent."""
+        ...
 
     async def handle(self, bell: Doorbell) -> Outcome:
-        """Claim the item and work on it. Never raises for a run or step that fails."""
+        """Claim the item and work on it until nothing that follows from it is left to do here.
+
+        Any number may be under way at once. Never raises for a run or step that fails.
+
+        Raises:
+            StorageError: the store cannot be asked; a sweep rings again.
+        """
         ...
 
     async def sweep(self, limit: int = 100) -> int:
@@ -58,12 +97,16 @@ class Runtime(Protocol):
         """When to sweep again, on the storage's clock; None when nothing is owed."""
         ...
 
-    async def drain(self, grace: str | float | timedelta) -> None:
+    async def wait_for_news(self, timeout: float) -> bool:
+        """Wait until there may be something new to sweep for; False after ``timeout`` seconds."""
+        ...
+
+    async def drain(self, grace: str | float | timedelta = 10) -> None:
         """Take nothing more; finish what is held within ``grace``, then release the rest."""
         ...
 
     def free(self, pid: int) -> None:
-        """End the leases of a pool child that is dead, so that its items are due at once."""
+        """End the leases of a pool child that is dead, and ring for its items."""
         ...
 
 
