@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import memory, raw, replay, startup, throughput, wakeups
+from benchmarks import celery_workers, memory, raw, replay, startup, throughput, wakeups
 from benchmarks.readings import RATIOS, Figure, Setting, Workload
 from benchmarks.stores import STORES
 
@@ -28,9 +28,10 @@ _ALL: list[Workload] = [
     *wakeups.WORKLOADS,
     *startup.WORKLOADS,
     *memory.WORKLOADS,
+    *celery_workers.WORKLOADS,
 ]
 #: These take long and vary little: fewer rounds.
-_SLOW = {"wake-ups": 1, "memory": 1, "start": 2}
+_SLOW = {"wake-ups": 1, "memory": 1, "start": 2, "celery-sleepers": 1}
 
 
 def _options() -> argparse.Namespace:

@@ -63,22 +63,28 @@ def fresh(store: str, directory: Path) -> Iterator[StorageBackend]:
     namespace = f"bench-{uuid4().hex[:8]}"
     if store == "memory":
         yield make_storage("memory://", namespace)
-    elif store in {"file", "sqlite"}:
-        with scratch(directory) as path:
-            url = f"file://{path}/store" if store == "file" else f"sqlite:///{path}/store.db"
+    else:
+        with fresh_url(store, directory) as url:
             yield make_storage(url, namespace)
+
+
+@contextmanager
+def fresh_url(store: str, directory: Path) -> Iterator[str]:
+    """The URL of a new, empty store that several processes may use."""
+    if store in {"file", "sqlite"}:
+        with scratch(directory) as path:
+            yield f"file://{path}/store" if store == "file" else f"sqlite:///{path}/store.db"
     elif store == "postgres":
         postgres = _postgres()
         url = postgres.database()
         try:
-            yield make_storage(url, namespace)
+            yield url
         finally:
-            name = url.rpartition("/")[2]
-            postgres.sql(f"DROP DATABASE {name} WITH (FORCE)")
+            postgres.sql(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
     else:
         valkey = _valkey(store)
         try:
-            yield make_storage(valkey.url, namespace)
+            yield valkey.url
         finally:
             valkey.command("FLUSHALL")
 
