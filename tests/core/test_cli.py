@@ -400,6 +400,14 @@ def test_runs_are_listed_newest_first_by_status_and_in_pages(used: Path) -> None
     assert "no such runs in" in none.stderr
 
 
+def test_asking_about_a_store_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    for words in (["runs", "list"], ["runs", "show", "x"], ["storage", "stats"]):
+        done = cli(*words, "--storage", "sqlite:///mistyped.db", cwd=tmp_path, status=3)
+        assert "there is no store" in done.stderr
+        assert "mistyped.db" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_is_shown_with_arguments_and_result_or_error(used: Path) -> None:
     run = document("runs", "show", ids(used)["doubled"], cwd=used)
     assert run["result"] == {"text": "x", "numbers": [8, 10]}

@@ -155,5 +155,5 @@ def test_offloaded_files_go_when_no_run_refers_to_them(command, offloaded):
     command("storage", "purge", "--older-than", "0s", **env)
     assert command("run", "flow.py:flow", PYWORKFLOW_CODECS="").returncode == 0
     done = command("storage", "sweep-offloaded", "--older-than", "1h", **env)
-    assert done.stdout.startswith(f"removed {len(files)} files"), done.stderr
+    assert done.stdout.startswith(f"removed {len(files)} file"), done.stderr
     assert not any(path.exists() for path in files)

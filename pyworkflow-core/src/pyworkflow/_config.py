@@ -199,9 +199,9 @@ def parse_codec_keys(text: str, source: str) -> list[tuple[str, bytes]]:
         entry = part.strip()
         if not entry or entry.startswith("#"):
             continue
-        key_id, _, encoded = entry.partition(":")
+        key_id, colon, encoded = entry.partition(":")
         where = f"source={source} entry={number}"
-        if not _KEY_ID.fullmatch(key_id):
+        if not colon or not _KEY_ID.fullmatch(key_id):  # without a colon it may be the key itself
             raise ConfigurationError(
                 f"a codec key has no proper id: {where}; write ID:BASE64, with an id of letters, "
                 "digits, '.', '_', '-'"

@@ -106,6 +106,15 @@ def opening() -> Generator[None]:
         raise StorageError(f"the store cannot be opened: {error}") from error
 
 
+def _refuse_absent(location: str) -> None:
+    """Opening makes a store: whoever asks about one that is not there has mistyped its path."""
+    if Path(location).is_absolute() and not Path(location).exists():
+        raise Unusable(
+            f"there is no store: {location}; check --storage or PYWORKFLOW_STORAGE, and the current "
+            "directory. A store is made by the first run or worker that uses it"
+        )
+
+
 def in_store(call: Callable[[Operations], Any]) -> Any:
     """Await ``call`` with a client's operations, no worker, on the configured store."""
     import asyncio
@@ -118,6 +127,7 @@ def in_store(call: Callable[[Operations], Any]) -> Any:
         with opening():
             storage: StorageBackend = configured_storage(settings())
             executor = configured_executor(settings())
+            _refuse_absent(storage.info().location)
             await storage.open()
         try:
             if not executor.capabilities.distributed:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "age",
+    "counted",
     "event_json",
     "json_alone",
     "moment",
@@ -112,6 +113,11 @@ def shown(value: object, limit: int = 200) -> str:
     """A value for people, on one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def own_frames(traceback: str) -> str:

@@ -206,14 +206,13 @@ def purge(older_than: str, key_retention: str, dry_run: bool) -> None:
             total += removed
         return total, store.info().location
 
-    _refuse_missing_default()
     number, location = in_store(remove)
     if wants_json():
         output.print_json({"storage": location, "runs": number, "removed": not dry_run})
     elif dry_run:
         click.echo(f"would remove up to {number} runs: {location}")
     else:
-        click.echo(f"removed {number} runs: {location}")
+        click.echo(f"removed {output.counted(number, 'run')}: {location}")
 
 
 @command.command("sweep-offloaded")
@@ -282,18 +281,9 @@ def sweep_offloaded(
     elif dry_run:
         for path in removed:
             click.echo(str(path))
-        click.echo(f"would remove {len(removed)} files: {directory}")
+        click.echo(f"would remove {output.counted(len(removed), 'file')}: {directory}")
     else:
-        click.echo(f"removed {len(removed)} files: {directory}")
-
-
-def _refuse_missing_default() -> None:
-    from pyworkflow._config import settings
-
-    settle_settings()
-    chosen = settings().storage
-    if isinstance(chosen, str):
-        _refuse_missing(chosen)
+        click.echo(f"removed {output.counted(len(removed), 'file')}: {directory}")
 
 
 def _refuse_missing(url: str) -> None:
