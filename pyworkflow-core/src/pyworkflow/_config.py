@@ -86,6 +86,8 @@ class Settings:
     """A third of ``lease`` when only that is set. Shorter than ``lease``."""
     mute: timedelta = timedelta(seconds=30)
     """How long a sweep keeps quiet about an item that was rung for."""
+    drain: timedelta = timedelta(seconds=10)
+    """How long a worker that is told to stop lets what it began go on."""
     max_payload: int = 2 * 1024 * 1024
     """Bytes of one encoded value."""
     max_history: int = 51_200
@@ -443,6 +445,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "lease": _duration,
     "renew_every": _duration,
     "mute": _duration,
+    "drain": _duration,
     "max_payload": _bytes,
     "max_history": _count,
     "concurrency": _count,

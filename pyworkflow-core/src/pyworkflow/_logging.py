@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyworkflow._context import LogContext
     from pyworkflow.events import Json
 
-__all__ = ["WorkflowLogger", "configure_logging", "logger"]
+__all__ = ["WorkflowLogger", "configure_logging", "logger", "replay_filter"]
 
 _CONTEXT = ("run_id", "workflow_name", "step_id", "step_name")
 #: Set on records of workflow code that the engine found to be new: they are not muted.
@@ -122,7 +122,7 @@ def configure_logging(
     for handler in handlers:
         handler.setLevel(number)
         handler.setFormatter(formatter)
-        handler.addFilter(_in_context)
+        handler.addFilter(replay_filter)
     _installed.replace(handlers, number)
 
 
@@ -204,8 +204,8 @@ def _current() -> LogContext | None:
     return current()
 
 
-def _in_context(record: logging.LogRecord) -> bool:
-    """Filter of our handlers: names the run, and mutes what replay repeats."""
+def replay_filter(record: logging.LogRecord) -> bool:
+    """Filter of log handlers: names the run in a record, and mutes what replay repeats."""
     context = _current()
     _set_context(record, context)
     live = getattr(record, _LIVE, False)

@@ -16,6 +16,7 @@ from pyworkflow._definitions import workflow_names
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
+from pyworkflow._logging import replay_filter
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
@@ -24,6 +25,7 @@ __all__ = [
     "Settings",
     "create_runtime",
     "import_modules",
+    "replay_filter",
     "serve_here",
     "settings",
     "workflow_names",

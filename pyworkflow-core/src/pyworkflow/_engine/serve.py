@@ -16,7 +16,7 @@ __all__ = ["serve_here"]
 _log = logging.getLogger("pyworkflow.worker")
 
 
-def serve_here(runtime: Runtime, *, grace: float = 10.0) -> None:
+def serve_here(runtime: Runtime) -> None:
     """Work in this thread until SIGTERM or SIGINT, then drain. A second signal ends at once."""
     worker = cast("Worker", runtime)
     # Live runs and a store in memory are many objects that stay: at the default threshold, looking
@@ -25,10 +25,10 @@ def serve_here(runtime: Runtime, *, grace: float = 10.0) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
-    asyncio.run(_serve(worker, grace))
+    asyncio.run(_serve(worker))
 
 
-async def _serve(worker: Worker, grace: float) -> None:
+async def _serve(worker: Worker) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -41,7 +41,8 @@ async def _serve(worker: Worker, grace: float) -> None:
     worker.serve()
     try:
         await stop.wait()
-        _log.info("the worker drains: grace=%gs", grace)
+        grace = worker.settings.drain
+        _log.info("the worker drains: grace=%gs", grace.total_seconds())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         await worker.drain(grace)

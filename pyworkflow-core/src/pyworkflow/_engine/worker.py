@@ -372,6 +372,14 @@ class Worker:
         """When an item is due next."""
         return await self.storage.next_due(queues=self._queues)
 
+    async def seconds_until_due(self) -> float | None:
+        """How long until an item is due."""
+        due = await self.next_due()
+        if due is None:
+            return None
+        self.clock.update(await self.storage.now())
+        return (to_micros(due) - self.clock.micros()) / 1_000_000
+
     async def wait_for_news(self, timeout: float) -> bool:
         """Until the store has news for workers, or for ``timeout`` seconds."""
         return await self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))

@@ -48,8 +48,9 @@ def command(
 
     MODULE is a dotted name or path/file.py; without any, the setting `modules` counts
     (PYWORKFLOW_MODULES, or modules in [tool.pyworkflow]). Any number of workers may share a
-    store. SIGTERM and Ctrl-C drain: what is begun is finished within 10 s, the rest is given back;
-    a second one ends at once, and nothing is lost either way. With --json the log is JSON lines.
+    store. SIGTERM and Ctrl-C drain: what is begun may end within 10 s (setting `drain`), the rest
+    is given back; a second one ends at once, and nothing is lost either way. With --json the log
+    is JSON lines.
 
     \b
     pyworkflow worker app.py

@@ -97,6 +97,10 @@ class Runtime(Protocol):
         """When to sweep again, on the storage's clock; None when nothing is owed."""
         ...
 
+    async def seconds_until_due(self) -> float | None:
+        """How long until ``next_due``, by the storage's clock; 0 or less when it has passed."""
+        ...
+
     async def wait_for_news(self, timeout: float) -> bool:
         """Wait until there may be something new to sweep for; False after ``timeout`` seconds."""
         ...
