@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from pyworkflow.spi._delta import record_from_json, record_to_json
     from pyworkflow.spi._fsck import fsck
     from pyworkflow.spi._state import KEPT_TOKENS, RunState, RunView
-    from pyworkflow.spi.hookspecs import Codec, hookimpl, hookspec
+    from pyworkflow.spi.hookspecs import CliGroup, Codec, Registry, hookimpl, hookspec
     from pyworkflow.spi.reference import (
         Delta,
         KeyMark,
@@ -148,7 +148,9 @@ __all__ = [
     "from_micros",
     "to_micros",
     # on first use
+    "CliGroup",
     "Codec",
+    "Registry",
     "Delta",
     "KeyMark",
     "Record",
@@ -168,7 +170,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CliGroup": "hookspecs",
     "Codec": "hookspecs",
+    "Registry": "hookspecs",
     "Delta": "reference",
     "KeyMark": "reference",
     "Record": "reference",
