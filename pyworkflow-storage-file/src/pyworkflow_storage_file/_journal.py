@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 from pyworkflow.spi import SchemaTooNew, StorageDamaged, StorageError, StorageUnavailable
+from pyworkflow.spi.embedded import Pace
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._files import Files, Manifest, read_all, segment_name, storage_error
@@ -27,7 +28,6 @@ from pyworkflow_storage_file._lock import (
     StoreLock,
     boot_id,
 )
-from pyworkflow_storage_file._pace import Pace
 
 __all__ = ["Journal", "Record", "Sink"]
 

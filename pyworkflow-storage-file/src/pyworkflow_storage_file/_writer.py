@@ -7,15 +7,13 @@ does it holds ``mutex``.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 import secrets
 import threading
-import weakref
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 from pyworkflow.spi import (
     Delta,
@@ -23,13 +21,22 @@ from pyworkflow.spi import (
     Refusal,
     RunClosed,
     RunNotFound,
+    StorageUnavailable,
+)
+from pyworkflow.spi.embedded import (
+    Answers,
+    Forkable,
+    News,
+    Operation,
+    add_forkable,
+    copy_error,
 )
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._files import storage_error
 from pyworkflow_storage_file._journal import Journal, Record
 from pyworkflow_storage_file._state import DELTA, State, encode
 
-__all__ = ["Answers", "Batch", "Operation", "Writer", "forks"]
+__all__ = ["Batch", "Writer"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
@@ -43,9 +50,6 @@ _JUMP: Final = 1_000_000_000
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-_live: weakref.WeakSet[Writer] = weakref.WeakSet()
-_forks = 0
 
 
 class Batch:
@@ -80,53 +84,39 @@ class Batch:
         self.durable = self.durable or durable
 
 
-class Operation:
-    """One call of the contract on its way to the files."""
-
-    __slots__ = ("future", "run", "undo", "writes")
-
-    def __init__(
-        self,
-        run: Callable[[Batch], Any],
-        future: asyncio.Future[Any],
-        writes: bool,
-        undo: Callable[[Any], None] | None,
-    ) -> None:
-        self.run = run
-        self.future = future
-        self.writes = writes
-        self.undo = undo
-
-
 #: Wall clock and time since boot, ns.
 Clocks = tuple[int, int]
-Answers = list[tuple[Operation, Any, BaseException | None]]
 
 
-class Writer:
+class Writer(Forkable):
     """A journal and the state it amounts to. Everything here blocks."""
 
-    def __init__(self, make_journal: Callable[[State], Journal], *, calls: Calls) -> None:
+    def __init__(
+        self, make_journal: Callable[[State], Journal], *, calls: Calls, lock_timeout: float
+    ) -> None:
         self.mutex = threading.Lock()
-        """Held by whoever calls ``take``, ``take_news``, ``rewrite``, ``recover`` or ``close``."""
+        """Held by whoever calls ``take``, ``take_news``, ``upkeep``, ``recover`` or ``close``."""
         self.is_open = False
         """The journal was read, and not closed yet."""
         self._state = State()
         self._journal = make_journal(self._state)
-        self.lock = self._journal.lock
+        self._lock = self._journal.lock
+        self._lock_timeout = lock_timeout
         self.pace = self._journal.pace
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
         self._calls = calls
         self._last_clocks = calls.clocks()
         self._rewrite_at = _REWRITE_BYTES
-        _live.add(self)
+        self._work = 0
+        """Counts the news for workers."""
+        add_forkable(self)
 
-    def take(self, waiting: list[Operation], answers: Answers, *, wait: bool) -> int:
-        """Do as many of the operations as fit into one batch; how many.
+    def take(self, waiting: list[Operation[Batch]], answers: Answers[Batch], *, wait: bool) -> bool:
+        """Do as many of the operations as fit into one batch; the others are cut off of the list.
 
-        Without ``wait``, 0 and nothing has happened when the lock is taken, or when there is more
-        to do than these operations: what others wrote, repairs, a new segment.
+        Without ``wait``, False and nothing has happened when the lock is taken, or when there is
+        more to do than these operations: what others wrote, repairs, a new segment.
         """
         try:
             if not self.is_open:
@@ -139,12 +129,25 @@ class Writer:
             if isinstance(error, OSError):
                 error = storage_error("cannot use the store", self._journal.directory, error)
             self._journal.drop_lock()
-            answers[:] = [(operation, None, _copy(error)) for operation in waiting]
-            return len(waiting)
+            answers[:] = [(operation, None, copy_error(error)) for operation in waiting]
+            return True
 
-    def take_news(self) -> tuple[dict[str, tuple[int, bool]], bool]:
-        """The runs that changed since the last call, and whether there may be work."""
-        return self._state.take_news()
+    def take_news(self) -> News:
+        """The runs that changed since the last call, and the news for workers so far."""
+        touched, work = self._state.take_news()
+        self._work += work
+        return touched, self._work
+
+    def stuck(self) -> StorageUnavailable | None:
+        """An error when another process has held the lock for too long. From any thread."""
+        since = self._lock.waiting_since
+        if since is None or time.monotonic() - since <= self._lock_timeout:
+            return None
+        return StorageUnavailable(
+            f"another process holds the store's lock: "
+            f"path={self._lock.path} seconds={self._lock_timeout:g}; "
+            "is one of its processes stopped? Try again"
+        )
 
     def recover(self) -> None:
         """Something was thrown into a batch from outside: believe nothing, hold nothing."""
@@ -156,11 +159,11 @@ class Writer:
         self.is_open = False
         self._journal.close()
 
-    def _read(self, waiting: list[Operation], answers: Answers, wait: bool) -> int:
+    def _read(self, waiting: list[Operation[Batch]], answers: Answers[Batch], wait: bool) -> bool:
         clocks = self._calls.clocks()
         if not self._journal.is_current() or self._has_jumped(clocks):
             if not wait:
-                return 0
+                return False
             self._acquire(wait)
             self._journal.release()
             clocks = self._calls.clocks()
@@ -172,13 +175,13 @@ class Writer:
                     answers.append((operation, operation.run(batch), None))
                 except Exception as error:  # noqa: BLE001  belongs to this caller alone
                     answers.append((operation, None, error))
-        return len(waiting)
+        return True
 
-    def _write(self, waiting: list[Operation], answers: Answers, wait: bool) -> int:
+    def _write(self, waiting: list[Operation[Batch]], answers: Answers[Batch], wait: bool) -> bool:
         journal, state = self._journal, self._state
         clocks = self._acquire(wait)
         if clocks is None:
-            return 0
+            return False
         try:
             # From here on the state may be ahead of the files, whatever is thrown.
             journal.invalidate()
@@ -201,7 +204,8 @@ class Writer:
             if batch.records:
                 journal.append(batch.records, durable=batch.durable)
             journal.validate()
-            return taken
+            del waiting[taken:]
+            return True
         finally:
             journal.release()
 
@@ -268,11 +272,11 @@ class Writer:
         return f"{self._token_prefix}{self._tokens:x}"
 
     @property
-    def wants_rewrite(self) -> bool:
-        """Whether there is so much garbage that ``rewrite`` should look."""
+    def wants_upkeep(self) -> bool:
+        """Whether there is so much garbage that ``upkeep`` should look."""
         return self._state.garbage > self._rewrite_at
 
-    def rewrite(self) -> None:
+    def upkeep(self) -> None:
         """Drop the garbage from the journal, when most of it is."""
         journal, state = self._journal, self._state
         try:
@@ -287,40 +291,9 @@ class Writer:
             self._rewrite_at = max(_REWRITE_BYTES, journal.size)
             _log.warning("the journal was not rewritten: %s", error)
 
-    # --- after a fork -------------------------------------------------------------------------
-
     def abandon(self) -> None:
-        """In a forked child: let go of the parent's files, without unlocking them.
+        """In a forked child: close the parent's files, without unlocking them.
 
-        Whoever held ``mutex`` does not exist in the child.
+        Kept open, they would keep the lock when the parent dies; unlocked, it would lose it.
         """
         self.close()
-
-
-def _copy(error: BaseException) -> BaseException:
-    """The same error for another caller, since raising one adds to its traceback."""
-    try:
-        copy = type(error)(*error.args)
-    except Exception:  # noqa: BLE001  an error with a constructor of its own
-        return error
-    copy.__cause__ = error.__cause__
-    return copy
-
-
-def forks() -> int:
-    """How often this process, or one before it, was forked off: objects compare it with theirs."""
-    return _forks
-
-
-def _after_fork() -> None:
-    global _forks
-    _forks += 1
-    # The child has the parent's descriptors: kept open, they would keep the lock when the parent
-    # dies, and unlocking through them would take it from the parent.
-    for writer in list(_live):
-        writer.abandon()
-    _live.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from pyworkflow.spi import (
     Answer,
@@ -27,31 +27,28 @@ from pyworkflow.spi import (
     Run,
     RunDelta,
     RunQuery,
-    StorageBackend,
     StorageError,
     StorageInfo,
     WorkItem,
     check_change,
 )
+from pyworkflow.spi.embedded import FEW, Dispatcher, EmbeddedBackend, forks, nothing
+from pyworkflow.spi.embedded import Writer as EmbeddedWriter
 from pyworkflow_storage_sql import _sqlite_reads as reads
 from pyworkflow_storage_sql import _sqlite_runs as runs
 from pyworkflow_storage_sql import _sqlite_work as work
-from pyworkflow_storage_sql._sqlite_dispatch import Dispatcher, nothing
 from pyworkflow_storage_sql._sqlite_reader import Reader
 from pyworkflow_storage_sql._sqlite_rows import fitting
 from pyworkflow_storage_sql._sqlite_schema import pending, storage_error
-from pyworkflow_storage_sql._sqlite_twins import forks
 from pyworkflow_storage_sql._sqlite_writer import Batch, Writer
 
 __all__ = ["SQLiteStorageBackend"]
 
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 MAX_EVENTS: Final = 10_000
-#: So many changes or leases the loop may handle by itself, if it waits for nothing else.
-_FEW: Final = 8
 
 
-class SQLiteStorageBackend(StorageBackend):
+class SQLiteStorageBackend(EmbeddedBackend[Batch]):
     """Storage in an SQLite database, for any number of processes on one machine.
 
     A commit that returned survives power loss (``synchronous=FULL``). All writes that wait go into
@@ -69,6 +66,7 @@ class SQLiteStorageBackend(StorageBackend):
     _lock_timeout: float = 10.0
 
     def __init__(self, path: str | os.PathLike[str], *, namespace: str = "default") -> None:
+        super().__init__()
         try:
             namespace.encode()
         except UnicodeEncodeError as error:
@@ -77,11 +75,7 @@ class SQLiteStorageBackend(StorageBackend):
             ) from error
         self.path = Path(path).absolute()
         self.namespace = namespace
-        self._dispatcher: Dispatcher | None = None
         self._reader: Reader | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._forks = 0
-        self._closed = False
         self._opened = False
 
     def __repr__(self) -> str:
@@ -96,20 +90,14 @@ class SQLiteStorageBackend(StorageBackend):
             ConfigurationError: There cannot be a store at the path.
             StorageError: It cannot be used; ``StorageDamaged`` and ``SchemaTooNew`` are such.
         """
-        self._started()
-        await self._submit(nothing, writes=False, small=True)
+        await self._read(nothing, small=True)
         self._opened = True
 
     async def close(self) -> None:
         """Finish what was begun, close the connections, end the threads. Idempotent."""
-        self._closed = True
-        dispatcher, self._dispatcher = self._dispatcher, None
         reader, self._reader = self._reader, None
-        if self._forks != forks():
-            return
-        if dispatcher is not None:
-            await dispatcher.close()
-        if reader is not None:
+        await super().close()
+        if reader is not None and self._forks == forks():
             await reader.close()
 
     def info(self) -> StorageInfo:
@@ -160,72 +148,46 @@ class SQLiteStorageBackend(StorageBackend):
 
     async def now(self) -> datetime:
         """The store's clock."""
-        now: datetime = await self._submit(lambda batch: batch.now, writes=False, small=True)
-        return now
+        return await self._read(lambda batch: batch.now, small=True)
 
     async def shift_clock(self, by: timedelta) -> None:
         """Add to the offset, for all clients."""
         micros = by // timedelta(microseconds=1)
-        await self._submit(lambda batch: batch.shift_clock(micros), writes=True)
+        await self._write(lambda batch: batch.shift_clock(micros))
 
     # --- writing ------------------------------------------------------------------------------
 
     async def commit(self, change: Change) -> Committed:
         """Apply a change; durable on return."""
         self._check(change)
-        committed: Committed = await self._submit(
-            partial(runs.commit, change), writes=True, small=True
-        )
-        return committed
+        return await self._write(partial(runs.commit, change), small=True)
 
     async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
         """Apply independent changes in one transaction."""
         for change in changes:
             self._check(change)
         run = partial(runs.commit_many, changes)
-        answers: list[Answer] = await self._submit(run, writes=True, small=len(changes) <= _FEW)
-        return answers
+        return await self._write(run, small=len(changes) <= FEW)
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items. A caller that is cancelled meanwhile gives them back."""
-        dispatcher = self._started()
-        dispatcher.watchers.take_work_news()
-        give_back = partial(_give_back, dispatcher)
-        answer = dispatcher.submit(
-            partial(work.claim, request), writes=True, small=request.limit <= _FEW, undo=give_back
-        )
-        try:
-            claimed: Claimed = await answer
-        except asyncio.CancelledError:
-            # The answer may have come just before: nobody will ever see it.
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
-                give_back(answer.result())
-            raise
-        return claimed
+        return await self._claim(partial(work.claim, request), _release, small=request.limit <= FEW)
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
         """Extend leases."""
-        renewed: list[bool] = await self._submit(
-            partial(work.renew, refs, lease), writes=True, small=len(refs) <= _FEW
-        )
-        return renewed
+        return await self._write(partial(work.renew, refs, lease), small=len(refs) <= FEW)
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
-        released: bool = await self._submit(
-            partial(work.release, ref, delay), writes=True, small=True
-        )
-        return released
+        return await self._write(partial(work.release, ref, delay), small=True)
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody was told of lately; they are muted in the same step."""
-        items: list[WorkItem] = await self._submit(partial(work.announce, limit, mute), writes=True)
-        return items
+        return await self._write(partial(work.announce, limit, mute))
 
     async def free(self, owner: str) -> int:
         """End every lease of a process that is gone."""
-        freed: int = await self._submit(partial(work.free, owner), writes=True)
-        return freed
+        return await self._write(partial(work.free, owner))
 
     async def purge(
         self,
@@ -235,14 +197,11 @@ class SQLiteStorageBackend(StorageBackend):
         key_retention: timedelta = timedelta(days=30),
     ) -> int:
         """Remove ended runs, those first that ended first."""
-        purged: int = await self._submit(
-            partial(runs.purge, before, limit, key_retention), writes=True
-        )
-        return purged
+        return await self._write(partial(runs.purge, before, limit, key_retention))
 
     async def import_delta(self, delta: Delta) -> None:
         """Write effects as they are: how a copy arrives."""
-        await self._submit(partial(runs.import_delta, delta), writes=True)
+        await self._write(partial(runs.import_delta, delta))
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -253,10 +212,7 @@ class SQLiteStorageBackend(StorageBackend):
         workflows: frozenset[str] | None = None,
     ) -> datetime | None:
         """When an item can be claimed next."""
-        due: datetime | None = await self._submit(
-            partial(work.next_due, queues, workflows), writes=False, small=True
-        )
-        return due
+        return await self._read(partial(work.next_due, queues, workflows), small=True)
 
     async def get_run(self, run_id: str) -> Run | None:
         """The run, or None."""
@@ -286,78 +242,31 @@ class SQLiteStorageBackend(StorageBackend):
 
     async def holders(self) -> list[str]:
         """The owners of leases that have not ended."""
-        owners: list[str] = await self._submit(work.holders, writes=False)
-        return owners
+        return await self._read(work.holders)
 
     async def export_run(self, run_id: str) -> RunDelta | None:
         """The run without its events."""
-        part: RunDelta | None = await self._submit(partial(runs.export_run, run_id), writes=False)
-        return part
+        return await self._read(partial(runs.export_run, run_id))
 
     async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
         """Idempotency keys and their owners, purged runs' too."""
-        page: Page[tuple[str, KeyMark]] = await self._submit(
-            partial(runs.export_keys, cursor), writes=False
-        )
-        return page
-
-    async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
-        """Wait for news. What this process writes wakes at once, others' within 0.1 s."""
-        watchers = self._started().watchers
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout.total_seconds()
-        while True:
-            news: asyncio.Future[None] = loop.create_future()
-            # Before the check, or news in between are missed.
-            watchers.add(run_id, after, news)
-            try:
-                if run_id is None:
-                    await self.open()
-                    if watchers.take_work_news():
-                        return True
-                else:
-                    run = await self.get_run(run_id)
-                    if run is not None and (run.history_length > after or run.status.is_terminal):
-                        return True
-                left = end - loop.time()
-                if left <= 0:
-                    return False
-                await asyncio.wait([news], timeout=left)
-            finally:
-                watchers.drop(run_id, news)
+        return await self._read(partial(runs.export_keys, cursor))
 
     # --- the connections ----------------------------------------------------------------------
 
-    def _started(self) -> Dispatcher:
-        if self._closed:
-            raise StorageError(
-                f"the storage was closed: path={self.path}; make another object for it"
-            )
-        loop = asyncio.get_running_loop()
-        dispatcher = self._dispatcher
-        if dispatcher is not None and self._forks == forks():
-            if self._loop is loop:
-                return dispatcher
-            raise StorageError(
-                f"the storage object belongs to another event loop: path={self.path}; "
-                "use twin() to make one for this loop"
-            )
-        # The first use, or the first one in a forked child.
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> Dispatcher[Batch]:
         writer = Writer(self.path, self.namespace, lock_timeout=self._lock_timeout)
-        reader = Reader(self.path, self.namespace)
-        dispatcher = Dispatcher(
-            writer,
-            loop,
-            reader.look,
-            place=(os.path.realpath(self.path), self.namespace),
-            close_timeout=self._lock_timeout + 5,
-        )
-        self._dispatcher, self._reader = dispatcher, reader
-        weakref.finalize(self, _let_go, dispatcher, reader).atexit = False
-        self._loop = loop
-        self._forks = forks()
+        reader = self._reader = Reader(self.path, self.namespace)
+        weakref.finalize(self, reader.stop).atexit = False
         self._opened = False
-        return dispatcher
+        return Dispatcher(
+            cast("EmbeddedWriter[Batch]", writer),
+            loop,
+            name="pyworkflow-storage-sqlite",
+            close_timeout=self._lock_timeout + 5,
+            look=reader.look,
+            place=("sqlite", os.path.realpath(self.path), self.namespace),
+        )
 
     async def _ready(self) -> Reader:
         """The connection for reads, once the tables are there."""
@@ -377,25 +286,6 @@ class SQLiteStorageBackend(StorageBackend):
         if change.create is not None:
             fitting(change.create.priority, "priority")
 
-    def _submit(
-        self, run: Callable[[Batch], Any], *, writes: bool, small: bool = False
-    ) -> asyncio.Future[Any]:
-        return self._started().submit(run, writes=writes, small=small)
 
-
-def _give_back(dispatcher: Dispatcher, claimed: Claimed) -> None:
-    """A claim's caller was cancelled: nobody knows its tokens."""
-    for claim in claimed.claims:
-        answer = dispatcher.submit(partial(work.release, claim.ref, None), writes=True, small=True)
-        answer.add_done_callback(_forget)
-
-
-def _forget(answer: asyncio.Future[Any]) -> None:
-    # What could not be given back comes free when its lease ends.
-    if not answer.cancelled():
-        answer.exception()
-
-
-def _let_go(dispatcher: Dispatcher, reader: Reader) -> None:
-    dispatcher.stop()
-    reader.stop()
+def _release(ref: ClaimRef, batch: Batch) -> bool:
+    return work.release(ref, None, batch)

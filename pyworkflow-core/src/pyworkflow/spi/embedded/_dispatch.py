@@ -1,13 +1,12 @@
-"""The way of operations from the event loop to the files, and of their answers back.
+"""The way of operations from the event loop to the store, and of their answers back.
 
 Theory of operation. The loop queues operations; a thread takes everything that waits and does it as
 one batch, and the loop never waits for a disk. A lone operation does not gain by that: waking the
 thread and being woken costs more than a fast disk does. So the loop does it itself, with the same
 routine, if all of this holds: it is the first of this turn of the loop (others that come in the
 same turn wait for the next one, and go to the thread when they are several), nothing is at the
-thread, it is small, flushes are fast, and the store's lock is free with nothing new behind it.
-Otherwise it goes to the thread, as does all that takes long: opening, repair, a new segment, a
-rewrite, a clock that was set.
+thread, it is small, flushes are fast, and the writer finds nothing that takes long: a lock that
+somebody has, a repair, a store that is not open yet.
 """
 
 from __future__ import annotations
@@ -15,67 +14,106 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Hashable
 from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
-from pyworkflow.spi import StorageError, StorageUnavailable
-from pyworkflow_storage_file._watchers import Watchers
-from pyworkflow_storage_file._writer import Answers, Batch, Operation, Writer
+from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.spi.embedded._operations import (
+    Answers,
+    News,
+    Operation,
+    Upkeep,
+    Writer,
+    copy_error,
+)
+from pyworkflow.spi.embedded._twins import join, leave, neighbours
+from pyworkflow.spi.embedded._watchers import Watchers
 
 __all__ = ["Dispatcher", "nothing"]
 
-#: The runs that changed, and whether there may be work.
-News = tuple[dict[str, tuple[int, bool]], bool]
+B = TypeVar("B")
+T = TypeVar("T")
+
 #: A batch ends at this many operations, so that the first do not wait for the last.
 _BATCH_OPERATIONS: Final = 1000
 
 
-class Dispatcher:
-    """The queue between a loop and a writer, and the thread at its end."""
+class Dispatcher(Generic[B]):
+    """The queue between a loop and a writer, and the thread at its end.
+
+    Args:
+        writer: Used by this dispatcher alone.
+        loop: Whose callers it serves; all but ``stop`` and ``hear`` is called on it.
+        name: The thread's.
+        close_timeout: So many seconds ``close`` waits for the thread, which another process's
+            lock may hold up.
+        look: Reads what other processes wrote and tells the watchers, without the writer. None:
+            each batch reads all that others wrote, so that an empty one is the look.
+        place: Dispatchers of equal place work on the same store: each tells the others of this
+            process its news at once. Then its writers' counts of work must be one count, kept by
+            the store. None: they poll for it, as other processes do.
+        upkeep: What to do now and then behind a batch; the writer itself, usually.
+        stuck: Asked each second while somebody waits: an error when that must end, because
+            another process has had the lock for too long. The operations may be done all the same.
+    """
 
     def __init__(
-        self, writer: Writer, loop: asyncio.AbstractEventLoop, *, lock_timeout: float
+        self,
+        writer: Writer[B],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        name: str,
+        close_timeout: float,
+        look: Callable[[Watchers], Coroutine[Any, Any, None]] | None = None,
+        place: Hashable = None,
+        upkeep: Upkeep | None = None,
+        stuck: Callable[[], StorageError | None] | None = None,
     ) -> None:
         self._writer = writer
         self._loop = loop
-        self._lock_timeout = lock_timeout
-        self._inbox: SimpleQueue[Operation | None] = SimpleQueue()
+        self._place = place
+        self._close_timeout = close_timeout
+        self._look = look
+        self._upkeep = upkeep
+        self._stuck = stuck
+        self._inbox: SimpleQueue[Operation[B] | None] = SimpleQueue()
         self._stopping = False
         # The rest belongs to the loop.
-        self.watchers = Watchers(loop, self._look)
-        self._pending: set[Operation] = set()
+        self.watchers = Watchers(loop, self._begin_look)
+        if place is not None:
+            join(place, self)
+        self._pending: set[Operation[B]] = set()
         """Not answered yet."""
         self._handed_over = 0
         """How many the thread has, answered or not: with none, it leaves the mutex alone."""
-        self._gathered: list[Operation] = []
+        self._gathered: list[Operation[B]] = []
         """What waits for the next turn of the loop."""
         self._turn_is_used = False
         """The loop has done an operation by itself in this turn."""
         self._crowded = False
         """Several operations came in one turn lately: see who else comes before one is done."""
         self._stuck_timer: asyncio.TimerHandle | None = None
-        self._thread = threading.Thread(
-            target=self._main, name="pyworkflow-storage-file", daemon=True
-        )
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
     # --- on the loop --------------------------------------------------------------------------
 
     def submit(
         self,
-        run: Callable[[Batch], Any],
+        run: Callable[[B], T],
         *,
         writes: bool,
         small: bool = False,
-        undo: Callable[[Any], None] | None = None,
-    ) -> asyncio.Future[Any]:
+        undo: Callable[[T], None] | None = None,
+    ) -> asyncio.Future[T]:
         """Have an operation done; the future may be done on return.
 
         ``small`` ones take the time of a few changes at most. ``undo`` gets the answer when the
         caller was cancelled meanwhile.
         """
-        operation = Operation(run, self._loop.create_future(), writes, undo)
+        future: asyncio.Future[T] = self._loop.create_future()
+        operation = Operation(run, future, writes, undo)
         if self._gathered:
             self._gather(operation)
         elif not small or self._handed_over or not self._may_do(operation):
@@ -87,7 +125,7 @@ class Dispatcher:
                 self._loop.call_soon(self._next_turn)
         elif not self._do(operation):
             self._hand_over(operation)
-        return operation.future
+        return future
 
     def stop(self) -> None:
         """End the thread when it has done what it was handed. Idempotent, from any thread."""
@@ -95,16 +133,18 @@ class Dispatcher:
         self._inbox.put(None)
 
     async def close(self) -> None:
-        """Finish what was begun, end the thread.
+        """Finish what was begun, end the thread. From any loop.
 
-        Does not wait for ever: another process may hold the lock.
+        What is not done after ``close_timeout`` is answered with an error.
         """
         on_loop = asyncio.get_running_loop() is self._loop
         if on_loop:
             self._hand_over_gathered()
         self.stop()
+        if self._place is not None:
+            leave(self._place, self)
         thread = self._thread
-        deadline = time.monotonic() + self._lock_timeout
+        deadline = time.monotonic() + self._close_timeout
         pause = 0.0002
         while thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(pause)
@@ -121,10 +161,12 @@ class Dispatcher:
                 operation.future.set_exception(StorageError("the storage was closed"))
         self._pending.clear()
 
-    def _look(self) -> asyncio.Future[Any]:
-        return self.submit(nothing, writes=False, small=True)
+    def _begin_look(self) -> asyncio.Future[Any]:
+        if self._look is None:
+            return self.submit(nothing, writes=False, small=True)
+        return self._loop.create_task(self._look(self.watchers))
 
-    def _may_do(self, operation: Operation) -> bool:
+    def _may_do(self, operation: Operation[B]) -> bool:
         """Whether the loop may do this by itself, as far as is known without trying."""
         writer = self._writer
         return (
@@ -134,21 +176,21 @@ class Dispatcher:
             and not writer.mutex.locked()
         )
 
-    def _do(self, operation: Operation) -> bool:
+    def _do(self, operation: Operation[B]) -> bool:
         """Do it here and now; False, and nothing has happened, when that would take long.
 
-        Nothing is at the thread, so the mutex is free, but for a rewrite.
+        Nothing is at the thread, so the mutex is free, but for upkeep.
         """
         writer = self._writer
         if not self._turn_is_used:
             self._turn_is_used = True
             self._loop.call_soon(self._next_turn)
-        answers: Answers = []
+        answers: Answers[B] = []
         with writer.mutex:
             try:
                 if not writer.take([operation], answers, wait=False):
                     return False
-                touched, work = writer.take_news()
+                news = writer.take_news()
             except BaseException as error:
                 # A signal's handler raised: nobody can know how far the batch came.
                 writer.recover()
@@ -161,12 +203,13 @@ class Dispatcher:
                         )
                     )
                 raise
-        self._answer(answers, touched, work)
-        if writer.wants_rewrite:
+        self._answer(answers, news)
+        self._tell_neighbours(news)
+        if self._upkeep is not None and self._upkeep.wants_upkeep:
             self._hand_over(Operation(nothing, self._loop.create_future(), False, None))
         return True
 
-    def _gather(self, operation: Operation) -> None:
+    def _gather(self, operation: Operation[B]) -> None:
         self._pending.add(operation)
         self._gathered.append(operation)
 
@@ -188,21 +231,19 @@ class Dispatcher:
         for operation in gathered:
             self._hand_over(operation)
 
-    def _hand_over(self, operation: Operation) -> None:
+    def _hand_over(self, operation: Operation[B]) -> None:
         self._pending.add(operation)
         self._handed_over += 1
         self._inbox.put(operation)
-        if self._stuck_timer is None:
-            self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck)
+        if self._stuck is not None and self._stuck_timer is None:
+            self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck, self._stuck)
 
-    def _taken(self, count: int, answers: Answers, news: News) -> None:
+    def _taken(self, count: int, answers: Answers[B], news: News) -> None:
         """The thread is done with so many of the operations that it was handed."""
         self._handed_over -= count
-        self._answer(answers, *news)
+        self._answer(answers, news)
 
-    def _answer(
-        self, answers: Answers, touched: Mapping[str, tuple[int, bool]], work: bool
-    ) -> None:
+    def _answer(self, answers: Answers[B], news: News) -> None:
         for operation, result, error in answers:
             self._pending.discard(operation)
             future = operation.future
@@ -213,33 +254,26 @@ class Dispatcher:
                     future.set_exception(error)
             elif operation.undo is not None and error is None:
                 operation.undo(result)
-        self.watchers.tell(touched, work)
+        self.watchers.tell(*news, looked=self._look is None)
 
-    def _look_if_stuck(self) -> None:
-        """Fail what waits when another process has held the lock for too long."""
+    def _look_if_stuck(self, stuck: Callable[[], StorageError | None]) -> None:
+        """Fail what waits when it waits in vain."""
         self._stuck_timer = None
         if not self._pending:
             return
-        lock = self._writer.lock
-        since = lock.waiting_since
-        if since is not None and time.monotonic() - since > self._lock_timeout:
+        error = stuck()
+        if error is not None:
             for operation in self._pending:
                 if not operation.future.done():
-                    operation.future.set_exception(
-                        StorageUnavailable(
-                            f"another process holds the store's lock: "
-                            f"path={lock.path} seconds={self._lock_timeout:g}; "
-                            "is one of its processes stopped? Try again"
-                        )
-                    )
+                    operation.future.set_exception(copy_error(error))
             self._pending.clear()
-        self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck)
+        self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck, stuck)
 
     # --- on the thread ------------------------------------------------------------------------
 
     def _main(self) -> None:
         inbox, writer = self._inbox, self._writer
-        waiting: list[Operation] = []
+        waiting: list[Operation[B]] = []
         stopping = False
         while not stopping or waiting:
             if not waiting:
@@ -260,27 +294,45 @@ class Dispatcher:
         with writer.mutex:
             writer.close()
 
-    def _take(self, waiting: list[Operation]) -> int:
+    def _take(self, waiting: list[Operation[B]]) -> int:
         """Do as many of the operations as fit into one batch, and answer them."""
-        writer = self._writer
-        answers: Answers = []
+        writer, upkeep = self._writer, self._upkeep
+        batch = waiting.copy()
+        answers: Answers[B] = []
         with writer.mutex:
-            taken = writer.take(waiting, answers, wait=True)
+            writer.take(batch, answers, wait=True)
             news = writer.take_news()
-            if writer.wants_rewrite:
-                self._tell(taken, answers, news)
-                writer.rewrite()
-                return taken
+            if upkeep is not None and upkeep.wants_upkeep:
+                self._tell(len(batch), answers, news)
+                upkeep.upkeep()
+                return len(batch)
         # After the mutex was given back: who gets the answer may come with the next one at once.
-        self._tell(taken, answers, news)
-        return taken
+        self._tell(len(batch), answers, news)
+        return len(batch)
 
-    def _tell(self, count: int, answers: Answers, news: News) -> None:
+    def _tell(self, count: int, answers: Answers[B], news: News) -> None:
         try:
             self._loop.call_soon_threadsafe(self._taken, count, answers, news)
         except RuntimeError:
             pass  # the loop was closed: nobody waits any more
+        self._tell_neighbours(news)
+
+    def _tell_neighbours(self, news: News) -> None:
+        """Objects of this process on the same store learn at once what others poll for."""
+        if self._place is None:
+            return
+        for other in neighbours(self._place):
+            if other is not self:
+                other.hear(news)
+
+    def hear(self, news: News) -> None:
+        """From any thread: another object has written."""
+        if self.watchers.is_awaited:
+            try:
+                self._loop.call_soon_threadsafe(self.watchers.tell, *news)
+            except RuntimeError:
+                pass  # its loop was closed
 
 
-def nothing(_: Batch) -> None:
-    """The batch itself opens the store, and reads what others wrote."""
+def nothing(_: object) -> None:
+    """An operation that leaves it to the batch to open the store and to read what is new."""

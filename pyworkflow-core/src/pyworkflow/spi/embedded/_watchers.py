@@ -8,7 +8,7 @@ from typing import Any, Final
 
 __all__ = ["Watchers"]
 
-#: Polls of the journal for what other processes wrote, in seconds.
+#: Polls of the store for what other processes wrote, in seconds.
 _POLL_FIRST, _POLL_LAST = 0.02, 0.1
 #: Key of those who wait for work.
 _WORK: Final = None
@@ -30,8 +30,19 @@ class Watchers:
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _POLL_FIRST
         self._looked_at = 0.0
+        self._looking: asyncio.Future[Any] | None = None
         self._work_news = 0
         self._work_known = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits. From any thread."""
+        return bool(self._futures)
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs that somebody waits for."""
+        return [run_id for run_id in self._futures if run_id is not None]
 
     def add(self, run_id: str | None, after: int, future: asyncio.Future[None]) -> None:
         """Have ``future`` done when the run has an event after ``after``, or ends.
@@ -51,14 +62,21 @@ class Watchers:
             if not futures:
                 del self._futures[run_id]
 
-    def tell(self, touched: Mapping[str, tuple[int, bool]], work: bool) -> None:
-        """Operations were answered, which read all that others wrote; this is what is new."""
-        if work:
-            self._work_news += 1
+    def tell(
+        self, touched: Mapping[str, tuple[int, bool]], work: int, *, looked: bool = False
+    ) -> None:
+        """What is new: runs with their last seq and whether they ended, and the count of work.
+
+        ``looked``: that is all that others wrote, too, so that the next poll can wait.
+        """
+        fresh = work > self._work_news
+        if fresh:
+            self._work_news = work
         if not self._futures:
             return
-        self._looked_at = self._loop.time()
-        if work:
+        if looked:
+            self._looked_at = self._loop.time()
+        if fresh:
             self._wake(self._futures.get(_WORK, ()))
         for run_id, (seq, ended) in touched.items():
             futures = self._futures.get(run_id)
@@ -76,20 +94,26 @@ class Watchers:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._looking is not None:
+            self._looking.cancel()
 
     def _poll(self) -> None:
         self._timer = None
-        if not self._futures:
+        if not self._futures or self._looking is not None:
             return
-        # Whoever commits all the time has read what others wrote each time.
+        # Whoever commits all the time may have read what others wrote each time.
         due = self._looked_at + self._pause
         if due > self._loop.time():
             self._timer = self._loop.call_at(due, self._poll)
         else:
-            self._look().add_done_callback(self._polled)
+            self._looking = self._look()
+            self._looking.add_done_callback(self._polled)
 
-    def _polled(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and future.exception() is not None:
+    def _polled(self, look: asyncio.Future[Any]) -> None:
+        self._looking = None
+        if look.cancelled():
+            return
+        if look.exception() is not None:
             for futures in self._futures.values():  # who waits shall ask, and learn of the error
                 self._wake(futures)
         if self._futures and self._timer is None:
