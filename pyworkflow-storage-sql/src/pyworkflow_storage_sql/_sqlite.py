@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from pyworkflow.spi import (
     Answer,
@@ -33,7 +33,6 @@ from pyworkflow.spi import (
     check_change,
 )
 from pyworkflow.spi.embedded import FEW, Dispatcher, EmbeddedBackend, forks, nothing
-from pyworkflow.spi.embedded import Writer as EmbeddedWriter
 from pyworkflow_storage_sql import _sqlite_reads as reads
 from pyworkflow_storage_sql import _sqlite_runs as runs
 from pyworkflow_storage_sql import _sqlite_work as work
@@ -260,7 +259,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
         weakref.finalize(self, reader.stop).atexit = False
         self._opened = False
         return Dispatcher(
-            cast("EmbeddedWriter[Batch]", writer),
+            writer,
             loop,
             name="pyworkflow-storage-sqlite",
             close_timeout=self._lock_timeout + 5,

@@ -12,9 +12,8 @@ from typing import Any, Final, cast
 
 import aiosqlite
 
+from pyworkflow.spi.embedded import Watchers, add_forkable
 from pyworkflow_storage_sql._sqlite_schema import OPEN_TIMEOUT, storage_error
-from pyworkflow_storage_sql._sqlite_twins import add_forkable
-from pyworkflow_storage_sql._sqlite_watchers import Watchers
 
 __all__ = ["NOW", "Reader", "wall"]
 

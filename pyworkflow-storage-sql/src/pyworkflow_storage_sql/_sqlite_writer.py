@@ -7,7 +7,6 @@ loop; whoever does it holds ``mutex``.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import secrets
 import sqlite3
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pyworkflow.spi import (
     PayloadTooLarge,
@@ -24,7 +23,14 @@ from pyworkflow.spi import (
     RunClosed,
     RunNotFound,
 )
-from pyworkflow_storage_sql._sqlite_pace import Pace
+from pyworkflow.spi.embedded import (
+    Answers,
+    News,
+    Operation,
+    Pace,
+    add_forkable,
+    copy_error,
+)
 from pyworkflow_storage_sql._sqlite_rows import from_micros
 from pyworkflow_storage_sql._sqlite_schema import (
     claim_namespace,
@@ -33,17 +39,13 @@ from pyworkflow_storage_sql._sqlite_schema import (
     migrate,
     storage_error,
 )
-from pyworkflow_storage_sql._sqlite_twins import add_forkable
 
-__all__ = ["Answers", "Batch", "News", "Operation", "Writer"]
+__all__ = ["Batch", "Writer"]
 
 #: What an operation may raise without having written.
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
 #: The latest instant is written down when it is this much newer, microseconds.
 _LATEST: Final = 100_000
-
-#: The runs that changed, by id: last seq, whether ended. And the count of news for workers.
-News = tuple[dict[str, tuple[int, bool]], int]
 
 
 class Batch:
@@ -99,27 +101,6 @@ class Batch:
         self.now = from_micros(self.micros)
 
 
-class Operation:
-    """One call of the contract on its way to the database."""
-
-    __slots__ = ("future", "run", "undo", "writes")
-
-    def __init__(
-        self,
-        run: Callable[[Batch], Any],
-        future: asyncio.Future[Any],
-        writes: bool,
-        undo: Callable[[Any], None] | None,
-    ) -> None:
-        self.run = run
-        self.future = future
-        self.writes = writes
-        self.undo = undo
-
-
-Answers = list[tuple[Operation, Any, BaseException | None]]
-
-
 class Writer:
     """The connection that writes. Everything here blocks."""
 
@@ -141,7 +122,7 @@ class Writer:
         self._work = 0
         add_forkable(self)
 
-    def take(self, waiting: list[Operation], answers: Answers, *, wait: bool) -> bool:
+    def take(self, waiting: list[Operation[Batch]], answers: Answers[Batch], *, wait: bool) -> bool:
         """Do the operations as one batch.
 
         Without ``wait``, False and nothing has happened when somebody else holds the lock.
@@ -152,7 +133,7 @@ class Writer:
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             self.recover()
             told = storage_error(error, self.path)
-            answers[:] = [(operation, None, _copy(told)) for operation in waiting]
+            answers[:] = [(operation, None, copy_error(told)) for operation in waiting]
             return True
 
     def take_news(self) -> News:
@@ -204,7 +185,11 @@ class Writer:
         return conn
 
     def _do(
-        self, conn: sqlite3.Connection, waiting: list[Operation], answers: Answers, wait: bool
+        self,
+        conn: sqlite3.Connection,
+        waiting: list[Operation[Batch]],
+        answers: Answers[Batch],
+        wait: bool,
     ) -> bool:
         writes = any(operation.writes for operation in waiting)
         if not self._begin(conn, wait, writes):
@@ -228,11 +213,11 @@ class Writer:
         return True
 
     def _one_by_one(
-        self, conn: sqlite3.Connection, waiting: list[Operation], answers: Answers
+        self, conn: sqlite3.Connection, waiting: list[Operation[Batch]], answers: Answers[Batch]
     ) -> None:
         answers.clear()
         for operation in waiting:
-            own: Answers = []
+            own: Answers[Batch] = []
             try:
                 self._do(conn, [operation], own, True)
             except Exception as error:  # noqa: BLE001  belongs to this caller alone
@@ -292,13 +277,3 @@ class Writer:
     def _token(self) -> str:
         self._tokens += 1
         return f"{self._token_prefix}{self._tokens:x}"
-
-
-def _copy(error: BaseException) -> BaseException:
-    """The same error for another caller, since raising one adds to its traceback."""
-    try:
-        copy = type(error)(*error.args)
-    except Exception:  # noqa: BLE001  an error with a constructor of its own
-        return error
-    copy.__cause__ = error.__cause__
-    return copy
