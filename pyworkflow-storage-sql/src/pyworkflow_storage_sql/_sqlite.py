@@ -215,11 +215,11 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
 
     async def get_run(self, run_id: str) -> Run | None:
         """The run, or None."""
-        return await reads.get_run(await self._ready(), self.namespace, run_id)
+        return await self._read(partial(runs.get_run, run_id), small=True)
 
     async def find_run(self, idempotency_key: str) -> str | None:
         """The run that has the key, or had it and was purged; or None."""
-        return await reads.find_run(await self._ready(), self.namespace, idempotency_key)
+        return await self._read(partial(runs.find_run, idempotency_key), small=True)
 
     async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
         """Runs, newest first."""
@@ -233,7 +233,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
 
     async def list_work(self, run_id: str) -> list[WorkItem]:
         """The run's items."""
-        return await reads.list_work(await self._ready(), self.namespace, run_id)
+        return await self._read(partial(runs.list_work, run_id), small=True)
 
     async def stats(self) -> Mapping[str, int]:
         """Numbers of runs, per status, of events and of items."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, cast
 
@@ -55,8 +55,12 @@ _ROW: Final = (
 )
 
 
+#: The keys of a history of up to so many events are read at once.
+_FEW_KEYS: Final = 2000
+
+
 class LoadedRun:
-    """A run as it stands in this transaction."""
+    """A run as it stands in this transaction; ``advance`` makes it what a change left behind."""
 
     __slots__ = (
         "answer",
@@ -110,11 +114,21 @@ class LoadedRun:
         self.answer_token: str | None = row[12]
         self.answer_key: str | None = row[13]
         self.answer: str | None = row[14]
-        self.events: Sequence[Event] = _Events(self, row[10])
-        self.keys: Mapping[str, int] = _Keys(self)
-        self.items: Mapping[str, WorkItem] = _Items(self)
+        self.events = _Events(self, row[10])
+        self.keys = _Keys(self)
+        self.items = _Items(self)
         self.outside: Mapping[str, Record] = _Outside(self)
         self.recent: Mapping[str, Record] = _Recent(self)
+
+    def advance(self, part: RunDelta, length: int, last_input: int) -> None:
+        """These effects were written, but for the answer, which ``write_delta`` notes."""
+        fields: Mapping[str, Any] = part.fields
+        for name in _KNOWN & fields.keys():
+            setattr(self, name, fields[name])
+        self.events.length = length
+        self.last_input = last_input
+        self.keys.add(part.events)
+        self.items.replace(part.gone, part.items)
 
     @property
     def attributes(self) -> Mapping[str, Json]:
@@ -123,6 +137,22 @@ class LoadedRun:
         ).fetchone()
         attributes: Mapping[str, Json] = decode(row[0])
         return attributes
+
+
+#: Fields of a delta that ``LoadedRun`` has.
+_KNOWN: Final = frozenset(
+    {
+        "create_key",
+        "final",
+        "paused",
+        "priority",
+        "queue",
+        "seen_seq",
+        "stalled",
+        "updated_at",
+        "workflow",
+    }
+)
 
 
 def load_run(
@@ -192,9 +222,33 @@ class _Lookup(Mapping[str, Any]):
 
 
 class _Keys(_Lookup):
-    __slots__ = ()
+    __slots__ = ("asked", "known")
+
+    def __init__(self, run: LoadedRun) -> None:
+        super().__init__(run)
+        self.asked = False
+        self.known: dict[str, int] | None = None
+        """All keys of the run, once it is worth it."""
+
+    def add(self, events: Sequence[Event]) -> None:
+        """The history has grown by these."""
+        if self.known is not None:
+            for event in events:
+                if event.key is not None:
+                    self.known[event.key] = event.seq
 
     def get(self, key: str, default: Any = None) -> Any:
+        known = self.known
+        if known is not None:
+            return known.get(key, default)
+        if self.asked and len(self.run.events) <= _FEW_KEYS:
+            # Asked again: the run is worked on here, and will be asked for every step.
+            rows = self.run.conn.execute(
+                "select key, seq from events where run = ? and key is not null", (self.run.id,)
+            )
+            self.known = dict(rows.fetchall())
+            return self.known.get(key, default)
+        self.asked = True
         row = self.run.conn.execute(
             "select seq from events where run = ? and key = ?", (self.run.id, key)
         ).fetchone()
@@ -220,6 +274,16 @@ class _Items(_Lookup):
         ).fetchone()
         item = known[key] = None if row is None else item_in(row, run.run_id)
         return default if item is None else item
+
+    def replace(self, gone: Iterable[str], items: Iterable[WorkItem]) -> None:
+        """Some are gone, some are new or changed."""
+        for item_id in gone:
+            if self.whole:
+                self.known.pop(item_id, None)
+            else:
+                self.known[item_id] = None
+        for item in items:
+            self.known[item.item_id] = item
 
     def _load(self) -> dict[str, WorkItem | None]:
         if not self.whole:
@@ -455,6 +519,9 @@ def write_delta(
         )
     if part.items:
         write_items(conn, namespace, number, workflow, part.items, paused=paused)
+    if run is not None:
+        run.advance(part, length, last_input)
+        run.answer_token, run.answer_key, run.answer = token, key, answer
 
 
 def keep_answer(

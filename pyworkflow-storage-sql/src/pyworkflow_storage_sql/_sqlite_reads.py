@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pyworkflow.spi import Event, Page, Run, RunQuery, RunStatus, WorkItem
+from pyworkflow.spi import Event, Page, Run, RunQuery, RunStatus
 from pyworkflow_storage_sql._sqlite_reader import NOW, Reader, wall
-from pyworkflow_storage_sql._sqlite_rows import EVENT, ITEM, RUN, events_in, item_in, run_in, whole
+from pyworkflow_storage_sql._sqlite_rows import EVENT, RUN, events_in, run_in, whole
 
-__all__ = ["find_run", "get_events", "get_run", "list_runs", "list_work", "stats"]
+__all__ = ["get_events", "list_runs", "stats"]
 
 _FROM: Final = "from runs r join namespaces n on n.id = r.namespace join run_data d on d.run = r.id"
 _FINAL: Final = tuple(status for status in RunStatus if status.is_terminal)
@@ -31,25 +31,6 @@ end"""  # noqa: S608 - constant text
 _COUNTS: Final = ("runs", "events", "items")
 
 
-async def get_run(reader: Reader, namespace: str, run_id: str) -> Run | None:
-    """The run, or None."""
-    rows = await reader.fetch(
-        f"select {NOW}, {RUN} {_FROM} where n.name = ? and r.run_id = ?",
-        (wall(), namespace, run_id),
-    )
-    return run_in(rows[0][1:], rows[0][0]) if rows else None
-
-
-async def find_run(reader: Reader, namespace: str, key: str) -> str | None:
-    """Who owns the key."""
-    rows = await reader.fetch(
-        "select k.owner from idempotency_keys k join namespaces n on n.id = k.namespace "  # noqa: S608 - constant text
-        f"where n.name = ? and k.key = ? and (k.until is null or k.until > {NOW})",
-        (namespace, key, wall()),
-    )
-    return rows[0][0] if rows else None
-
-
 async def get_events(
     reader: Reader, namespace: str, run_id: str, after: int, limit: int | None
 ) -> list[Event]:
@@ -66,16 +47,6 @@ async def get_events(
     file = str(reader.path)
     last = rows[0][0] if limit is None else min(rows[0][0], after + limit)
     return whole(events_in((row[1:] for row in rows), run_id, file, after), run_id, file, last)
-
-
-async def list_work(reader: Reader, namespace: str, run_id: str) -> list[WorkItem]:
-    """The run's items, ordered by id."""
-    rows = await reader.fetch(
-        f"select {ITEM} from work_items where run = (select r.id from runs r "  # noqa: S608 - constant columns
-        "join namespaces n on n.id = r.namespace where n.name = ? and r.run_id = ?)",
-        (namespace, run_id),
-    )
-    return [item_in(row, run_id) for row in sorted(rows)]
 
 
 async def list_runs(

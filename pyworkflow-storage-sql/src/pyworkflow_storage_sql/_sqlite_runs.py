@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -16,10 +17,12 @@ from pyworkflow.spi import (
     Page,
     ParentRef,
     Refusal,
+    Run,
     RunClosed,
     RunDelta,
     RunNotFound,
     RunStatus,
+    StorageDamaged,
     WorkItem,
     decide,
     record_from_json,
@@ -38,15 +41,27 @@ from pyworkflow_storage_sql._sqlite_effects import (
 )
 from pyworkflow_storage_sql._sqlite_rows import (
     ITEM,
+    RUN,
     decode,
     encode,
     from_micros,
     item_in,
+    run_in,
     to_micros,
 )
 from pyworkflow_storage_sql._sqlite_writer import Batch
 
-__all__ = ["commit", "commit_many", "export_keys", "export_run", "import_delta", "purge"]
+__all__ = [
+    "commit",
+    "commit_many",
+    "export_keys",
+    "export_run",
+    "find_run",
+    "get_run",
+    "import_delta",
+    "list_work",
+    "purge",
+]
 
 _PAGE: Final = 1000
 #: Columns of a run's row that a delta names as they are.
@@ -54,12 +69,17 @@ _PLAIN: Final = (
     "create_key", "workflow", "version", "idempotency_key", "root", "next", "queue", "priority",
     "seen_seq", "stalled",
 )  # fmt: skip
+_GET_RUN: Final = f"select {RUN} from runs r join run_data d on d.run = r.id where r.namespace = ? and r.run_id = ?"  # noqa: S608 - constant columns
+_LIST_WORK: Final = (
+    f"select {ITEM} from work_items where run = "  # noqa: S608 - constant columns
+    "(select id from runs where namespace = ? and run_id = ?)"
+)
 _INSTANTS: Final = ("created_at", "started_at", "updated_at", "finished_at", "deadline")
 
 
 def commit(change: Change, batch: Batch) -> Committed:
     """Accept or refuse a change."""
-    run = load_run(batch.conn, batch.file, batch.namespace, change.run_id, change.key)
+    run = batch.runs.load(batch.conn, batch.file, batch.namespace, change.run_id, change.key)
     committed, part = decide(
         run,
         change,
@@ -69,8 +89,10 @@ def commit(change: Change, batch: Batch) -> Committed:
     )
     if part is None:
         return committed
-    batch.writes(work=_is_work(part, batch.now))
+    batch.changes(work=_is_work(part, batch.now))
     write_delta(batch.conn, batch.namespace, run, part)
+    if run is not None:
+        batch.runs.keep(run, len(part.events))
     new = change.create
     if new is not None and new.idempotency_key is not None:
         _take_key(batch, new.idempotency_key, KeyMark(change.run_id))
@@ -87,6 +109,43 @@ def commit_many(changes: Sequence[Change], batch: Batch) -> list[Answer]:
         except (Refusal, RunNotFound, RunClosed) as refusal:
             answers.append(refusal)
     return answers
+
+
+# --- reads that look up one run ---------------------------------------------------------------
+
+
+def get_run(run_id: str, batch: Batch) -> Run | None:
+    """The run, or None."""
+    row = batch.conn.execute(_GET_RUN, (batch.namespace, run_id)).fetchone()
+    if row is None:
+        return None
+    with _intact(batch, run_id):
+        return run_in(row, batch.micros)
+
+
+def list_work(run_id: str, batch: Batch) -> list[WorkItem]:
+    """The run's items, ordered by id."""
+    rows = batch.conn.execute(_LIST_WORK, (batch.namespace, run_id)).fetchall()
+    with _intact(batch, run_id):
+        return [item_in(row, run_id) for row in sorted(rows)]
+
+
+def find_run(key: str, batch: Batch) -> str | None:
+    """The run that has the idempotency key, or had it; or None."""
+    return _owner(batch, key)
+
+
+@contextmanager
+def _intact(batch: Batch, run_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StorageDamaged(
+            batch.file, 0, f"a run is not as it was written: run_id={run_id} {error}"
+        ) from error
+
+
+# --- changes ----------------------------------------------------------------------------------
 
 
 def _is_work(part: RunDelta, now: datetime) -> bool:

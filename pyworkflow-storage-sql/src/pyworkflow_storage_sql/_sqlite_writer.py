@@ -31,6 +31,7 @@ from pyworkflow.spi.embedded import (
     add_forkable,
     copy_error,
 )
+from pyworkflow_storage_sql._sqlite_cache import KnownRuns
 from pyworkflow_storage_sql._sqlite_rows import from_micros
 from pyworkflow_storage_sql._sqlite_schema import (
     claim_namespace,
@@ -59,6 +60,7 @@ class Batch:
         "namespace",
         "now",
         "offset",
+        "runs",
         "token",
         "touched",
         "work",
@@ -72,6 +74,7 @@ class Batch:
         micros: int,
         offset: int,
         token: Callable[[], str],
+        runs: KnownRuns,
     ) -> None:
         self.conn = conn
         self.file = file
@@ -80,12 +83,18 @@ class Batch:
         self.micros = micros + offset
         self.now: datetime = from_micros(self.micros)
         self.token = token
+        self.runs = runs
         self.dirty = False
         self.work = False
         self.touched: dict[str, tuple[int, bool]] = {}
 
     def writes(self, *, work: bool = False) -> None:
         """Something is about to be written; ``work``: it may give a worker something to do."""
+        self.runs.forget()
+        self.changes(work=work)
+
+    def changes(self, *, work: bool) -> None:
+        """A change is about to be written, and ``runs`` will be told what it leaves behind."""
         self.dirty = True
         self.work = self.work or work
 
@@ -118,6 +127,7 @@ class Writer:
         self._stored_latest = 0
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
+        self._runs = KnownRuns()
         self._touched: dict[str, tuple[int, bool]] = {}
         self._work = 0
         add_forkable(self)
@@ -143,6 +153,7 @@ class Writer:
 
     def recover(self) -> None:
         """Something broke in a batch: hold nothing, believe nothing."""
+        self._runs.forget()
         conn = self._conn
         if conn is None:
             return
@@ -155,6 +166,7 @@ class Writer:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self.is_open = False
+        self._runs = KnownRuns()
         conn, self._conn = self._conn, None
         if conn is not None:
             conn.close()
@@ -194,6 +206,8 @@ class Writer:
         writes = any(operation.writes for operation in waiting)
         if not self._begin(conn, wait, writes):
             return False
+        if writes:
+            self._runs.begin(conn)
         batch = self._batch(conn)
         for operation in waiting:
             if operation.future.done():
@@ -207,6 +221,7 @@ class Writer:
                     raise
                 # It may have written a part. The others are done again without it.
                 conn.execute("rollback")
+                self._runs.forget()
                 self._one_by_one(conn, waiting, answers)
                 return True
         self._commit(conn, batch)
@@ -257,7 +272,9 @@ class Writer:
         # Somebody may set the machine's clock back: the store's own then stands still.
         self._stored_latest = stored
         self._latest = max(self._latest, stored, time.time_ns() // 1000)
-        return Batch(conn, str(self.path), self._namespace, self._latest, offset, self._token)
+        return Batch(
+            conn, str(self.path), self._namespace, self._latest, offset, self._token, self._runs
+        )
 
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:
