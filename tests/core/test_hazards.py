@@ -678,6 +678,40 @@ def test_h10_a_timer_is_not_early_by_the_loops_own_account() -> None:
     assert getattr(replay.outcome, "result", None) == "1"
 
 
+@pytest.mark.parametrize("first", [12_239, 1, 999_999, 86_400_000_003, 10**14 + 7])
+def test_h10_timers_a_microsecond_apart_stay_apart(first: int) -> None:
+    from pyworkflow._clock import from_micros
+    from pyworkflow._replay.replay import Replay
+
+    # As floats, 0.012239 + 0.004012 is later than 0.016251: rounded up, the two would be due
+    # together, and the longer one, which was set first, would win.
+    @workflow
+    async def h10_apart() -> str:
+        await asyncio.sleep(first / 1_000_000)
+        try:
+            async with asyncio.timeout(0.004_013):
+                await asyncio.sleep(0.004_012)
+        except TimeoutError:
+            return "late"
+        return "in time"
+
+    began = 1_900_000_000_000_000
+    replay = Replay(h10_apart, "run")
+    data = {"workflow": "h10_apart", "version": "1", "args": '{"args":[]}', "seed": "0" * 32}
+    replay.feed(
+        [Event("workflow.started", "I", data, None, "started", "run", 1, from_micros(began))]
+    )
+    instants: list[int] = []
+    while (until := replay.next_timer()) is not None:
+        due = replay.due_timers(until)[0]
+        instants.append(until - began)
+        seq = len(instants) + 1
+        fired = Event(due[1], "I", {}, due[0], f"timer:{due[0]}", "run", seq, from_micros(until))
+        replay.feed([fired])
+    assert instants == [first, first + 4_012]
+    assert getattr(replay.outcome, "result", None) == '"in time"'
+
+
 # --- 12 -----------------------------------------------------------------------------------------
 
 

@@ -203,11 +203,11 @@ async def holds():
     return await hold()
 
 if __name__ == "__main__":
-    configure(storage="file:" + sys.argv[2])
+    configure(storage="file:" + sys.argv[2], drain="0.1s")
     if sys.argv[1] == "script":
         start(holds)
     else:
-        serve_here(create_runtime(), grace=0.1)
+        serve_here(create_runtime())
 """
 
 

@@ -233,10 +233,11 @@ def _plain(value: object) -> str | None:
     if value is None:
         return "null"
     kind = type(value)
-    if kind is int and -_SMALL < cast("int", value) < _SMALL:
-        return str(value)
-    if kind is str and cast("str", value).isascii():
-        return to_json(value).decode()
+    known: Any = value
+    if kind is int and -_SMALL < known < _SMALL:
+        return str(known)
+    if kind is str and known.isascii():
+        return to_json(known).decode()
     if kind is bool:
         return "true" if value else "false"
     return None

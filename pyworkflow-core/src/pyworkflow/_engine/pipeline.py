@@ -1,7 +1,13 @@
 """Commits that wait together go together.
 
-While one batch is at the storage, the changes that come meanwhile form the next: that is all the
+While a batch is at the storage, the changes that come meanwhile form the next: that is all the
 batching there is. ``call_soon`` lets everything that is ready in one turn of the loop join.
+
+A storage that says so (``StorageInfo.batches``) is given several batches at once. What is sure for
+callers stays sure then: changes of one run go in the order in which they were submitted, for a run
+is in one batch at a time and what else it has waits; a batch that is sent again, since the storage
+did not answer, holds up its own runs alone; ``StorageClock`` keeps the later of two answers that
+cross each other. Between runs there never was an order.
 """
 
 from __future__ import annotations
@@ -29,9 +35,13 @@ from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
 
 __all__ = ["Pipeline", "StorageClock"]
 
+_Waiting = tuple[Change, Callable[[Answer | Exception], None]]
+
 _log = logging.getLogger("pyworkflow.engine")
 
 BATCH = 500
+DIVISIBLE = 32
+"""With fewer changes one batch costs less than several."""
 
 
 class StorageClock:
@@ -44,9 +54,15 @@ class StorageClock:
         self._micros = 0
         self._at = 0.0
 
-    def update(self, now: datetime) -> None:
-        """An answer carried this ``now``."""
-        self._micros = to_micros(now)
+    def update(self, now: datetime, asked: float | None = None) -> None:
+        """An answer carried this ``now``; ``asked``: the question was sent then (``monotonic``).
+
+        Answers that overtake each other do not set the clock back; the storage itself may.
+        """
+        micros = to_micros(now)
+        if asked is not None and asked < self._at and micros < self._micros:
+            return
+        self._micros = micros
         self._at = monotonic()
 
     def micros(self) -> int:
@@ -70,10 +86,16 @@ class Pipeline:
         self._clock = clock
         self._patience = patience
         """Seconds to go on trying while the storage does not answer: about a lease."""
-        self._waiting: deque[tuple[Change, Callable[[Answer | Exception], None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         # Not the context of the step or session that happens to send first.
         self._context = contextvars.copy_context()
-        self._sender: asyncio.Task[None] | None = None
+        self._width = max(1, storage.info().batches)
+        self._senders: set[asyncio.Task[None]] = set()
+        self._entered = 0
+        self._looking = 0
+        """Senders that are not at the storage: they will see what comes now."""
+        self._under_way: set[str] = set()
+        """Runs with changes at the storage; kept when there are several senders."""
         self.on_trouble: Callable[[StorageError], None] | None = None
         self.batch: AbstractContextManager[None] = nullcontext()
         """Entered while changes are under way."""
@@ -106,10 +128,16 @@ class Pipeline:
         Only while there are no codecs.
         """
         self._waiting.append((change, done))
-        if self._sender is None:
-            self._sender = asyncio.get_running_loop().create_task(
+        if not self._looking and change.run_id not in self._under_way:
+            self._begin_sender()
+
+    def _begin_sender(self) -> None:
+        if len(self._senders) < self._width:
+            self._looking += 1
+            sender = asyncio.get_running_loop().create_task(
                 self._send(), name="pyworkflow-pipeline", context=self._context.copy()
             )
+            self._senders.add(sender)
 
     async def _wrapped(self, codecs: Writer, change: Change) -> Change:
         """The change as it is stored; made once, so that sending it again sends the same.
@@ -133,27 +161,67 @@ class Pipeline:
 
     async def idle(self, timeout: float) -> None:
         """Until no change is under way, or for ``timeout`` seconds."""
-        if self._sender is not None:
-            await asyncio.wait({self._sender}, timeout=timeout)
+        end = monotonic() + timeout
+        while self._senders and (left := end - monotonic()) > 0:
+            await asyncio.wait(set(self._senders), timeout=left)
 
     async def _send(self) -> None:
+        sender = asyncio.current_task()
+        assert sender is not None
+        if not self._entered:
+            self.batch.__enter__()
+        self._entered += 1
         try:
-            with self.batch:
-                while self._waiting:
-                    await self._send_batch()
-                    # Let the sessions that were just answered send their next change along: at
-                    # once, or when the short step that they begin has ended.
+            while batch := self._take():
+                await self._send_batch(batch)
+                # Let the sessions that were just answered send their next change along: at
+                # once, or when the short step that they begin has ended.
+                await asyncio.sleep(0)
+                if not self._waiting:
                     await asyncio.sleep(0)
-                    if not self._waiting:
-                        await asyncio.sleep(0)
         finally:
-            self._sender = None
+            self._looking -= 1
+            self._senders.discard(sender)
+            self._entered -= 1
+            if not self._entered:
+                self.batch.__exit__(None, None, None)
 
-    async def _send_batch(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-        answers = await self._deliver([change for change, _ in batch])
+    def _take(self) -> list[_Waiting]:
+        """The next batch; nothing when nothing waits, or only for another batch to come back."""
+        waiting = self._waiting
+        number = len(waiting)
+        if self._width == 1:
+            return [waiting.popleft() for _ in range(min(BATCH, number))]
+        # Many are divided among the senders: the storage works on one part while this loop works
+        # on the other.
+        free = self._width - len(self._senders) + self._looking
+        if free > 1 and number > DIVISIBLE:
+            number = -(-number // free)
+        batch: list[_Waiting] = []
+        held: list[_Waiting] = []
+        while waiting and len(batch) < min(BATCH, number):
+            entry = waiting.popleft()
+            (held if entry[0].run_id in self._under_way else batch).append(entry)
+        more = bool(waiting)
+        waiting.extendleft(reversed(held))
+        if more and self._looking == 1:
+            self._begin_sender()
+        return batch
+
+    async def _send_batch(self, batch: list[_Waiting]) -> None:
+        runs: set[str] = set()
+        if self._width > 1:
+            runs = {change.run_id for change, _ in batch}
+            self._under_way |= runs
+        self._looking -= 1
+        try:
+            asked = monotonic()
+            answers = await self._deliver([change for change, _ in batch])
+        finally:
+            self._looking += 1
+            self._under_way -= runs
         if answers and isinstance(answers[-1], Committed):
-            self._clock.update(answers[-1].now)
+            self._clock.update(answers[-1].now, asked)
         for (change, done), answer in zip(batch, answers, strict=True):
             try:
                 done(answer)

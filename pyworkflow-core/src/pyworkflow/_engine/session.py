@@ -160,7 +160,7 @@ class Session(Straight):
 
     async def _wait(self) -> None:
         """Until a step ends, a timer is due, or a step has run long enough to be handed off."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         left = min(p.since for p in self._running.values()) + FLUSH - monotonic()
         timer = self._replay.next_timer()
         if timer is not None:

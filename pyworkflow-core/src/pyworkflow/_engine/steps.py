@@ -14,7 +14,7 @@ from typing import Any
 from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
-from pyworkflow._context import StepContext, running_step
+from pyworkflow._context import running_step, step_context
 from pyworkflow._definitions import Step
 from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import Ended, StepThreads
@@ -100,14 +100,9 @@ class StepRunner:
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
-        context = StepContext(
-            run_id=what.run_id,
-            step_id=what.op,
-            step_name=what.step.name,
-            workflow_name=what.workflow,
-            attempt=what.attempt,
+        running_step.set(
+            step_context(what.run_id, what.op, what.step.name, what.workflow, what.attempt)
         )
-        running_step.set(context)
         slots = self._slots if what.step.is_async else self._busy
         threads: list[asyncio.Future[Ended]] = []
         if not slots.take():

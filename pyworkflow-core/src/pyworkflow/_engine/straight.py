@@ -56,7 +56,7 @@ class Straight(Turn):
 
     async def _go_straight(self) -> _Left:
         """Until something is not plain; an answer, when it is for the session to deliver."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         road: asyncio.Future[_Left] = loop.create_future()
         self._road = road
         # Workflow code and steps begin in the context that the session would give them.
@@ -95,7 +95,7 @@ class Straight(Turn):
         elif left <= 0:
             self._leaving = True
         else:
-            self._timer = asyncio.get_running_loop().call_later(left, self._look)
+            self._timer = self._loop.call_later(left, self._look)
 
     def _step_ended(self, road: asyncio.Future[_Left]) -> None:
         """Record the end, and send it along."""

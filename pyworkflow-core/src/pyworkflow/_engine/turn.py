@@ -9,11 +9,10 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pyworkflow._clock import from_micros
 from pyworkflow._codecs import opened_events
-from pyworkflow._definitions import Step
 from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
     OBSERVATION,
@@ -56,6 +55,7 @@ class Turn:
 
     def __init__(self, worker: Worker, live: LiveRun, run: Run, item: WorkItem) -> None:
         self._worker = worker
+        self._loop = asyncio.get_running_loop()
         self._live = live
         self._replay = live.replay
         self._run = run
@@ -257,23 +257,22 @@ class Turn:
             self._worker.adopt_step(place.what, item, place.task, place.end)
 
     def _try_of(self, command: RunStep) -> StepTry:
-        step = cast("Step[Any, Any]", command.step)
+        step: Any = command.step  # a Step: replay knows it by less than that
+        run = self._run
         return StepTry(
-            run_id=self._run.run_id,
-            workflow=self._run.workflow,
-            op=command.op,
-            step=step,
-            args=command.args,
-            digest=command.digest,
-            attempt=1,
-            policy=step.policy,
-            timeout=step.timeout,
-        )
+            run.run_id, run.workflow, command.op, step, command.args, command.digest, 1,
+            step.policy, step.timeout,
+        )  # fmt: skip
 
     def _start(self, what: StepTry) -> None:
         place = InPlace(what)
         self._running[what.op] = place
-        place.task = asyncio.get_running_loop().create_task(self._body(place))
+        loop = self._loop
+        if loop.get_task_factory() is None:
+            # What create_task comes to, in half the time: a name is not made up for each.
+            place.task = asyncio.Task(self._body(place), loop=loop, name=what.op)
+        else:
+            place.task = loop.create_task(self._body(place), name=what.op)
 
     async def _body(self, place: InPlace) -> None:
         place.end = end = await self._worker.runner.run(place.what)

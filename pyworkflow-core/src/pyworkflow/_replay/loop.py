@@ -11,7 +11,7 @@ import contextvars
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from math import ceil
+from math import ceil, ulp
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
 
 from pyworkflow._replay._cpython import enter, leave
@@ -109,6 +109,27 @@ class WorkflowTask(asyncio.Task[T]):
         return self._hash
 
 
+class _Handle(asyncio.Handle):
+    """A handle that does not ask its loop whether it is debugged."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[object, ...],
+        loop: DeterministicLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
 class DurableTimer(asyncio.TimerHandle):
     """A handle of ``call_at`` that is an op of the run."""
 
@@ -132,6 +153,7 @@ class DeterministicLoop(_Loop):
         self._salt = salt
         self._objects = 0
         self._elapsed = 0  # µs since the start of the run
+        self._reached = 0.0  # the latest instant, in seconds, that a fired timer was set for
         self._open = False
         self._tasks: list[WorkflowTask[Any]] = []
         self._tasks_limit = 64
@@ -205,6 +227,7 @@ class DeterministicLoop(_Loop):
 
     def call_fired(self, timer: DurableTimer) -> None:
         """A timer's input was delivered: its callback is ready."""
+        self._reached = max(self._reached, timer.when())
         if not timer.cancelled():
             self._ready.append(timer)
 
@@ -275,7 +298,9 @@ class DeterministicLoop(_Loop):
     # --- what asyncio asks of a loop ------------------------------------------------------------
 
     def time(self) -> float:
-        return self._elapsed / 1_000_000
+        # A timer stands at a whole µs; what it was set for may be a rounding error later, and is
+        # reached all the same once it fired: ``while loop.time() < end`` must come to an end.
+        return max(self._elapsed / 1_000_000, self._reached)
 
     def call_soon(
         self,
@@ -285,7 +310,7 @@ class DeterministicLoop(_Loop):
     ) -> asyncio.Handle:
         if not self._open:
             raise WorkflowContextError(_SHARED)
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -310,10 +335,10 @@ class DeterministicLoop(_Loop):
         last: int = LAST_INSTANT - self.run.start
         if when >= last / 1_000_000:
             until = last  # for ever, as far as dates go: infinity too
+        elif when <= self.time():
+            until = self._elapsed
         else:
-            until = ceil(when * 1_000_000)
-            if until / 1_000_000 < when:
-                until += 1  # the product was rounded down: never early by the loop's own account
+            until = max(_whole(when), self._elapsed + 1)
         if until <= self._elapsed:
             # Nothing to wait for: the same on every replay, since time is replayed.
             self._ready.append(timer)
@@ -418,6 +443,17 @@ class DeterministicLoop(_Loop):
         if self.run is not None:
             self.run.misused(error)
         raise error
+
+
+def _whole(when: float) -> int:
+    """``when`` seconds in whole µs: never earlier, but for what is lost in sums of floats.
+
+    0.012239 + 0.004012 is more than 0.016251, and that timer is due before one of 0.016252.
+    """
+    micros = when * 1_000_000
+    nearest = round(micros)
+    # A billionth of a second is finer than any clock; far from the start floats are coarser still.
+    return nearest if micros - nearest <= 1e-3 + 4e6 * ulp(when) else ceil(micros)
 
 
 def _close(coro: Any) -> bool:

@@ -116,7 +116,8 @@ class Replay:
     def feed(self, events: Iterable[Event]) -> None:
         """Feed events in order of seq; those already fed are passed over. Stops at a problem."""
         events = tuple(events)
-        self.know_markers(events)
+        if len(events) > 1:
+            self.know_markers(events)
         for event in events:
             if event.seq <= self.fed:
                 continue
@@ -155,7 +156,9 @@ class Replay:
             self._input(event)
         elif event.type in _CLOSING:
             self._closing(event)
-        elif event.type != _MARKED:
+        elif event.type == _MARKED:
+            self._markers.add(str(event.data["id"]))
+        else:
             self._recorded(event)
 
     def _recorded(self, event: Event) -> None:

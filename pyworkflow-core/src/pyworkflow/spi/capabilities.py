@@ -64,3 +64,7 @@ class StorageInfo:
     max_payload: int = 16 * 1024 * 1024
     """Largest payload in bytes of UTF-8."""
     max_events_per_commit: int = 10_000
+    batches: int = 1
+    """Calls of ``commit_many`` that one worker makes at once: more than one only where that is
+    faster, as with a server that can work on one while the worker prepares the next. The changes
+    of one run are in one of them at a time."""

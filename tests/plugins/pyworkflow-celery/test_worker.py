@@ -1,0 +1,300 @@
+"""A worker before and around its pool: checks at start, its loop, forks. No worker is started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+from celery import Celery
+
+from pyworkflow._config import Settings
+from pyworkflow.errors import StorageUnavailable
+from pyworkflow.spi import Doorbell, Outcome
+from pyworkflow_celery import _process, _shutdown, _sweeper, _worker
+from pyworkflow_celery._attach import equip
+from pyworkflow_celery._process import Host
+from tests.servers import until
+
+
+class Runtime:
+    """A runtime that does as it is told."""
+
+    def __init__(self, outcome=Outcome.HANDLED, opens=True):
+        self.outcome, self.opens = outcome, opens
+        self.opened = self.swept = self.closed = 0
+        self.drained = []
+        self.rang = []
+        self.left = None
+        self.waited = []
+        self.go_on = asyncio.Event()
+
+    async def open(self):
+        self.opened += 1
+        if not self.opens:
+            raise StorageUnavailable("away")
+
+    async def handle(self, bell):
+        if bell.item_id == "wait":
+            await self.go_on.wait()
+        return self.outcome
+
+    async def sweep(self, limit):
+        self.swept += 1
+        return self.rang.pop(0) if self.rang else 0
+
+    async def seconds_until_due(self):
+        return self.left
+
+    async def wait_for_news(self, timeout):
+        self.waited.append(timeout)
+        await asyncio.sleep(0.001)
+        return False
+
+    async def drain(self, grace):
+        self.drained.append(grace)
+        self.go_on.set()
+
+    async def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def host_on():
+    made = []
+
+    def make(runtime, grace=1.0):
+        made.append(Host(lambda: runtime, grace))
+        return made[-1]
+
+    yield make
+    for host in made:
+        host.close()
+
+
+def test_the_runtime_opens_with_the_first_doorbell(host_on):
+    runtime = Runtime()
+    host = host_on(runtime)
+    assert runtime.opened == 0
+    assert host.handle(Doorbell("r", "turn")) is Outcome.HANDLED
+    assert host.handle(Doorbell("r", "turn")) is Outcome.HANDLED
+    assert runtime.opened == 1
+
+
+def test_opening_is_tried_again_after_a_failure(host_on):
+    runtime = Runtime(opens=False)
+    host = host_on(runtime)
+    with pytest.raises(StorageUnavailable):
+        host.handle(Doorbell("r", "turn"))
+    runtime.opens = True
+    assert host.handle(Doorbell("r", "turn")) is Outcome.HANDLED
+    assert runtime.opened == 2
+
+
+def test_several_threads_handle_doorbells_at_once_and_a_drain_ends_them(host_on):
+    runtime = Runtime()
+    host = host_on(runtime, grace=3.0)
+    threads = [
+        threading.Thread(target=host.handle, args=(Doorbell("r", "wait"),)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: host.busy == 3, "three doorbells at work")
+    host.begin_drain()
+    host.begin_drain()
+    assert host.drained.wait(10)
+    for thread in threads:
+        thread.join(10)
+    assert host.busy == 0
+    assert runtime.drained == [3.0]
+
+
+def test_a_host_that_did_nothing_is_drained_at_once(host_on):
+    runtime = Runtime()
+    host = host_on(runtime)
+    host.begin_drain()
+    assert host.drained.wait(10)
+    assert runtime.opened == 0
+
+
+def test_closing_drains_and_closes_the_store(host_on):
+    runtime = Runtime()
+    host = host_on(runtime)
+    host.handle(Doorbell("r", "turn"))
+    host.close()
+    assert (runtime.drained, runtime.closed) == ([1.0], 1)
+    assert not host.thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_fork_waits_for_the_loop_and_the_child_has_nothing_of_it(host_on, monkeypatch):
+    monkeypatch.setattr(_process, "_standing", _process._Standing())
+    runtime = Runtime()
+    host = _process.host(lambda: host_on(runtime))
+    host.handle(Doorbell("r", "turn"))
+    child = os.fork()
+    if child == 0:
+        mine = _process.standing_host() is None and _process._inherited[-1].host is host
+        os._exit(0 if mine else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # The parent's loop still wakes up.
+    assert _process.standing_host() is host
+    assert host.handle(Doorbell("r", "turn")) is Outcome.HANDLED
+
+
+# --- sweeping -----------------------------------------------------------------------------------
+
+
+def sweep_once(runtime, looks=0):
+    host = SimpleNamespace(runtime=lambda: asyncio.sleep(0, runtime))
+    return asyncio.run(_sweeper._sweep_once(host, looks))
+
+
+def test_a_sweeper_sleeps_until_the_next_item_is_due():
+    runtime = Runtime()
+    runtime.left = 1.25
+    sweep_once(runtime)
+    assert runtime.waited == [1.25]
+
+
+def test_a_sweeper_looks_now_and_then_when_nothing_is_owed():
+    runtime = Runtime()
+    sweep_once(runtime)
+    assert runtime.waited == [5.0]
+
+
+def test_a_sweeper_looks_soon_and_then_more_seldom_at_what_was_rung_for():
+    runtime = Runtime()
+    runtime.left = -3.0
+    looks = 0
+    for _ in range(6):
+        looks = sweep_once(runtime, looks)
+    assert 0.03 <= runtime.waited[0] <= 0.05
+    assert 0.2 <= runtime.waited[-1] <= 0.3
+    runtime.rang = [1]
+    sweep_once(runtime, looks)
+    assert runtime.waited[-1] <= 0.05
+
+
+def test_a_full_sweep_is_followed_by_the_next():
+    runtime = Runtime()
+    runtime.rang = [100]
+    sweep_once(runtime)
+    assert runtime.waited == []
+
+
+def test_a_sweeper_outlives_a_store_that_does_not_answer(caplog):
+    runtime = Runtime()
+    host = SimpleNamespace(draining=False, calls=0)
+
+    async def opened():
+        host.calls += 1
+        if host.calls == 3:
+            host.draining = True
+        if host.calls < 3:
+            raise StorageUnavailable("away")
+        return runtime
+
+    host.runtime = opened
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_sweeper, "_PAUSES", (0.001,))
+        asyncio.run(_sweeper.sweep_for_ever(host))
+    assert runtime.swept == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "no sweep, the storage does not answer: away"
+    ]
+
+
+# --- checks before the pool starts --------------------------------------------------------------
+
+
+def worker_with(monkeypatch, pool="celery.concurrency.prefork", **settings):
+    config = Settings(**{"storage": "file:///tmp/nowhere", **settings})
+    for module in (_worker,):
+        monkeypatch.setattr(module, "settings", lambda: config)
+    app = Celery("x", set_as_current=False)
+    equip(app)
+    return SimpleNamespace(app=app, pool_cls=SimpleNamespace(__module__=pool))
+
+
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_pools_that_replace_threads_are_refused(monkeypatch, pool):
+    worker = worker_with(monkeypatch, pool=f"celery.concurrency.{pool}")
+    with pytest.raises(SystemExit, match=rf"pool={pool}.*-P prefork, threads or solo"):
+        _worker.prepare_worker(worker)
+
+
+def test_a_module_that_does_not_import_ends_the_worker_with_one_line(monkeypatch):
+    worker = worker_with(monkeypatch, modules=("no_such_module_here",))
+    with pytest.raises(SystemExit) as ended:
+        _worker.prepare_worker(worker)
+    assert "module=no_such_module_here" in str(ended.value)
+    assert "\n" not in str(ended.value)
+
+
+def test_an_eager_application_gets_no_worker(monkeypatch):
+    worker = worker_with(monkeypatch)
+    worker.app.conf.task_always_eager = True
+    with pytest.raises(SystemExit, match="task_always_eager=True"):
+        _worker.prepare_worker(worker)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("celery.concurrency.prefork", "prefork"),
+        ("celery.concurrency.thread", "threads"),
+        ("celery.concurrency.solo", "solo"),
+        ("my.pool", "pool"),
+    ],
+)
+def test_the_pool_is_known_by_its_module(module, name):
+    assert _worker._pool_of(SimpleNamespace(pool_cls=SimpleNamespace(__module__=module))) == name
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_children_see_the_end_of_the_main_process_in_a_pipe():
+    state = _shutdown.Shutdown()
+    state.prepare(forks=True)
+    child = os.fork()
+    if child == 0:
+        state.after_fork()
+        os._exit(0 if os.read(state._read, 1) == b"" else 1)
+    assert not state.in_child
+    state.tell()
+    state.tell()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(state._read)
+
+
+def test_a_worker_without_processes_drains_its_own_loop(host_on, monkeypatch):
+    monkeypatch.setattr(_process, "_standing", _process._Standing())
+    host = _process.host(lambda: host_on(Runtime()))
+    state = _shutdown.Shutdown()
+    state.prepare(forks=False)
+    state.tell()
+    assert host.drained.wait(10)
+
+
+def test_a_signal_tells_before_celery_acts_on_it(host_on, monkeypatch):
+    monkeypatch.setattr(_process, "_standing", _process._Standing())
+    host = _process.host(lambda: host_on(Runtime()))
+    seen = []
+    before = signal.signal(
+        signal.SIGQUIT, lambda *_: seen.append((host.drained.is_set(), state.may_kill))
+    )
+    try:
+        state = _shutdown.Shutdown()
+        state.prepare(forks=False)
+        state.wrap("SIGQUIT")
+        signal.raise_signal(signal.SIGQUIT)
+        signal.raise_signal(signal.SIGQUIT)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert seen == [(True, False), (True, True)]
