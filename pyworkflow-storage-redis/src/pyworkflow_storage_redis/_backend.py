@@ -169,6 +169,7 @@ class RedisStorageBackend(StorageBackend):
             ),
             max_payload=MAX_PAYLOAD,
             max_events_per_commit=MAX_EVENTS,
+            batches=2,
         )
 
     async def migrate(self) -> None:

@@ -62,10 +62,7 @@ class PostgresStorageBackend(PostgresReads):
         await self._use()
         for change in changes:
             self._check(change)
-        if len(changes) == 1:
-            answers = await self._send_commits(changes)
-        else:
-            answers = await self._commits.spread(changes, lambda change: change.run_id)
+        answers = await self._send_commits(changes)
         refused: list[Answer] = []
         for answer in answers:
             if isinstance(answer, ValueError):

@@ -48,7 +48,7 @@ _CAPABILITIES = Capabilities(
     large_history=True,
 )
 #: What every object of this kind declares.
-INFO = StorageInfo(name="postgresql", location="", capabilities=_CAPABILITIES)
+INFO = StorageInfo(name="postgresql", location="", capabilities=_CAPABILITIES, batches=2)
 
 
 class PostgresBase(StorageBackend):

@@ -13,8 +13,6 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 _LARGEST = 500
-#: Below this a batch is not worth two transactions.
-_SPREAD = 16
 
 
 class Batches(Generic[T, A]):
@@ -88,25 +86,3 @@ class Batches(Generic[T, A]):
                 future.set_exception(exc)
         else:
             await self._deliver(future, answer)
-
-    async def spread(self, requests: Sequence[T], name: Callable[[T], str]) -> list[A]:
-        """Answers to many, over all connections; those of one name stay in order."""
-        if self._width == 1 or len(requests) < _SPREAD:
-            return await self._send(requests)
-        parts: list[list[int]] = [[] for _ in range(self._width)]
-        for index, request in enumerate(requests):
-            parts[hash(name(request)) % self._width].append(index)
-        parts = [part for part in parts if part]
-        sent = [
-            asyncio.ensure_future(self._send([requests[index] for index in part])) for part in parts
-        ]
-        try:
-            done = await asyncio.gather(*sent)
-        except BaseException:
-            # The others end before the caller hears of it, and may send the same again.
-            await asyncio.gather(*sent, return_exceptions=True)
-            raise
-        answers: dict[int, A] = {}
-        for part, answered in zip(parts, done, strict=True):
-            answers |= dict(zip(part, answered, strict=True))
-        return [answers[index] for index in range(len(requests))]

@@ -56,6 +56,7 @@ class MetaChecks(Suite):
         assert info.location
         assert info.namespace == t.namespace, "info names another namespace"
         assert info.max_payload >= 256 * 1024
+        assert info.batches >= 1
         assert info.max_events_per_commit >= 100
         assert info.capabilities == self.capabilities, "the suite and the backend must agree"
 
