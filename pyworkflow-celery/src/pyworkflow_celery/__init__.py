@@ -1,6 +1,25 @@
-"""The Celery executor: the name is reserved, the code is not built yet.
+"""The Celery executor: doorbells travel as Celery messages, and Celery workers answer them.
 
-Choosing it raises ``ConfigurationError``; nothing here pretends to work.
+``attach`` is for people who have a Celery application already; ``pyworkflow_celery.app`` is the
+application for those who have none.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyworkflow_celery._attach import attach
+
+__all__ = ["attach"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Celery is a quarter of a second of imports: only who needs it pays for it.
+    if name == "attach":
+        from pyworkflow_celery._attach import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,24 +1,35 @@
-"""Answers for its URL schemes until the plugin exists: a refusal that names what works today."""
+"""The plugin that serves ``celery://``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from importlib import import_module
 
-from pyworkflow.errors import ConfigurationError
-from pyworkflow.spi import hookimpl
+from pyworkflow.spi import CliGroup, Executor, hookimpl
 
 
 @hookimpl
-def pyworkflow_make_executor(url: str, options: Mapping[str, str]) -> NoReturn:
-    """Refuse the URL.
+def pyworkflow_make_executor(url: str, options: Mapping[str, str]) -> Executor | None:
+    """The executor; no I/O, and no import of Celery.
 
     Raises:
-        ConfigurationError: Always, because this plugin is not built yet.
+        ConfigurationError: The URL names a host, or has an option that is not known.
     """
-    # The URL may carry credentials and options may too: only the scheme is repeated.
-    scheme = url.partition(":")[0]
-    raise ConfigurationError(
-        f"the Celery executor is not built yet: scheme={scheme} distribution=pyworkflow-celery; "
-        "use executor='local://' until it is"
-    )
+    if url.partition(":")[0].lower() != "celery":
+        return None
+    from pyworkflow_celery._executor import CeleryExecutor, check_executor_url
+
+    check_executor_url(url)
+    return CeleryExecutor()
+
+
+@hookimpl
+def pyworkflow_cli(group: CliGroup) -> None:
+    """Add ``pyworkflow dev``."""
+    try:
+        module = import_module("pyworkflow_celery._dev")
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        return  # the extra `cli` is not there, and neither is the command line
+    group.add_command(module.command, "dev")

@@ -150,6 +150,7 @@ def ring(monkeypatch):
         host.draining = draining
         monkeypatch.setattr(_worker, "process_host", lambda app: host)
         monkeypatch.setattr(_tasks, "publisher_for", lambda app: publisher)
+        monkeypatch.setattr(_arrival, "publisher_for", lambda app: publisher)
         monkeypatch.setattr(_tasks, "_LAST", 0)
         asked = SimpleNamespace(
             delivery_info={"routing_key": "gpu", "priority": 4}, shadow="orders", **request
@@ -210,3 +211,30 @@ def test_a_store_that_does_not_answer_fails_no_task(ring, caplog):
     done = ring(StorageUnavailable("away"))
     assert done.answer == "storage unavailable"
     assert "a sweep rings again" in caplog.text
+
+
+@pytest.mark.parametrize(("sent", "again"), [(None, 1), (2, 3), (3, None)])
+def test_the_doorbell_of_a_child_that_died_is_rung_again_a_few_times(
+    monkeypatch, caplog, sent, again
+):
+    publisher = Publisher()
+    monkeypatch.setattr(_arrival, "publisher_for", lambda app: publisher)
+    monkeypatch.setattr(_arrival._celery, "task_ready", lambda request: None)
+
+    found = {
+        "request_dict": {"pyworkflow_hops": sent},
+        "kwargs": {"run_id": "r", "item_id": "turn"},
+        "delivery_info": {"routing_key": "gpu", "priority": 4},
+        "name": "orders",
+        "_app": None,
+        "__init__": lambda self: None,
+    }
+    request = type("Request", (DoorbellRequest,), found)()
+    lost = _arrival._celery.WorkerLostError("Worker exited prematurely: signal 9 (SIGKILL)")
+    request.on_failure(SimpleNamespace(exception=SimpleNamespace(exc=lost)))
+    assert [(b.run_id, b.name, q, p, h) for b, q, p, h in publisher.passed] == (
+        [("r", "orders", "gpu", 4, again)] if again else []
+    )
+    (record,) = caplog.records
+    assert "a pool child died at work" in record.getMessage()
+    assert record.exc_info is None

@@ -1,7 +1,14 @@
-"""Door to the Celery application, closed until the plugin is built."""
+"""Door to the Celery application: ``celery -A pyworkflow.celery.app worker``."""
 
-raise ModuleNotFoundError(
-    "the Celery executor is not built yet: distribution=pyworkflow-celery; "
-    "use executor='local://' and `pyworkflow worker` until it is",
-    name=__name__,
-)
+try:
+    from pyworkflow_celery.app import app
+except ModuleNotFoundError as error:
+    if error.name not in ("pyworkflow_celery", "celery"):
+        raise  # the plugin is there and broken: its own error says more
+    raise ModuleNotFoundError(
+        "the Celery executor is not installed: distribution=pyworkflow-celery; "
+        "run `pip install pyworkflow-celery`",
+        name=error.name,
+    ) from None
+
+__all__ = ["app"]

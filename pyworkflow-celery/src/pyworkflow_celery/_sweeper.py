@@ -1,0 +1,75 @@
+"""The sweeper of a worker: rings for what is due as soon as it is, and sleeps in between.
+
+Any number may run, in any number of workers: what one rang for is mute for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from time import monotonic
+
+from pyworkflow.errors import StorageError
+from pyworkflow_celery._process import Host
+
+__all__ = ["sweep_for_ever"]
+
+_log = logging.getLogger("pyworkflow.celery")
+
+_SWEEP = 100
+"""Items of one sweep."""
+_LONGEST = 5.0
+"""Seconds between looks at a store that has nothing to do and no news."""
+_NEWS = 0.1
+"""Seconds between looks at a store that has news all the time."""
+_OTHERS = (0.04, 0.08, 0.16, 0.25)
+"""Seconds between looks while what is due was rung for and waits for workers: soon, since what
+becomes due meanwhile is not seen behind it, and then more seldom, since nobody may come.
+"""
+_PAUSES = (0.25, 1.0, 2.0, 5.0)
+_TELL_EVERY = 60.0
+
+
+async def sweep_for_ever(standing: Host) -> None:
+    """Sweep until the host drains."""
+    failures, told, looks = 0, 0.0, 0
+    while not standing.draining:
+        try:
+            looks = await _sweep_once(standing, looks)
+        except StorageError as exc:
+            pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
+            failures += 1
+            if not told or monotonic() - told > _TELL_EVERY:
+                told = monotonic()
+                _log.warning("no sweep, the storage does not answer: %s", exc)
+            await asyncio.sleep(pause)
+        except Exception:  # noqa: BLE001 - a backend's own bug must not end the sweeper
+            _log.exception("no sweep: the storage failed in an unexpected way")
+            await asyncio.sleep(_PAUSES[-1])
+        else:
+            failures, told = 0, 0.0
+
+
+async def _sweep_once(standing: Host, looks: int) -> int:
+    """Sweep and sleep; how often in a row there was nothing but what was rung for."""
+    runtime = await standing.runtime()
+    began = monotonic()
+    rang = await runtime.sweep(_SWEEP)
+    if rang >= _SWEEP:
+        await asyncio.sleep(0)
+        return 0
+    looks = 0 if rang else looks
+    left = await runtime.seconds_until_due()
+    timeout = _LONGEST if left is None else min(left, _LONGEST)
+    if timeout <= 0:
+        # Not all sweepers look at the same time.
+        timeout = _OTHERS[min(looks, len(_OTHERS) - 1)] * random.uniform(0.8, 1.2)
+        looks += 1
+    else:
+        looks = 0
+    if await runtime.wait_for_news(timeout):
+        # News come with every commit: a busy store is not looked at for each of them.
+        rest = began + min(timeout, _NEWS) - monotonic()
+        await asyncio.sleep(max(0.0, rest))
+    return looks

@@ -1,0 +1,121 @@
+"""The two Celery tasks, ``pyworkflow.handle`` and ``pyworkflow.sweep``, and how messages arrive.
+
+A message is a hint: it is acknowledged before it is worked on, never redelivered, never scheduled
+for later, and nothing is lost with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from time import sleep
+from typing import Any, cast
+
+from pyworkflow.errors import ConfigurationError, PluginNotFound, StorageError
+from pyworkflow.spi import Doorbell, Outcome
+from pyworkflow_celery._arrival import MOST_HOPS, VERSION, pass_on
+from pyworkflow_celery._publish import HANDLE, publisher_for
+from pyworkflow_celery._shutdown import shutdown
+
+__all__ = ["SWEEP", "register_tasks"]
+
+SWEEP = "pyworkflow.sweep"
+_log = logging.getLogger("pyworkflow.celery")
+
+_HOP_AFTER = (0.05, 0.5)
+_LAST = 0.25
+_LIMITS = {"ignore_result": True, "store_errors_even_if_ignored": False, "acks_late": False}
+
+
+def register_tasks(app: Any) -> None:
+    """Give an application our two tasks."""
+    options: dict[str, Any] = {
+        **_LIMITS,
+        "shared": False,
+        "max_retries": 0,
+        "serializer": "json",
+        "typing": False,
+    }
+
+    def handle(task: Any, run_id: str, item_id: str, v: int = VERSION) -> str:
+        return _handle(app, task.request, Doorbell(run_id, item_id, v))
+
+    def sweep() -> int:
+        return _sweep(app)
+
+    app.task(
+        name=HANDLE,
+        Request="pyworkflow_celery._arrival:DoorbellRequest",
+        Strategy="pyworkflow_celery._arrival:doorbell_strategy",
+        bind=True,
+        **options,
+    )(handle)
+    app.task(name=SWEEP, **options)(sweep)
+
+
+def _handle(app: Any, request: Any, bell: Doorbell) -> str:
+    from pyworkflow_celery._worker import process_host
+
+    sent = getattr(request, "pyworkflow_headers", None)
+    if isinstance(sent, dict):
+        headers = {str(k): str(v) for k, v in cast("dict[object, object]", sent).items()}
+        bell = dataclasses.replace(bell, headers=headers)
+    try:
+        standing = process_host(app)
+        shutdown.begin_task()
+        outcome = Outcome.BUSY if standing.draining else standing.handle(bell)
+    except StorageError as exc:
+        _log.warning("a doorbell was dropped, a sweep rings again: %s run_id=%s", exc, bell.run_id)
+        return "storage unavailable"
+    except (ConfigurationError, PluginNotFound) as exc:
+        _log.error("this worker cannot work: %s", exc)
+        return "misconfigured"
+    if outcome is Outcome.BUSY and standing.draining:
+        # This process is about to end, and the item may be free.
+        _pass_on(app, request, bell)
+        publisher_for(app).flush()
+        # Not the next one at once: the pool would give it to this process, which is free.
+        sleep(_LAST)
+        return "passed on"
+    if outcome is Outcome.UNKNOWN_WORKFLOW:
+        hops = getattr(request, "pyworkflow_hops", 0)
+        if isinstance(hops, int) and hops < MOST_HOPS:
+            # Another worker may have it: a fleet is seldom updated at once.
+            later = random.uniform(*_HOP_AFTER)
+            standing.later(later, lambda: _pass_on(app, request, bell, hops + 1))
+        else:
+            _log.warning(
+                "no worker seems to have the workflow of a run: run_id=%s; import its module in "
+                "a worker: -I MODULE or PYWORKFLOW_MODULES",
+                bell.run_id,
+            )
+    elif outcome is not Outcome.HANDLED:
+        # A purged run, a doubled message, somebody faster: all of it is as it should be.
+        _log.debug(
+            "nothing to do for a doorbell: %s run_id=%s item_id=%s",
+            outcome,
+            bell.run_id,
+            bell.item_id,
+        )
+    return str(outcome)
+
+
+def _pass_on(app: Any, request: Any, bell: Doorbell, hops: int = 0) -> None:
+    """Leave a doorbell to another worker."""
+    fields = {"run_id": bell.run_id, "item_id": bell.item_id}
+    name = getattr(request, "shadow", None) or ""
+    pass_on(app, fields, request.delivery_info, name, hops, bell.headers)
+
+
+def _sweep(app: Any) -> int:
+    from pyworkflow_celery._worker import process_host
+
+    try:
+        standing = process_host(app)
+        return 0 if standing.draining else standing.sweep()
+    except StorageError as exc:
+        _log.warning("no sweep: %s", exc)
+    except (ConfigurationError, PluginNotFound) as exc:
+        _log.error("this worker cannot work: %s", exc)
+    return 0

@@ -1,0 +1,271 @@
+"""The part of a Celery worker that is ours: its checks at start, its sweeper, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from pyworkflow.errors import ConfigurationError, PluginNotFound, StorageError
+from pyworkflow.spi import Runtime, StorageInfo
+from pyworkflow.worker import create_runtime, import_modules, settings, workflow_names
+from pyworkflow_celery import _celery
+from pyworkflow_celery._config import DEFAULT_QUEUE, check_app, queue_of
+from pyworkflow_celery._health import heartbeat
+from pyworkflow_celery._process import Host, end_host, host, standing_host
+from pyworkflow_celery._publish import HANDLE, publisher_for
+from pyworkflow_celery._shutdown import shutdown
+from pyworkflow_celery._sweeper import sweep_for_ever
+
+__all__ = ["WorkflowStep", "begin_child", "prepare_worker", "process_host"]
+
+_log = logging.getLogger("pyworkflow.celery")
+
+_NEVER = 10**8
+"""Seconds: Celery's time limits are not for doorbells."""
+
+
+_AGAIN = 2.0
+
+
+class _Prepared:
+    def __init__(self) -> None:
+        self.runtime: Runtime | None = None
+        """That of the main process: made before the pool forks, opened after."""
+
+
+_prepared = _Prepared()
+
+
+def process_host(app: Any) -> Host:
+    """The runtime of this process, made at the first call."""
+    standing = standing_host()
+    return standing if standing is not None else host(lambda: _make_host(app))
+
+
+def _make_host(app: Any) -> Host:
+    prepared, _prepared.runtime = _prepared.runtime, None
+    if prepared is not None and not shutdown.in_child:
+        return Host(lambda: prepared, settings().drain.total_seconds())
+    # A child that was started afresh, and not forked, has imported nothing yet.
+    import_modules(settings().modules)
+    made = Host(lambda: _runtime(app), settings().drain.total_seconds())
+    shutdown.watch(made)
+    return made
+
+
+def _runtime(app: Any) -> Runtime:
+    return create_runtime(spread=True, ring=publisher_for(app).ring)
+
+
+def prepare_worker(worker: Any) -> None:
+    """Import workflows and check what the worker is given, before its pool starts.
+
+    Raises:
+        SystemExit: with one line that tells what is wrong; a traceback through Celery would not.
+    """
+    try:
+        _prepare(worker)
+    except (ConfigurationError, PluginNotFound, StorageError) as exc:
+        raise SystemExit(f"pyworkflow: {exc}") from exc
+
+
+def _prepare(worker: Any) -> None:
+    app = worker.app
+    check_app(app)
+    pool = _pool_of(worker)
+    if pool in ("gevent", "eventlet"):
+        raise ConfigurationError(
+            f"workflows cannot run in this pool: pool={pool}: it replaces threads and sockets, "
+            "which an event loop for storage and async steps needs; use -P prefork, threads or solo"
+        )
+    config = settings()
+    import_modules(config.modules)
+    runtime = _runtime(app)  # loads plugins, and the modules that they name
+    info = runtime.info()
+    if not info.capabilities.multi_process:
+        raise ConfigurationError(
+            f"the store exists in one process only: storage={info.location}; a worker would never "
+            "see a run that was started elsewhere: set PYWORKFLOW_STORAGE to postgresql://…, "
+            "redis://…, or on one machine sqlite:////PATH or file:///PATH"
+        )
+    if pool == "threads":
+        # The consumer would not notice that a thread is done before its next look, a second later.
+        app.conf.worker_disable_prefetch = False
+    shutdown.prepare(forks=pool == "prefork")
+    _prepared.runtime = runtime
+
+
+def _pool_of(worker: Any) -> str:
+    """``prefork``, ``threads``, ``solo``, or the name of another pool."""
+    found = worker.pool_cls
+    module = found if isinstance(found, str) else str(getattr(found, "__module__", found))
+    name = module.rpartition(".")[2].partition(":")[0]
+    return {"thread": "threads", "processes": "prefork"}.get(name, name)
+
+
+def begin_child(own: bool) -> None:
+    """In a pool child, after the fork."""
+    if not shutdown.in_child:
+        return  # the solo pool says of the main process that it is a child
+    if own:
+        import gc
+
+        # Kept coroutines are many objects that stay, and what was imported stays as well: looking
+        # at them again and again takes a tenth of a busy worker's time. In an application of
+        # somebody else's, this is theirs to decide.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 10, 10)
+
+
+class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Starts after the pool, in the main process: says what there is, sweeps, and ends."""
+
+    name = "pyworkflow"
+    label = "PyWorkflow"
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        self._ended = False
+        if worker.time_limit or worker.soft_time_limit:
+            # They would kill a step in the middle, which counts as a lost worker.
+            task = worker.app.tasks[HANDLE]
+            task.time_limit = task.soft_time_limit = _NEVER
+
+    def include_if(self, worker: Any) -> bool:
+        """Always."""
+        return True
+
+    def create(self, worker: Any) -> Any:
+        """Nothing is made before the pool has forked."""
+        return None
+
+    def start(self, worker: Any) -> None:
+        """After the pool has started."""
+        if _prepared.runtime is not None:
+            _say_what_there_is(worker, _prepared.runtime.info())
+        shutdown.wrap("SIGTERM")
+        shutdown.wrap("SIGQUIT")
+        standing = process_host(worker.app)
+        if shutdown.forks:
+            _watch_children(worker)
+        standing.spawn(sweep_for_ever(standing))
+        heartbeat(standing)
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """When the consumer's loop begins, and again after a reconnection."""
+        if shutdown.forks:
+            # Not now: the pool, which comes after us, is about to set its own callback.
+            hub.call_soon(_watch_children, worker)
+
+    def close(self, worker: Any) -> None:
+        """The first thing of an orderly end, however it was asked for."""
+        if not shutdown.told:
+            shutdown.tell()
+
+    def stop(self, worker: Any) -> None:
+        """After the consumer has stopped: end the pool, give back what it left, end the sweeper."""
+        if self._ended:
+            return
+        self._ended = True
+        if not shutdown.told:
+            shutdown.tell()
+        if shutdown.forks and worker.pool is not None:
+            pids = _pids(worker)
+            worker.pool.stop()  # waits for the children, which have been told
+            standing = standing_host()
+            if standing is not None:
+                for pid in pids:
+                    _died(standing, pid)
+        end_host()
+        publisher_for(worker.app).flush()
+
+    def terminate(self, worker: Any) -> None:
+        """A cold shutdown: the children have been told as well."""
+        self.stop(worker)
+
+
+def _say_what_there_is(worker: Any, info: StorageInfo) -> None:
+    app, config = worker.app, settings()
+    _log.info("the worker's store: storage=%s namespace=%s", info.location, info.namespace)
+    names = sorted(workflow_names())
+    if names:
+        _log.info("the worker has workflows: %s", ", ".join(names))
+    else:
+        _log.warning(
+            "the worker has no workflow, and can work on nothing: name the modules that define "
+            "them with -I MODULE, or set PYWORKFLOW_MODULES"
+        )
+    if not info.capabilities.multi_host:
+        _log.warning(
+            "the store is on this machine only: storage=%s; workers and clients elsewhere do not "
+            "see it%s",
+            info.location,
+            "" if os.environ.get("PYWORKFLOW_STORAGE") else ": PYWORKFLOW_STORAGE is not set",
+        )
+    executor = config.executor
+    if isinstance(executor, str) and executor.partition(":")[0].lower() != "celery":
+        _log.warning(
+            "a run that is started in a step would stay in its process: executor=%s; set "
+            "PYWORKFLOW_EXECUTOR=celery://",
+            executor.partition(":")[0],
+        )
+    queues = set(app.amqp.queues.consume_from)
+    default = queue_of(app, "default")
+    if default not in queues and queues & {"default", DEFAULT_QUEUE}:
+        _log.warning(
+            "PyWorkflow's queue `default` is another one in Celery: queue=%s; write -Q %s",
+            default,
+            ",".join(sorted((queues - {"default", DEFAULT_QUEUE}) | {default})),
+        )
+    if worker.time_limit or worker.soft_time_limit:
+        _log.info("Celery's time limits are not for steps; use @step(timeout=…)")
+
+
+# --- children of the pool -----------------------------------------------------------------------
+
+
+def _pids(worker: Any) -> list[int]:
+    inner = getattr(worker.pool, "_pool", None)
+    return [int(process.pid) for process in getattr(inner, "_pool", ()) if process.pid]
+
+
+def _watch_children(worker: Any) -> None:
+    """Learn at once of children that have died: what they held is due again."""
+    inner = getattr(worker.pool, "_pool", None)
+    before = getattr(inner, "on_process_down", None)
+    if inner is None or getattr(before, "frees", False):
+        return
+
+    def on_process_down(process: Any) -> None:
+        try:
+            if before is not None:
+                before(process)
+        finally:
+            standing = standing_host()
+            if standing is not None:
+                _died(standing, int(process.pid))
+
+    on_process_down.frees = True  # type: ignore[attr-defined]  # a mark for the next look
+    inner.on_process_down = on_process_down
+
+
+def _died(standing: Host, pid: int) -> None:
+    async def free() -> None:
+        (await standing.runtime()).free(pid)
+        await asyncio.sleep(_AGAIN)
+        # A claim that was on its way to the server may have been granted after the death.
+        if not standing.draining:
+            (await standing.runtime()).free(pid)
+
+    standing.spawn(_quietly(free()))
+
+
+async def _quietly(coro: Coroutine[Any, Any, None]) -> None:
+    try:
+        await coro
+    except StorageError as exc:
+        _log.warning("what a dead pool child held runs out with its lease: %s", exc)
