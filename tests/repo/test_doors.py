@@ -42,6 +42,7 @@ def test_the_memory_door_needs_no_plugin() -> None:
 
 
 DOORS = {
+    "pyworkflow.celery": ("pyworkflow_celery", "attach"),
     "pyworkflow.storage.file": ("pyworkflow_storage_file", "FileStorageBackend"),
     "pyworkflow.storage.redis": ("pyworkflow_storage_redis", "RedisStorageBackend"),
     "pyworkflow.storage.sql": (
@@ -70,6 +71,17 @@ def test_without_the_plugin_a_door_names_the_pip_command(door: str) -> None:
     assert f"pip install {package.replace('_', '-')}" in last.replace("'", "")
 
 
+def test_the_celery_application_is_what_its_door_gives() -> None:
+    # In a process of its own: it reads the settings.
+    done = python(
+        "from pyworkflow.celery.app import app; from pyworkflow_celery.app import app as own; "
+        "assert app is own"
+    )
+    assert done.returncode == 0, done.stderr
+    done = python(HIDE.format(package="pyworkflow_celery") + "import pyworkflow.celery.app")
+    assert "pip install pyworkflow-celery" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [
@@ -87,38 +99,6 @@ def test_a_broken_plugin_is_reported_with_its_own_error(
     assert done.returncode == 1
     assert error in done.stderr.strip().splitlines()[-1]
     assert "pip install" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("door", "distribution"),
-    [
-        ("pyworkflow.celery.app", "pyworkflow-celery"),
-    ],
-)
-def test_the_door_of_a_plugin_that_is_not_built_says_so(door: str, distribution: str) -> None:
-    done = python(f"import {door}")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError")
-    assert "not built yet" in last
-    assert distribution in last
-
-
-@pytest.mark.parametrize(
-    ("module", "hook", "url"),
-    [
-        ("pyworkflow_celery", "pyworkflow_make_executor", "celery://"),
-    ],
-)
-def test_a_placeholder_refuses_its_urls_and_repeats_no_secret(
-    module: str, hook: str, url: str
-) -> None:
-    from pyworkflow.errors import ConfigurationError
-
-    plugin = import_module(f"{module}._plugin")
-    with pytest.raises(ConfigurationError, match="not built yet") as caught:
-        getattr(plugin, hook)(url=url, options={})
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("door", doors(), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -42,8 +42,11 @@ def test_distributions_share_what_must_be_equal() -> None:
     for folder in FOLDERS:
         settings = project(folder)
         assert settings["build-system"] == project(".")["build-system"], folder
-        for key in ("requires-python", "license", "license-files", "classifiers"):
+        for key in ("requires-python", "license", "license-files"):
             assert settings["project"][key] == project(".")["project"][key], (folder, key)
+        shared, own = (set(each["project"]["classifiers"]) for each in (project("."), settings))
+        assert shared <= own, folder
+        assert all(more.startswith("Framework :: ") for more in own - shared), folder
         licence = (ROOT / folder / "LICENSE").read_text("utf-8")
         assert licence == (ROOT / "LICENSE").read_text("utf-8"), folder
     assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
