@@ -301,9 +301,7 @@ class _Catalogue:
                 "remove it from PYWORKFLOW_DISABLE_PLUGINS (setting disable_plugins)"
             )
         if not enabled:
-            distribution = _WELL_KNOWN.get(scheme)
-            planned = distribution == "pyworkflow-celery"
-            raise PluginNotFound(kind, scheme, distribution, planned)
+            raise PluginNotFound(kind, scheme, _WELL_KNOWN.get(scheme))
         if len(enabled) > 1:
             raise ConfigurationError(_conflict(scheme, enabled))
         return enabled[0]

@@ -283,19 +283,11 @@ class ConfigurationError(WorkflowError):
 class PluginNotFound(ConfigurationError):
     """No installed plugin serves this URL scheme."""
 
-    def __init__(
-        self, kind: str, scheme: str, distribution: str | None = None, planned: bool = False
-    ) -> None:
-        super().__init__(kind, scheme, distribution, planned)
+    def __init__(self, kind: str, scheme: str, distribution: str | None = None) -> None:
+        super().__init__(kind, scheme, distribution)
         self.kind, self.scheme, self.distribution = kind, scheme, distribution
-        self.planned = planned
 
     def __str__(self) -> str:
-        if self.planned:
-            return (
-                f"no installed plugin serves {self.kind} URLs of the scheme {self.scheme!r}: "
-                f"{self.distribution} is planned and not built yet; use local://"
-            )
         remedy = (
             f"pip install '{self.distribution}', from a clone './{self.distribution}'"
             if self.distribution

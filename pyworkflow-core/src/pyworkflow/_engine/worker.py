@@ -126,7 +126,7 @@ class Worker:
         """Open the store and free what processes of this machine left behind."""
         await self.storage.open()
         self.clock.update(await self.storage.now())
-        await self._free_gone()
+        await self.free_gone()
 
     def serve(self) -> None:
         """Claim whatever is due, from now on, in a task of this loop."""
@@ -252,7 +252,7 @@ class Worker:
 
     async def _until_due(self) -> float:
         due = await self.storage.next_due(queues=self._queues, workflows=workflow_names())
-        if monotonic() - self._looked_for_gone > GONE_EVERY and await self._free_gone():
+        if monotonic() - self._looked_for_gone > GONE_EVERY and await self.free_gone():
             return 0.0
         if due is None:
             return 1.0
@@ -332,7 +332,7 @@ class Worker:
                 self._deliveries[ref] = task
                 task.add_done_callback(lambda _: self._deliveries.pop(ref, None))
 
-    async def _free_gone(self) -> int:
+    async def free_gone(self) -> int:
         """Free at once what processes of this machine held that are gone."""
         self._looked_for_gone = monotonic()
         freed = 0

@@ -109,6 +109,13 @@ class Runtime(Protocol):
         """Take nothing more; finish what is held within ``grace``, then release the rest."""
         ...
 
+    async def free_gone(self) -> int:
+        """End the leases of processes of this machine that are gone, whoever began them; how many.
+
+        ``open`` does it once. Ring for what was freed with ``sweep``.
+        """
+        ...
+
     def free(self, pid: int) -> None:
         """End the leases of a pool child that is dead, and ring for its items."""
         ...
