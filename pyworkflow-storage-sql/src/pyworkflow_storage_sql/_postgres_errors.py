@@ -27,11 +27,21 @@ __all__ = ["AGAIN", "translate"]
 #: Serialization failure and deadlock: nothing was written, and the same call may be sent again.
 AGAIN = frozenset({"40001", "40P01"})
 
+#: What whoever set the server up has to mend: what happened, and what to do.
 _INSTALL = {
-    "28P01": "the server refuses the user or the password",
-    "28000": "the server refuses the user, or demands another way to connect (see sslmode)",
-    "3D000": "there is no such database; create it",
-    "42501": "the user may not do this; it needs CREATE on the database, or its own schema",
+    "28P01": (
+        "the server refuses the user or the password",
+        "see to both in the URL, with special characters written as %XX",
+    ),
+    "28000": (
+        "the server refuses the user, or demands another way to connect",
+        "see to the user, to sslmode, and to the server's pg_hba.conf",
+    ),
+    "3D000": ("there is no such database", "create it, or name another in the URL"),
+    "42501": (
+        "the user may not do this",
+        "give it CREATE on the database, or a schema that it owns (option schema)",
+    ),
 }
 _FULL = frozenset({"53100"})
 _TOO_LARGE = frozenset({"54000", "54001", "22023", "XX000"})
@@ -52,10 +62,16 @@ def translate(exc: BaseException, where: str) -> Exception:
             "see the options sslmode and sslrootcert"
         )
     if isinstance(exc, TimeoutError):
-        return StorageUnavailable(f"the server did not answer in time: storage={where}")
+        return StorageUnavailable(
+            f"the server did not answer in time: storage={where}; is it overloaded, or behind a "
+            "firewall that drops connections?"
+        )
     if isinstance(exc, OSError):
         reason = exc.strerror or type(exc).__name__
-        return StorageUnavailable(f"the server cannot be reached: storage={where} reason={reason}")
+        return StorageUnavailable(
+            f"the server cannot be reached: storage={where} reason={reason}; does it run, and does "
+            "it listen on this host and port?"
+        )
     if isinstance(exc, asyncpg.DataError):
         return SerializationError(f"the server cannot hold a value: storage={where} reason={exc}")
     if isinstance(exc, asyncpg.ClientConfigurationError):
@@ -73,7 +89,8 @@ def translate(exc: BaseException, where: str) -> Exception:
 def _server(exc: Any, where: str) -> Exception:
     state = str(exc.sqlstate)
     if state in _INSTALL:
-        return ConfigurationError(f"{_INSTALL[state]}: storage={where} sqlstate={state}")
+        what, remedy = _INSTALL[state]
+        return ConfigurationError(f"{what}: storage={where} sqlstate={state}; {remedy}")
     if state in _FULL:
         return StorageFull(f"the server's disk is full: storage={where}; make room")
     if state == "25006":
@@ -84,7 +101,7 @@ def _server(exc: Any, where: str) -> Exception:
     if state in _SCHEMA:
         return StorageError(
             f"tables or functions are missing: storage={where} sqlstate={state}; "
-            "`pyworkflow storage migrate` makes what an interrupted set-up left out"
+            "whatever opens the store next, such as `pyworkflow storage stats`, makes what is left out"
         )
     if state.startswith("22"):
         return SerializationError(f"the server cannot hold a value: storage={where} reason={exc}")
