@@ -7,6 +7,11 @@ the same store:
 
     pyworkflow worker examples/functional/distributed_example.py
 
+With Celery, its workers do all of it. This brings up a broker and two workers, and prints what
+another terminal has to set before it runs this script:
+
+    pyworkflow dev examples/functional/distributed_example.py
+
 Nothing here changes with the number of workers: `asyncio.gather` is durable, each page is read
 once, and whoever finishes the last branch goes on with the run.
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -112,6 +114,7 @@ def test_the_deployed_commands_work_and_their_probes_tell_the_truth(
         probes_tell_the_living_from_the_dead(stack, programs)
         flower_shows_runs_by_name(stack, programs)
         workers_are_scaled_by_what_nobody_holds(stack, programs)
+        the_guide_looks_at_what_is_there(stack)
         programs["beat"].wait_for("Sending due task pyworkflow-sweep")
         # The image's file system may be read-only.
         assert {path.suffix for path in stack.app.iterdir()} == {".py"}
@@ -178,6 +181,22 @@ def workers_are_scaled_by_what_nobody_holds(stack: Stack, programs: dict[str, Pr
                 child.resume()
             programs[name].send(signal.SIGCONT)
     until(lambda: waiting() == 0, "nobody takes what waits")
+
+
+def the_guide_looks_at_what_is_there(stack: Stack) -> None:
+    text = (ROOT / "DISTRIBUTED.md").read_text("utf-8")
+    waiting, late = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    assert stack.sql(waiting, url=stack.database) == ""
+    sleeps, p99 = stack.sql(late, url=stack.database).split("|")
+    assert int(sleeps) > 0
+    assert float(p99) >= 0
+    (ping,) = re.findall(r"`(celery -A \S+ inspect ping -d) celery@HOST`", text)
+    assert "celery -A pyworkflow.celery.app status" in text
+    node = f"pod@{socket.gethostname()}"
+    asked = run(*ping.split(), node, env=stack.env, cwd=stack.app)
+    assert (asked.returncode, asked.stdout.count("pong")) == (0, 1), asked.stdout + asked.stderr
+    stats = run("pyworkflow", "storage", "stats", "--json", env=stack.env, cwd=stack.app)
+    assert json.loads(stats.stdout)["counts"]["pending"] == 0
 
 
 def fetch(url: str) -> str:

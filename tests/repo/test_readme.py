@@ -6,14 +6,22 @@ That every block of the README runs is for run_readme.py; here those that only d
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pyworkflow.worker import Settings
+from tests.devops.processes import Program, environment
+from tests.devops.processes import run as run_program
 from tests.repo.clone import ROOT
 from tests.repo.run_readme import blocks, run
+from tests.servers import ValkeyServer
+from tests.watched import until
 
 USES = {
     "async def call_external_api": """
@@ -106,6 +114,41 @@ def test_the_first_snippet_says_what_waits_and_how_to_go_on(tmp_path: Path) -> N
     assert "pyworkflow worker snippet.py" in done.stderr
 
 
+def test_the_commands_for_celery_work_as_they_are_written(
+    tmp_path: Path, make_valkey: Callable[..., ValkeyServer]
+) -> None:
+    """Each in a terminal of its own; Valkey on some port stands in for Redis in a container."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (app,) = [b.code for b in blocks(text) if "async def onboarding_workflow" in b.code]
+    (page,) = [b.code for b in blocks(text) if "docker run" in b.code]
+    (tmp_path / "app.py").write_text(app, "utf-8")
+    lines = [line for line in page.splitlines() if line and not line.startswith("#")]
+    (given,) = (shlex.split(line)[1:] for line in lines if line.startswith("export "))
+    commands = [shlex.split(line) for line in lines if not line.startswith("export ")]
+    docker, worker_command, beat_command, start = commands
+    assert docker[-3:] == ["-p", "6379:6379", "redis:7-alpine"]
+    assert Settings().broker_url == "redis://localhost:6379/0"
+    broker = make_valkey({"appendonly": "no"}).url
+    env = environment(**dict(each.split("=", 1) for each in given), PYWORKFLOW_BROKER_URL=broker)
+    with (
+        Program(worker_command, env=env, cwd=tmp_path, log=tmp_path / "worker.log") as worker,
+        Program(beat_command, env=env, cwd=tmp_path, log=tmp_path / "beat.log") as beat,
+    ):
+        worker.wait_for(" ready.")
+        done = run_program(*start, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^Workflow started: run_\w+$", done.stdout, re.MULTILINE)
+        worker.wait_for("Sending welcome email to user user_123")
+        beat.wait_for("Sending due task pyworkflow-sweep")
+        show = ("pyworkflow", "runs", "list", "--status", "suspended")
+        until(
+            lambda: "onboarding_workflow" in run_program(*show, env=env, cwd=tmp_path).stdout,
+            "the run does not sleep",
+        )
+        assert "Sending tips" not in worker.said()
+        assert (worker.end(), beat.end()) == (0, 0)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page: Path) -> None:
     assert not any(block.is_command for block in blocks(page.read_text("utf-8")))
@@ -113,8 +156,6 @@ def test_the_blocks_of_a_page_run(page: Path) -> None:
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:
-    import re
-
     broken = [
         f"{page.relative_to(ROOT)}: {target}"
         for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

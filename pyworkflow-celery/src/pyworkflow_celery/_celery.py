@@ -12,6 +12,7 @@ __all__ = [
     "TaskRequest",
     "WorkerLostError",
     "default_strategy",
+    "set_pdeathsig",
     "signals",
     "task_ready",
     "uuid",
@@ -28,6 +29,7 @@ StartStopStep: Any = _from("celery.bootsteps", "StartStopStep")
 TaskRequest: Any = _from("celery.worker.request", "Request")
 WorkerLostError: Any = _from("billiard.exceptions", "WorkerLostError")
 default_strategy: Any = _from("celery.worker.strategy", "default")
+set_pdeathsig: Any = _from("billiard.util", "set_pdeathsig")
 signals: Any = import_module("celery.signals")
 task_ready: Any = _from("celery.worker.state", "task_ready")
 uuid: Any = _from("kombu.utils.uuid", "uuid")

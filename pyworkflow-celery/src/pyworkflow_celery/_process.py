@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _DRAINS = 15.0
 """Seconds beyond the grace time after which a drain is given up: storage may be gone."""
+_FREES = 3.0
 _PARK = 0.5
 """Seconds that a fork waits for the loop to stand still."""
 
@@ -142,14 +143,17 @@ class Host:
         finally:
             self.drained.set()
 
-    def close(self, timeout: float = 3.0) -> None:
-        """Drain, close the store, and end the thread. For the end of a process, or of a worker."""
+    def close(self, *, last: bool = False, timeout: float = 10.0) -> None:
+        """Drain, close the store, and end the thread. For the end of a process, or of a worker.
+
+        ``last``: the process is about to end, and with it what no drain can stop, a sync step.
+        """
         if self.loop.is_closed():
             return
         self.begin_drain()
         self.drained.wait(self.grace + _DRAINS)
         try:
-            self.call(self._close(), timeout)
+            self.call(self._close(last), timeout)
         except Exception:  # noqa: BLE001 - it is over
             _log.debug("the runtime could not be closed", exc_info=True)
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -157,11 +161,15 @@ class Host:
         if not self.thread.is_alive():
             self.loop.close()
 
-    async def _close(self) -> None:
+    async def _close(self, last: bool) -> None:
         for task in list(self._tasks):
             task.cancel()
-        if self._runtime is not None:
-            await self._runtime.close()
+        if self._runtime is None:
+            return
+        if last:
+            self._runtime.free(os.getpid())
+            await self._runtime.drain(_FREES)  # until that is done
+        await self._runtime.close()
 
     # --- forks ----------------------------------------------------------------------------------
 
@@ -206,13 +214,13 @@ def standing_host() -> Host | None:
     return _standing.host
 
 
-def end_host() -> None:
+def end_host(*, last: bool = False) -> None:
     """Close the host of this process; the next call makes another."""
     with _standing.lock:
         ended, _standing.host = _standing.host, None
     if ended is not None:
         began = monotonic()
-        ended.close()
+        ended.close(last=last)
         _log.debug("the runtime is closed: seconds=%.2f", monotonic() - began)
 
 

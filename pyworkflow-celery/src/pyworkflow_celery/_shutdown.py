@@ -15,6 +15,7 @@ from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
 
+from pyworkflow_celery._celery import set_pdeathsig
 from pyworkflow_celery._process import Host, standing_host
 
 __all__ = ["Shutdown", "shutdown"]
@@ -25,6 +26,7 @@ _SAME = 0.5
 """Seconds in which a second SIGTERM means the same as the first: the main process and a service
 manager may both have sent one.
 """
+_RETURNS = 5.0
 _RESULT = 0.2
 """Seconds for the pool to read the result of the last task of a child."""
 
@@ -119,6 +121,11 @@ class Shutdown:
         # Ignored means that REMAP_SIGTERM is set: the main process alone decides.
         if standing is not signal.SIG_IGN and standing != self._on_term:
             self._pools_own = standing
+            # Celery has the kernel kill children with their main process; they can still finish.
+            try:
+                set_pdeathsig(signal.SIGTERM)
+            except OSError:
+                _log.debug("not on this platform", exc_info=True)
             signal.signal(signal.SIGTERM, self._on_term)
 
     def watch(self, host: Host) -> None:
@@ -156,7 +163,8 @@ async def _watch(fd: int, on_end: Callable[[], None]) -> None:
 
 def _end_when_drained(standing: Host) -> None:
     standing.drained.wait()
-    while standing.busy:
+    end = monotonic() + _RETURNS
+    while standing.busy and monotonic() < end:
         sleep(0.02)
     sleep(_RESULT)
     os._exit(0)

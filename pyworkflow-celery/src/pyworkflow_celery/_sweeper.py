@@ -27,15 +27,20 @@ _OTHERS = (0.04, 0.08, 0.16, 0.25)
 """Seconds between looks while what is due was rung for and waits for workers: soon, since what
 becomes due meanwhile is not seen behind it, and then more seldom, since nobody may come.
 """
+_GONE = 2.0
+"""Seconds between looks for processes of this machine that are gone and held something."""
 _PAUSES = (0.25, 1.0, 2.0, 5.0)
 _TELL_EVERY = 60.0
 
 
 async def sweep_for_ever(standing: Host) -> None:
     """Sweep until the host drains."""
-    failures, told, looks = 0, 0.0, 0
+    failures, told, looks, looked = 0, 0.0, 0, monotonic()
     while not standing.draining:
         try:
+            if monotonic() - looked > _GONE:
+                looked = monotonic()
+                await (await standing.runtime()).free_gone()
             looks = await _sweep_once(standing, looks)
         except StorageError as exc:
             pause = _PAUSES[min(failures, len(_PAUSES) - 1)]

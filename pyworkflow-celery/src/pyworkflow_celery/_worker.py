@@ -60,19 +60,19 @@ def _runtime(app: Any) -> Runtime:
     return create_runtime(spread=True, ring=publisher_for(app).ring)
 
 
-def prepare_worker(worker: Any) -> None:
+def prepare_worker(worker: Any, *, own: bool = False) -> None:
     """Import workflows and check what the worker is given, before its pool starts.
 
     Raises:
         SystemExit: with one line that tells what is wrong; a traceback through Celery would not.
     """
     try:
-        _prepare(worker)
+        _prepare(worker, own)
     except (ConfigurationError, PluginNotFound, StorageError) as exc:
         raise SystemExit(f"pyworkflow: {exc}") from exc
 
 
-def _prepare(worker: Any) -> None:
+def _prepare(worker: Any, own: bool) -> None:
     app = worker.app
     check_app(app)
     pool = _pool_of(worker)
@@ -80,6 +80,13 @@ def _prepare(worker: Any) -> None:
         raise ConfigurationError(
             f"workflows cannot run in this pool: pool={pool}: it replaces threads and sockets, "
             "which an event loop for storage and async steps needs; use -P prefork, threads or solo"
+        )
+    start = app.conf.get("worker_pool_start_method", "fork") if hasattr(os, "fork") else "spawn"
+    if pool == "prefork" and start != "fork":
+        # A child that starts afresh gets a copy of the application without what is ours.
+        raise ConfigurationError(
+            f"pool children that are not forked know no workflows: worker_pool_start_method={start}"
+            "; set it to fork where there is one, or use -P threads"
         )
     config = settings()
     import_modules(config.modules)
@@ -91,7 +98,7 @@ def _prepare(worker: Any) -> None:
             "see a run that was started elsewhere: set PYWORKFLOW_STORAGE to postgresql://…, "
             "redis://…, or on one machine sqlite:////PATH or file:///PATH"
         )
-    if pool == "threads":
+    if own and pool == "threads":
         # The consumer would not notice that a thread is done before its next look, a second later.
         app.conf.worker_disable_prefetch = False
     shutdown.prepare(forks=pool == "prefork")
@@ -180,7 +187,7 @@ class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has n
             if standing is not None:
                 for pid in pids:
                     _died(standing, pid)
-        end_host()
+        end_host(last=not shutdown.forks)
         publisher_for(worker.app).flush()
 
     def terminate(self, worker: Any) -> None:

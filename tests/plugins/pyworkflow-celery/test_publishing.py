@@ -17,6 +17,10 @@ from pyworkflow_celery._config import app_conf
 from pyworkflow_celery._publish import Publisher, publisher_for
 from tests.servers import until
 
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+# From 3.12 on, Python warns of a fork beside threads: what makes it safe is the subject here.
+MAY_FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 
 def app_on(url):
     app = Celery("x", set_as_current=False)
@@ -164,7 +168,8 @@ def test_a_message_that_cannot_be_sent_does_not_hold_up_the_next(broker, publish
     assert "dropped=1" in caplog.text
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@FORKS
+@MAY_FORK
 def test_a_forked_process_has_a_publisher_and_a_connection_of_its_own(broker):
     app = app_on(broker.url)
     parents = publisher_for(app)

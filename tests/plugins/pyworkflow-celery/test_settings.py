@@ -162,8 +162,8 @@ def python(code: str, **env: str) -> str:
 
 def test_choosing_the_executor_imports_no_celery():
     code = (
-        "import sys; from pyworkflow._plugins import make_executor; make_executor('celery://');"
-        "import pyworkflow_celery; print('celery' in sys.modules)"
+        "import sys; from pyworkflow_celery._plugin import pyworkflow_make_executor as make;"
+        "assert make('celery://', {}).name == 'celery'; print('celery' in sys.modules)"
     )
     assert python(code).strip() == "False"
 

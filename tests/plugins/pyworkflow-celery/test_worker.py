@@ -19,6 +19,10 @@ from pyworkflow_celery._attach import equip
 from pyworkflow_celery._process import Host
 from tests.servers import until
 
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+# From 3.12 on, Python warns of a fork beside threads: what makes it safe is the subject here.
+MAY_FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 
 class Runtime:
     """A runtime that does as it is told."""
@@ -27,6 +31,7 @@ class Runtime:
         self.outcome, self.opens = outcome, opens
         self.opened = self.swept = self.closed = 0
         self.drained = []
+        self.freed = []
         self.rang = []
         self.left = None
         self.waited = []
@@ -60,6 +65,12 @@ class Runtime:
 
     async def close(self):
         self.closed += 1
+
+    async def free_gone(self):
+        return 0
+
+    def free(self, pid):
+        self.freed.append(pid)
 
 
 @pytest.fixture
@@ -126,10 +137,21 @@ def test_closing_drains_and_closes_the_store(host_on):
     host.handle(Doorbell("r", "turn"))
     host.close()
     assert (runtime.drained, runtime.closed) == ([1.0], 1)
+    assert runtime.freed == []
     assert not host.thread.is_alive()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_the_last_thing_of_a_process_is_to_give_back_what_no_drain_can_stop(host_on):
+    runtime = Runtime()
+    host = host_on(runtime)
+    host.handle(Doorbell("r", "turn"))
+    host.close(last=True)
+    assert runtime.freed == [os.getpid()]
+    assert runtime.closed == 1
+
+
+@FORKS
+@MAY_FORK
 def test_a_fork_waits_for_the_loop_and_the_child_has_nothing_of_it(host_on, monkeypatch):
     monkeypatch.setattr(_process, "_standing", _process._Standing())
     runtime = Runtime()
@@ -213,8 +235,7 @@ def test_a_sweeper_outlives_a_store_that_does_not_answer(caplog):
 
 def worker_with(monkeypatch, pool="celery.concurrency.prefork", **settings):
     config = Settings(**{"storage": "file:///tmp/nowhere", **settings})
-    for module in (_worker,):
-        monkeypatch.setattr(module, "settings", lambda: config)
+    monkeypatch.setattr(_worker, "settings", lambda: config)
     app = Celery("x", set_as_current=False)
     equip(app)
     return SimpleNamespace(app=app, pool_cls=SimpleNamespace(__module__=pool))
@@ -224,6 +245,13 @@ def worker_with(monkeypatch, pool="celery.concurrency.prefork", **settings):
 def test_pools_that_replace_threads_are_refused(monkeypatch, pool):
     worker = worker_with(monkeypatch, pool=f"celery.concurrency.{pool}")
     with pytest.raises(SystemExit, match=rf"pool={pool}.*-P prefork, threads or solo"):
+        _worker.prepare_worker(worker)
+
+
+def test_a_pool_that_does_not_fork_is_refused(monkeypatch):
+    worker = worker_with(monkeypatch)
+    worker.app.conf.worker_pool_start_method = "spawn"
+    with pytest.raises(SystemExit, match=r"worker_pool_start_method=spawn.*-P threads"):
         _worker.prepare_worker(worker)
 
 
@@ -258,7 +286,8 @@ def test_the_pool_is_known_by_its_module(module, name):
 # --- the end ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@FORKS
+@MAY_FORK
 def test_children_see_the_end_of_the_main_process_in_a_pipe():
     state = _shutdown.Shutdown()
     state.prepare(forks=True)
