@@ -44,6 +44,9 @@ assert {"file", "local", "memory", "celery", "redis", "sqlite", "postgresql"} <=
 
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
+from pyworkflow.celery import attach
+from pyworkflow.celery.app import app
+assert "pyworkflow.handle" in app.tasks, sorted(app.tasks)
 import pyworkflow.testing
 for name in pyworkflow.__all__:
     getattr(pyworkflow, name)
