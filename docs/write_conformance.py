@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyworkflow.conformance._levels import GROUPS, PROOFS, checks
+from pyworkflow.conformance.executor import EXECUTOR_PROOFS, executor_checks
 
 PAGE = Path(__file__).parent / "reference" / "conformance.md"
 MARK = "<!-- from here on written by docs/write_conformance.py -->\n"
@@ -34,6 +35,15 @@ def page() -> str:
             name = check.title.replace("_", " ")
             lines.append(f"- **{check.id} {name}** {check.guarantee} {check.why}{needs}".rstrip())
         lines.append("")
+    lines += ["## Executors: capabilities and their proofs", "", "| capability | proved by |"]
+    lines += ["|---|---|"]
+    lines += [f"| `{name}` | {', '.join(proofs)} |" for name, proofs in EXECUTOR_PROOFS.items()]
+    lines += ["", "## Executors: all checks", ""]
+    for one in executor_checks():
+        needs = f" *Needs {', '.join(one.needs)}.*" if one.needs else ""
+        name = one.title.replace("_", " ")
+        lines.append(f"- **{one.id} {name}** {one.guarantee} {one.why}{needs}".rstrip())
+    lines.append("")
     return head + MARK + "\n" + "\n".join(lines)
 
 

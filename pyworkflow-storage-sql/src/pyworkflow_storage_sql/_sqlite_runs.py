@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -136,7 +136,7 @@ def find_run(key: str, batch: Batch) -> str | None:
 
 
 @contextmanager
-def _intact(batch: Batch, run_id: str) -> Iterator[None]:
+def _intact(batch: Batch, run_id: str) -> Generator[None]:
     try:
         yield
     except (TypeError, ValueError, OverflowError) as error:

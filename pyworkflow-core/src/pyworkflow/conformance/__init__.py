@@ -1,8 +1,8 @@
-"""The suite that decides whether a storage backend is right. Runs on pytest, needs no plugin.
+"""The suites that decide whether a storage backend or an executor is right. They run on pytest.
 
-Subclass ``StorageConformance`` in a test module and say how a store is made; every check comes
-with the class. Or call ``run_conformance`` with a storage URL. Needs
-``pip install pyworkflow-core[conformance]``.
+Subclass ``StorageConformance`` or ``ExecutorConformance`` in a test module and say how a store,
+or a worker, is made; every check comes with the class. Or call ``run_conformance`` with a storage
+URL. Needs ``pip install pyworkflow-core[conformance]``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyworkflow.conformance._report import Report
     from pyworkflow.conformance._run import run_conformance
+    from pyworkflow.conformance.executor import ExecutorConformance
     from pyworkflow.conformance.storage import StorageConformance
 
-__all__ = ["Report", "StorageConformance", "run_conformance"]
+__all__ = ["ExecutorConformance", "Report", "StorageConformance", "run_conformance"]
 
-_HOMES = {"Report": "_report", "StorageConformance": "storage", "run_conformance": "_run"}
+_HOMES = {
+    "ExecutorConformance": "executor",
+    "Report": "_report",
+    "StorageConformance": "storage",
+    "run_conformance": "_run",
+}
 
 
 def __getattr__(name: str) -> object:
