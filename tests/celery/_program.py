@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyworkflow import get_run, sleep, step, workflow
+import pyworkflow
+from pyworkflow import get_run, sleep
 
 LOG = os.environ.get("STEP_LOG", os.devnull)
 GATES = Path(os.environ.get("GATES", os.devnull))
@@ -25,6 +26,20 @@ VERSION = os.environ.get("PROGRAM_VERSION", "1")
 #: Seconds until a step gives up waiting: only when something is broken.
 PATIENCE = 60.0
 
+
+def _named(decorator: Any) -> Any:
+    """The decorator, with names that no other test's program has."""
+
+    def named(fn: Any = None, **options: Any) -> Any:
+        def decorate(fn: Any) -> Any:
+            return decorator(name=f"celery_{fn.__name__}", **options)(fn)
+
+        return decorate if fn is None else decorate(fn)
+
+    return named
+
+
+step, workflow = _named(pyworkflow.step), _named(pyworkflow.workflow)
 
 #: Open from the start: workflow code may open nothing, and two workflows here note as well.
 _LOG_FILE = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -300,7 +315,7 @@ def client() -> None:
             if name == "get_run":
                 answer: object = str(get_run(*args).status)
             else:
-                answer = globals()[name].options(**options).start(*args)
+                answer = globals()[name.removeprefix("celery_")].options(**options).start(*args)
         except Exception as exc:  # noqa: BLE001 - told to the test
             answer = {"error": type(exc).__name__, "message": str(exc)}
         print(json.dumps([answer, time.monotonic() - began]), flush=True)

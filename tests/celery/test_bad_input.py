@@ -100,7 +100,7 @@ def test_the_body_of_a_message_has_ids_only(fleet: Fleet) -> None:
     message = json.loads(raw)
     args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
     assert (args, kwargs) == ([], {"run_id": run_id, "item_id": "turn", "v": 1})
-    assert message["headers"]["shadow"] == "ten"
+    assert message["headers"]["shadow"] == _program.ten.name
     assert secret not in raw.decode()
     assert secret not in base64.b64decode(message["body"]).decode()
 

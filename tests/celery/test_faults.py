@@ -71,7 +71,7 @@ def test_f05_late_acknowledgement_and_redelivery_run_nothing_twice(fleet: Fleet)
 
 def delivered_again(fleet: Fleet) -> bool:
     """Whether a message was received twice."""
-    received = re.findall(r"Task gated\[(\S+)\] received", fleet.logs())
+    received = re.findall(r"Task celery_gated\[(\S+)\] received", fleet.logs())
     return len(received) > len(set(received))
 
 

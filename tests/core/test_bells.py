@@ -246,7 +246,7 @@ def test_plugins_choose_the_queue_and_send_headers_that_the_turn_sees() -> None:
             (bell,) = many.bells
             assert bell.queue == "default-eu"
             await worker.handle(bell)
-            assert seen == [{"trace": f"of {run_id}"}]
+            assert [headers["trace"] for headers in seen] == [f"of {run_id}"]
 
     plugin = Plugin()
     _plugins.register(plugin, "bell-plugin")
