@@ -34,6 +34,7 @@ from tests.watched import (
     kill,
     send,
     spawn,
+    stopped,
     tree,
     until,
 )
@@ -90,9 +91,15 @@ class _Server:
             self._reap()
 
     def pause(self) -> None:
-        """SIGSTOP to every process of the server."""
-        send(tree(self._pid()), signal.SIGSTOP)
-        send(tree(self._pid()), signal.SIGSTOP)  # children made while the list was read
+        """SIGSTOP to every process of the server; returns when all have stopped."""
+        parent = tree(self._pid())[:1]
+        send(parent, signal.SIGSTOP)
+        for process in parent:  # a stopped parent makes no further children
+            until(functools.partial(stopped, process), f"process {process.pid} did not stop")
+        processes = tree(self._pid())
+        send(processes, signal.SIGSTOP)
+        for process in processes:
+            until(functools.partial(stopped, process), f"process {process.pid} did not stop")
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -35,6 +35,7 @@ __all__ = [
     "kill",
     "send",
     "spawn",
+    "stopped",
     "tree",
     "until",
     "watch",
@@ -163,6 +164,14 @@ def kill(pid: int) -> None:
 def _gone(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def stopped(process: psutil.Process) -> bool:
+    """Whether it does nothing more; a stopped parent leaves the children that end as zombies."""
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

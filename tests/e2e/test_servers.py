@@ -23,6 +23,7 @@ from tests.servers import (
     shared_valkey,
     until,
 )
+from tests.watched import stopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +103,7 @@ def test_a_paused_server_answers_after_it_resumes(kind):
         )
         answer = ask()
         server.pause()
-        until(lambda: all(_state(pid) == "stopped" for pid in server.pids), "not stopped")
+        assert all(stopped(psutil.Process(pid)) for pid in server.pids)
         server.resume()
         assert ask() == answer
         server.pause()
