@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import pytest
 
 from pyworkflow import _plugins, sleep, step, workflow
 from pyworkflow._definitions import RunOptions, _local_workflows
+from pyworkflow._engine import bells as bells_module
 from pyworkflow._engine.worker import Worker
 from pyworkflow._operations import Operations
 from pyworkflow.spi import Doorbell, Outcome, doorbell_headers, hookimpl
 from pyworkflow.storage.memory import MemoryStorageBackend
-from tests.core._driving import settings
+from tests.core._driving import eventually, settings
 
 
 class Ringer:
@@ -192,6 +194,85 @@ def test_outcomes_of_doorbells_that_find_nothing_to_do() -> None:
             assert (await many.ops.get_run(other)).status == "pending"
             await worker.drain(0)
             assert await worker.handle(Doorbell(other, "turn")) == Outcome.BUSY
+
+    asyncio.run(main())
+
+
+@step(name="bell_piece")
+async def piece(n: int) -> int:
+    return n
+
+
+@workflow(name="bell_pieces")
+async def pieces() -> int:
+    return sum([await piece(1), await piece(2)])
+
+
+def test_doorbells_that_waited_let_a_worker_drive_many_turns_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bells_module, "_BACK_TO_BACK", 60.0)
+
+    async def main() -> None:
+        async with fleet() as (many, worker):
+            runs = [await many.start(pieces) for _ in range(30)]
+            others = [await many.start(pieces, queue="elsewhere") for _ in range(3)]
+            came = [bell for bell in many.bells if bell.queue == "default"]
+            outcomes = [await worker.handle(bell) for bell in came]
+            assert set(outcomes) <= {Outcome.HANDLED, Outcome.BUSY, Outcome.GONE}
+            assert 3 < outcomes.count(Outcome.HANDLED) < 15
+            await worker.settle_down()
+            assert {(await many.ops.get_run(run)).result for run in runs} == {3}
+            # Their queue may be served by other workers alone.
+            assert {(await many.ops.get_run(run)).status for run in others} == {"pending"}
+
+    asyncio.run(main())
+
+
+def test_a_doorbell_that_comes_alone_brings_its_own_run_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bells_module, "_BACK_TO_BACK", 0.0)
+
+    async def main() -> None:
+        async with fleet() as (many, worker):
+            runs = [await many.start(pieces) for _ in range(20)]
+            for bell in many.bells[:10]:
+                assert await worker.handle(bell) == Outcome.HANDLED
+            left = [(await many.ops.get_run(run)).status for run in runs[10:]]
+            assert set(left) == {"pending"}  # for workers that have nothing to do
+
+    asyncio.run(main())
+
+
+def test_while_a_step_blocks_a_thread_turns_are_left_to_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bells_module, "_BACK_TO_BACK", 60.0)
+    gate = threading.Event()
+
+    @step(name="bell_blocks")
+    def blocks() -> bool:
+        return gate.wait(30)
+
+    @workflow(name="bell_blocked")
+    async def blocked() -> bool:
+        return await blocks()
+
+    async def main() -> None:
+        async with fleet() as (many, worker):
+            for _ in range(5):
+                await many.start(pieces)
+                assert await worker.handle(many.bells.pop()) == Outcome.HANDLED
+            await many.start(blocked)
+            waiting = asyncio.create_task(worker.handle(many.bells.pop()))
+            await eventually(worker.runner.in_threads)
+            runs = [await many.start(pieces) for _ in range(5)]
+            assert await worker.handle(many.bells.pop()) == Outcome.HANDLED
+            left = [(await many.ops.get_run(run)).status for run in runs[:-1]]
+            assert set(left) == {"pending"}
+            gate.set()
+            assert await waiting == Outcome.HANDLED
 
     asyncio.run(main())
 

@@ -175,7 +175,7 @@ def test_drain_leaves_the_claim_of_a_step_alone_whose_thread_still_runs() -> Non
             assert all(i.lease is None for i in (await b.items(in_loop)).values())
             assert (await b.items(in_thread))["step:1#1:step"].lease is not None
             second = await b.work()
-            assert await second.claim_due([(in_thread, "step:1#1:step")]) == 0
+            assert await second.claim_due([(in_thread, "step:1#1:step")]) == []
             assert tries == [True]
             free.set()
             await eventually(lambda: not runner.in_threads(in_thread))
@@ -384,7 +384,7 @@ def test_after_a_pause_longer_than_the_lease_a_worker_keeps_its_own_running_work
                 # As if the process had stood still: to its claims, and by its own clock.
                 worker._claimed_at -= 31
                 await b.pass_time("31s")
-                assert await worker.claim_due() == 0
+                assert await worker.claim_due() == []
                 assert worker.leases.held() == held
             gate.set()
             free.set()
@@ -421,7 +421,7 @@ def test_after_a_pause_work_that_another_worker_took_is_given_up() -> None:
             await b.has(run_id, "step.scheduled")
             other = Worker(b.storage, b.settings)
             await b.pass_time("31s")
-            assert await other.claim_due() == 1
+            assert len(await other.claim_due()) == 1
             worker._claimed_at -= 31
             await worker.claim_due()
             assert await b.result(run_id) == "by the other"

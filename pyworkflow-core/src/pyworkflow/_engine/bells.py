@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from time import monotonic
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 from pyworkflow import _plugins
 from pyworkflow._clock import to_micros
 from pyworkflow._definitions import find_workflow
+from pyworkflow._engine.live import TURNS
 from pyworkflow.errors import StorageError
 from pyworkflow.runs import ItemKind, Run, WorkItem
 from pyworkflow.spi.executor import Doorbell, Outcome, doorbell_headers
-from pyworkflow.spi.storage import NewRun, Put
+from pyworkflow.spi.storage import TURN, NewRun, Put
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["Bells", "bell_of_put"]
 
 _AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
+
+TURNS_AT_ONCE = 16
+"""Turns that a worker drives without their bells, while its bells come back to back."""
+_BACK_TO_BACK = 0.01
+"""Seconds between two doorbells within which the second one must have waited for the first."""
+_REMEMBERED = 1000
+_HOOKS = ("pyworkflow_route", "pyworkflow_inject_headers")
 
 
 class Bells:
@@ -32,46 +41,101 @@ class Bells:
         self._ring = ring
         self._followed: set[str] = set()
         """Runs whose turns here a ``handle`` sees through."""
+        self._free_since = 0.0
+        """When the last doorbell was done with."""
+        self._streak = 0
+        """Doorbells that came back to back."""
+        self._queue = ""
+        """The queue of the last item that a doorbell brought."""
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     @property
     def rings(self) -> bool:
         """Whether others are told of new items."""
         return self._ring is not None
 
+    def ended(self, run_id: str) -> None:
+        """A run ended here: bells for its turns may still be on their way."""
+        self._ended[run_id] = None
+        if len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
     async def handle(self, bell: Doorbell) -> Outcome:
-        """Take the item that a doorbell names, and see it through."""
+        """Take the item that a doorbell names, and see it through.
+
+        Bells that come back to back waited in the broker, so no worker stands idle: then due turns
+        of the same queue are claimed with it, many at once, and their commits travel together. The
+        bells of these find nothing to do.
+        """
         worker, ref = self._worker, (bell.run_id, bell.item_id)
         if worker.is_stopping:
             return Outcome.BUSY
-        doorbell_headers.set(bell.headers)
-        if not await worker.claim_due([ref]):
-            return await self._why_not(ref)
+        waited = monotonic() - self._free_since < _BACK_TO_BACK
+        self._streak = self._streak + 1 if waited else 0
+        try:
+            doorbell_headers.set(bell.headers)
+            if bell.item_id == TURN and bell.run_id in self._ended:
+                return Outcome.GONE
+            taken = await worker.claim_due([ref])
+            if taken:
+                self._queue = taken[0].queue
+            await self._take_more()
+            if not taken:
+                return await self._why_not(ref)
+            await self._follow(ref)
+        finally:
+            self._free_since = monotonic()
+        return Outcome.HANDLED
+
+    async def _take_more(self) -> None:
+        """Claim turns whose bells still wait."""
+        worker = self._worker
+        # Two in a row may be chance; then two turns at once, four, and so on.
+        reach = min(2 ** max(0, self._streak - 2), TURNS_AT_ONCE)
+        room = reach - (TURNS - worker.room())
+        if room <= 0 or not self._queue:
+            return
+        if worker.runner.in_threads():
+            return  # what computes or blocks is better off in several processes
+        if any(_plugins.hooks_active(hook) for hook in _HOOKS):
+            return  # what a bell says of its item is known from the bell alone
+        doorbell_headers.set({})
+        await worker.claim_due(turns_of=self._queue, most=room)
+
+    async def _follow(self, ref: tuple[str, str]) -> None:
+        worker, run_id = self._worker, ref[0]
         own = worker.task_of(ref)
         if own is not None:
             await asyncio.wait({own})
-        if bell.run_id not in self._followed:
+        if run_id not in self._followed:
             # A turn that the item brought, and the steps that this turn handed off to itself.
-            self._followed.add(bell.run_id)
+            self._followed.add(run_id)
             try:
-                while busy := worker.following(bell.run_id):
+                while busy := worker.following(run_id):
                     await asyncio.wait(busy)
             finally:
-                self._followed.discard(bell.run_id)
-        return Outcome.HANDLED
+                self._followed.discard(run_id)
 
     async def _why_not(self, ref: tuple[str, str]) -> Outcome:
         worker = self._worker
-        run = await worker.storage.get_run(ref[0])
+        if worker.following(ref[0]):
+            return Outcome.BUSY
         items = await worker.storage.list_work(ref[0])
         item = next((i for i in items if i.item_id == ref[1]), None)
-        if run is None or item is None:
+        if item is None:
             return Outcome.GONE
         now = worker.clock.micros()
         if item.lease is not None and to_micros(item.lease.until) > now:
             return Outcome.BUSY
-        if item.kind is not ItemKind.DELIVER and find_workflow(run.workflow) is None:
-            return Outcome.UNKNOWN_WORKFLOW
-        return Outcome.GONE if to_micros(item.due_at) > now else Outcome.BUSY
+        if to_micros(item.due_at) > now:
+            return Outcome.GONE
+        if item.kind is ItemKind.DELIVER:
+            return Outcome.BUSY
+        run = await worker.storage.get_run(ref[0])
+        if run is None:
+            return Outcome.GONE
+        known = find_workflow(run.workflow) is not None
+        return Outcome.BUSY if known else Outcome.UNKNOWN_WORKFLOW
 
     async def sweep(self, limit: int) -> int:
         """Ring for due items that nobody was told of lately; how many."""

@@ -11,7 +11,10 @@ from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._replay.replay import Replay
 from pyworkflow.runs import WorkItem
 
-__all__ = ["InPlace", "LiveRun"]
+__all__ = ["TURNS", "InPlace", "LiveRun"]
+
+TURNS = 500
+"""Turns that one worker drives at once; more wait in the storage."""
 
 
 class LiveRun:

@@ -313,7 +313,9 @@ class Session(Straight):
             await self._close_without_code(self._cancel)
             return
         reason = f"{type(problem).__name__}: {problem}"
-        again = self._worker.clock.micros() + min(2 ** (self._claims - 1), 10) * 1_000_000
+        # Slowly longer: in a fleet of two versions the worker that fits may be the next to look.
+        pause = min(2 ** ((self._claims - 1) // 4), 10)
+        again = self._worker.clock.micros() + pause * 1_000_000
         await self.stall(reason, from_micros(again), encode_error(problem))
 
     async def _close_without_code(self, reason: str) -> None:

@@ -26,7 +26,7 @@ from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper
-from pyworkflow._engine.live import LiveRun
+from pyworkflow._engine.live import TURNS, LiveRun
 from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
@@ -54,8 +54,6 @@ __all__ = ["Worker"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
-TURNS = 500
-"""Turns driven at once; more wait in the storage."""
 POISON = 10
 """Claims of a turn without progress after which the run stalls, for an hour."""
 _POISONED = (
@@ -257,7 +255,7 @@ class Worker:
         if due is None:
             return 1.0
         left = (to_micros(due) - self.clock.micros()) / 1_000_000
-        if left <= 0 and not (self._room() and self._steps.room()):
+        if left <= 0 and not (self.room() and self._steps.room()):
             left = 0.25  # what is due waits for room here, which wakes us, or is for others
         # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
         return min(max(left, 0.001), 1.0)
@@ -277,24 +275,28 @@ class Worker:
                 waiter.cancel()
             await asyncio.gather(woken, news, return_exceptions=True)
 
-    def _room(self) -> int:
+    def room(self) -> int:
+        """How many more turns may be driven here."""
         return TURNS - len(self._turns)
 
-    async def claim_due(self, items: Sequence[tuple[str, str]] | None = None) -> int:
-        """Claim what is due (or just ``items``) and begin it; how much was taken."""
+    async def claim_due(
+        self, items: Sequence[tuple[str, str]] | None = None, *, turns_of: str = "", most: int = 100
+    ) -> list[WorkItem]:
+        """Claim what is due, and begin it: just ``items``, or turns of the queue ``turns_of``."""
         await self._renew_after_pause()
         kinds = {ItemKind.DELIVER}
-        if (turns := self._room()) > 0:
+        if (turns := self.room()) > 0:
             kinds.add(ItemKind.TURN)
-        if (steps := self._steps.room()) > 0:
+        if (steps := self._steps.room()) > 0 and not turns_of:
             kinds.add(ItemKind.STEP)
+        queues = frozenset((turns_of,)) if turns_of else self._queues
         claimed = await self.storage.claim(
             ClaimRequest(
                 owner=self.owner,
                 lease=self.settings.lease,
-                limit=max(1, min(turns, steps, 100)),
+                limit=max(1, min(turns, steps, most)),
                 items=items,
-                queues=self._queues if items is None else None,
+                queues=queues if items is None else None,
                 kinds=frozenset(kinds),
                 workflows=workflow_names(),
                 known=self._known,
@@ -304,7 +306,7 @@ class Worker:
         self._claimed_at = monotonic()
         for claim in claimed.claims:
             self._begin(claim)
-        return len(claimed.claims)
+        return [claim.item for claim in claimed.claims]
 
     async def _renew_after_pause(self) -> None:
         """Keep what ran out while this process was stopped, and was taken by nobody.
@@ -411,7 +413,7 @@ class Worker:
     def _turn_done(self, run_id: str, task: asyncio.Task[None]) -> None:
         if self._turns.get(run_id) is task:
             del self._turns[run_id]
-        if not self._room() > 1:
+        if not self.room() > 1:
             self.wake()
 
     async def contained(self, coro: Coroutine[Any, Any, None], run_id: str) -> None:
@@ -582,6 +584,7 @@ class Worker:
 
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""
+        self._bells.ended(run.run_id)
         if self.on_run_ended is not None:
             self.on_run_ended(run.run_id)
         _plugins.observe(
