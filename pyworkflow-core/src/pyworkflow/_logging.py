@@ -267,7 +267,7 @@ class _TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         line = super().formatMessage(record)
         run_id, step = getattr(record, "run_id", None), getattr(record, "step_name", None)
-        if not self._show_context or run_id is None:
+        if not self._show_context or run_id is None or f"run_id={run_id}" in line:
             return line
         return f"{line} [run_id={run_id}{'' if step is None else f' step={step}'}]"
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 from pyworkflow import _plugins
@@ -110,9 +111,27 @@ def import_modules(names: Iterable[str]) -> None:
             raise
         except Exception as exc:
             raise ConfigurationError(
-                f"the workflow module cannot be imported: module={name}: "
-                f"{type(exc).__name__}: {exc}; name it as Python imports it, or as path/file.py"
+                f"the workflow module cannot be imported: module={name}: {_why(name, exc)}"
             ) from exc
+
+
+def _why(name: str, exc: Exception) -> str:
+    """What went wrong in an import, where, and what to do."""
+    said = f"{type(exc).__name__}: {exc}"
+    missing = exc.name if isinstance(exc, ModuleNotFoundError) else None
+    if missing is not None and (name == missing or name.startswith(missing + ".")):
+        path, colon, _ = name.partition(":")
+        if colon:
+            return f"{said}; leave out what follows the colon: {path}"
+        return f"{said}; name it as Python imports it, or as path/file.py"
+    where = ""
+    for frame, line in traceback.walk_tb(exc.__traceback__):
+        file = frame.f_code.co_filename
+        if not file.startswith("<") and file != __file__:
+            where = f" (file={file} line={line})"
+    if missing is not None:
+        return f"{said}{where}; install the package that it needs"
+    return f"{said}{where}; correct the module"
 
 
 def _import_one(name: str) -> object:

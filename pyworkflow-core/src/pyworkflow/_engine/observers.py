@@ -1,16 +1,22 @@
-"""Telling observers what is durable: events, and the steps they speak of."""
+"""Telling observers and the log what is durable: events, and the steps and runs they speak of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
 from pyworkflow import _hooks, _plugins
 from pyworkflow.events import Event, EventType
-from pyworkflow.runs import ErrorInfo
+from pyworkflow.runs import ErrorInfo, Run, RunStatus
 
-__all__ = ["observed_hooks", "tell_observers"]
+__all__ = ["log_end", "log_steps", "observed_hooks", "tell_observers"]
+
+_log = logging.getLogger("pyworkflow.engine")
+
+_LONGEST = 500
+"""Characters of an error's message that a log line has."""
 
 _HOOKS = (
     "pyworkflow_events_committed",
@@ -58,6 +64,61 @@ _STEP_HOOKS: dict[str, str] = {
     EventType.STEP_COMPLETED: "pyworkflow_step_ended",
     EventType.STEP_FAILED: "pyworkflow_step_ended",
 }
+
+
+def log_steps(run_id: str, workflow: str, events: Sequence[Event]) -> None:
+    """A line for each try of a step that failed."""
+    for event in events:
+        if event.type not in _FAILURES:
+            continue
+        data = cast("dict[str, Any]", event.data)
+        name, attempt = data.get("name", ""), data.get("attempt", 1)
+        _log.warning(
+            "step failed, %s: step=%s try=%s workflow=%s run_id=%s: %s",
+            f"next try at {data['retry_at']}" if "retry_at" in data else "no further try",
+            name,
+            attempt,
+            workflow,
+            run_id,
+            _said(ErrorInfo.from_json(data.get("error") or {})),
+            extra=_context(run_id, workflow, event.op, name),
+        )
+
+
+def log_end(run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
+    """A line for a run's end."""
+    if status is not RunStatus.FAILED and not _log.isEnabledFor(logging.INFO):
+        return
+    _log.log(
+        logging.ERROR if status is RunStatus.FAILED else logging.INFO,
+        "run %s: workflow=%s run_id=%s%s",
+        status,
+        run.workflow,
+        run.run_id,
+        "" if error is None else f": {_said(error)}",
+        extra=_context(run.run_id, run.workflow, None, None),
+    )
+
+
+_FAILURES = frozenset((EventType.STEP_RETRYING, EventType.STEP_FAILED))
+
+
+def _said(error: ErrorInfo) -> str:
+    kind = error.type.rpartition(":")[2]
+    message = error.message if len(error.message) <= _LONGEST else error.message[:_LONGEST] + "…"
+    return f"{kind}: {message}" if message else kind
+
+
+def _context(
+    run_id: str, workflow: str, step_id: str | None, step_name: str | None
+) -> Mapping[str, str | None]:
+    """What records made in a run carry, see ``configure_logging``."""
+    return {
+        "run_id": run_id,
+        "workflow_name": workflow,
+        "step_id": step_id,
+        "step_name": step_name,
+    }
 
 
 def _seconds(ended: Event, events: Sequence[Event]) -> float:

@@ -27,7 +27,7 @@ from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper
 from pyworkflow._engine.live import TURNS, LiveRun
-from pyworkflow._engine.observers import observed_hooks, tell_observers
+from pyworkflow._engine.observers import log_end, log_steps, observed_hooks, tell_observers
 from pyworkflow._engine.owner import is_gone, new_owner, owner_of
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
@@ -572,7 +572,8 @@ class Worker:
     def committed(
         self, run_id: str, workflow: str, events: Sequence[Event], answer: Committed
     ) -> None:
-        """Events are durable: tell the observers."""
+        """Events are durable: tell the log and the observers."""
+        log_steps(run_id, workflow, events)
         if not events or not (hooks := observed_hooks()):
             return
         stamped = [
@@ -585,6 +586,7 @@ class Worker:
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""
         self._bells.ended(run.run_id)
+        log_end(run, status, error)
         if self.on_run_ended is not None:
             self.on_run_ended(run.run_id)
         _plugins.observe(
