@@ -208,6 +208,19 @@ async def pieces() -> int:
     return sum([await piece(1), await piece(2)])
 
 
+def test_doorbells_for_runs_of_another_store_are_told_of_once_in_a_while(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with fleet() as (_, worker):
+            for n in range(3):
+                assert await worker.handle(Doorbell(f"run-{n}", "turn")) == Outcome.GONE
+
+    asyncio.run(main())
+    (line,) = [r.getMessage() for r in caplog.records if "another store" in r.getMessage()]
+    assert "run_id=run-0 storage=memory" in line
+
+
 def test_doorbells_that_waited_let_a_worker_drive_many_turns_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

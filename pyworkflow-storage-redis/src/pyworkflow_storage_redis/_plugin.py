@@ -30,7 +30,7 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
             raise
         raise ConfigurationError(
             "the driver of Redis storage is not installed: package=redis; "
-            "run `pip install pyworkflow-storage-redis`"
+            "pip install 'pyworkflow-storage-redis', from a clone './pyworkflow-storage-redis'"
         ) from error
     from pyworkflow_storage_redis._keys import OPTIONS
 

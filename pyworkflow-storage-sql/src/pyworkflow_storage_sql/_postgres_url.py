@@ -40,7 +40,8 @@ def make(url: str, options: Mapping[str, str]) -> StorageBackend:
     if find_spec("asyncpg") is None:
         raise ConfigurationError(
             "the driver asyncpg is not installed: storage=postgresql; "
-            "pip install 'pyworkflow-storage-sql[postgres]'"
+            "pip install 'pyworkflow-storage-sql[postgres]', "
+            "from a clone './pyworkflow-storage-sql[postgres]'"
         )
     from pyworkflow_storage_sql._postgres import PostgresStorageBackend
 

@@ -44,7 +44,8 @@ def make(url: str, options: Mapping[str, str]) -> StorageBackend:
     except ImportError:
         raise ConfigurationError(
             "the driver aiosqlite is not installed: storage=sqlite; "
-            "pip install 'pyworkflow-storage-sql[sqlite]'"
+            "pip install 'pyworkflow-storage-sql[sqlite]', "
+            "from a clone './pyworkflow-storage-sql[sqlite]'"
         ) from None
     del aiosqlite
     from pyworkflow_storage_sql._sqlite import SQLiteStorageBackend

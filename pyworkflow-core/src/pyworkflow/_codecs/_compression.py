@@ -59,7 +59,7 @@ class ZstdCodec:
         except ImportError as error:
             raise ConfigurationError(
                 "the codec zstd needs a library: library=zstandard; "
-                "pip install 'pyworkflow-core[codecs]'"
+                "pip install 'pyworkflow-core[codecs]', from a clone './pyworkflow-core[codecs]'"
             ) from error
         self._zstd: Any = zstandard
         self._threshold = threshold

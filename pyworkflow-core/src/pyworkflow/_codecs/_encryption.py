@@ -32,7 +32,7 @@ class AesGcmCodec:
         except ImportError as error:
             raise ConfigurationError(
                 "the codec aesgcm needs a library: library=cryptography; "
-                "pip install 'pyworkflow-core[codecs]'"
+                "pip install 'pyworkflow-core[codecs]', from a clone './pyworkflow-core[codecs]'"
             ) from error
         self._cipher: Any = AESGCM
         self._invalid: type[Exception] = InvalidTag

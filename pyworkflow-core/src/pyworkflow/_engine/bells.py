@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Bells", "bell_of_put"]
 
+_log = logging.getLogger("pyworkflow.engine")
+
 _AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
 
 TURNS_AT_ONCE = 16
@@ -30,6 +33,8 @@ TURNS_AT_ONCE = 16
 _BACK_TO_BACK = 0.01
 """Seconds between two doorbells within which the second one must have waited for the first."""
 _REMEMBERED = 1000
+_LOOKS = 10.0
+"""Seconds between two looks at whether bells come for runs of another store."""
 _HOOKS = ("pyworkflow_route", "pyworkflow_inject_headers")
 
 
@@ -47,6 +52,7 @@ class Bells:
         """Doorbells that came back to back."""
         self._queue = ""
         """The queue of the last item that a doorbell brought."""
+        self._looks_again = 0.0
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -123,6 +129,7 @@ class Bells:
         items = await worker.storage.list_work(ref[0])
         item = next((i for i in items if i.item_id == ref[1]), None)
         if item is None:
+            await self._look_for(ref[0])
             return Outcome.GONE
         now = worker.clock.micros()
         if item.lease is not None and to_micros(item.lease.until) > now:
@@ -136,6 +143,20 @@ class Bells:
             return Outcome.GONE
         known = find_workflow(run.workflow) is not None
         return Outcome.BUSY if known else Outcome.UNKNOWN_WORKFLOW
+
+    async def _look_for(self, run_id: str) -> None:
+        """Warn, now and then, when bells come for runs of another store."""
+        if monotonic() < self._looks_again:
+            return
+        storage = self._worker.storage
+        self._looks_again = monotonic() + _LOOKS
+        if await storage.get_run(run_id) is None:
+            _log.warning(
+                "a doorbell names a run that is not in this store: run_id=%s storage=%s; it was "
+                "purged, or whoever started it uses another store or namespace",
+                run_id,
+                storage.info().location,
+            )
 
     async def sweep(self, limit: int) -> int:
         """Ring for due items that nobody was told of lately; how many."""

@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         raise  # the plugin is there and broken: its own error says more
     raise ModuleNotFoundError(
         "the Celery executor is not installed: distribution=pyworkflow-celery; "
-        "run `pip install pyworkflow-celery`",
+        "pip install 'pyworkflow-celery', from a clone './pyworkflow-celery'",
         name=error.name,
     ) from None
 

@@ -32,6 +32,10 @@ class _Unread(Exception):
     """Nobody reads the output any more."""
 
 
+#: Commands that people know and that a plugin brings.
+_OF_PLUGINS = {"dev": "pyworkflow-celery[dev]"}
+
+
 class _Root(click.Group):
     """Imports the module of a command when it is used, and asks plugins for those it lacks."""
 
@@ -60,6 +64,13 @@ class _Root(click.Group):
         import difflib
 
         if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            if args[0] in _OF_PLUGINS:
+                package = _OF_PLUGINS[args[0]]
+                raise click.UsageError(
+                    f"the command {args[0]!r} comes with another distribution: "
+                    f"pip install '{package}', from a clone './{package}'",
+                    ctx,
+                )
             close = difflib.get_close_matches(args[0], self.list_commands(ctx))
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)

@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         raise  # the plugin is there and broken: its own error says more
     raise ModuleNotFoundError(
         "the file backend is not installed: distribution=pyworkflow-storage-file; "
-        "run `pip install pyworkflow-storage-file`",
+        "pip install 'pyworkflow-storage-file', from a clone './pyworkflow-storage-file'",
         name=error.name,
     ) from None
 

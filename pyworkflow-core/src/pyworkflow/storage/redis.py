@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         raise  # the plugin is there and broken: its own error says more
     raise ModuleNotFoundError(
         "the Redis backend is not installed: distribution=pyworkflow-storage-redis; "
-        "run `pip install pyworkflow-storage-redis`",
+        "pip install 'pyworkflow-storage-redis', from a clone './pyworkflow-storage-redis'",
         name=error.name,
     ) from None
 
