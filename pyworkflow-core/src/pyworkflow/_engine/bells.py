@@ -99,7 +99,7 @@ class Bells:
         # Two in a row may be chance; then two turns at once, four, and so on.
         reach = min(2 ** max(0, self._streak - 2), TURNS_AT_ONCE)
         room = reach - (TURNS - worker.room())
-        if room <= 0 or not self._queue:
+        if room <= 0 or not self._queue or worker.is_stopping:
             return
         if worker.runner.in_threads():
             return  # what computes or blocks is better off in several processes
