@@ -120,6 +120,11 @@ def test_unknown_settings_name_the_close_ones(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"PYWORKFLOW_STORGE.*did you mean storage"):
         settings()
     monkeypatch.delenv("PYWORKFLOW_STORGE")
+    for variable, setting in (("STORE", "storage"), ("BROKER", "broker_url")):
+        with monkeypatch.context() as m:
+            m.setenv(f"PYWORKFLOW_{variable}", "redis://host/0")
+            with pytest.raises(ConfigurationError, match=f"did you mean {setting}"):
+                settings()
     monkeypatch.setenv("PYWORKFLOW_TEST_SERVER_OF_OURS", "1")
     project(tmp_path, "max-payload = 1")
     with pytest.raises(ConfigurationError, match="did you mean max_payload"):

@@ -57,6 +57,15 @@ CRASHES = ("lost", "failed", "killed", "evicted", "pause")
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    """What stands is left out of the collector's lists, which each example goes through twice."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _short_flush() -> Iterator[None]:
     """Steps are handed off after 2 ms instead of 100: ``slow`` takes 4."""
     before = session.FLUSH, dispatched.FLUSH

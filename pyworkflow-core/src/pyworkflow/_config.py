@@ -276,7 +276,7 @@ def _read(configured: Mapping[str, object], environ: Mapping[str, str]) -> Setti
         name = variable.removeprefix("PYWORKFLOW_").lower()
         if name in _PARSERS:
             values[name] = _parse(name, value, variable, _HERE)
-        elif _close(name, cutoff=0.85):
+        elif name in _MEANT or _close(name, cutoff=0.85):
             # Other tools may own variables with this prefix; a misspelt setting is no such thing,
             # and overlooking it could mean another store.
             raise _unknown(name, f"the environment ({variable})")
@@ -479,9 +479,23 @@ def _bad(name: str, value: object, source: str, form: str) -> ConfigurationError
     )
 
 
+#: What people write instead of a setting's name, where the letters alone do not tell.
+_MEANT = {
+    "backend": "storage",
+    "broker": "broker_url",
+    "database_url": "storage",
+    "executor_url": "executor",
+    "storage_url": "storage",
+    "store": "storage",
+    "store_url": "storage",
+}
+
+
 def _close(name: str, *, cutoff: float = 0.6) -> list[str]:
     import difflib
 
+    if name in _MEANT:
+        return [_MEANT[name]]
     return difflib.get_close_matches(name, _PARSERS, n=3, cutoff=cutoff)
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _GLANCE = timedelta(seconds=5)
+_PATIENCE = 8.0
+"""Seconds after which it is said that no worker has taken the run."""
 
 
 @click.command("run", short_help="Start a run and follow it to its end.")
@@ -198,6 +201,7 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
 
     operations = Operations(embedded.storage, None, None)
     after = 0
+    unseen_since: float | None = monotonic() if embedded.worker is None else None
     while True:
         events = embedded.call(operations.get_events(run_id, after, None))
         for event in events:
@@ -210,6 +214,14 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
                 continue
             if run.status.is_terminal or run.status is RunStatus.STALLED:
                 return run
+            if run.status is not RunStatus.PENDING:
+                unseen_since = None
+            elif unseen_since is not None and monotonic() - unseen_since > _PATIENCE:
+                unseen_since = None
+                output.note(
+                    f"pyworkflow: nobody has taken the run yet: run_id={run_id} queue={run.queue}; "
+                    "is a worker with its module running, on this store and this broker?"
+                )
         embedded.call(embedded.storage.watch(run_id, after=after, timeout=_GLANCE))
 
 
@@ -269,6 +281,9 @@ def _what_became(run: Run) -> str:
 
     if run.status is RunStatus.STALLED:
         return f"is stalled: {run.stalled}\nIt is durable: a worker with corrected code goes on with it"
+    if run.status is RunStatus.CANCELLED:
+        reason = "" if run.error is None else run.error.message
+        return f"was cancelled: {reason}" if reason else "was cancelled"
     if run.error is None:
         return run.status.value
     kind = run.error.type.rpartition(":")[2]

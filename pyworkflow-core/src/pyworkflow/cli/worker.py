@@ -25,7 +25,8 @@ __all__ = ["command"]
     "queues",
     multiple=True,
     metavar="QUEUE",
-    help="Take work of this queue only. May be given again. Default: every queue.",
+    help="Take work of this queue only. May be given again. Default: every queue, "
+    "with celery:// the queue `default` alone.",
 )
 @click.option(
     "--concurrency",
