@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from pyworkflow import _config
-from pyworkflow._config import configure, settings
+from pyworkflow._config import configure, provisional_settings, settings
 from pyworkflow._urls import parse_url, redact_url, resolve_url
 from pyworkflow.errors import ConfigurationError
 
@@ -326,3 +326,12 @@ def test_nonsense_urls_get_a_clear_error(url, match):
 def test_a_url_is_taken_apart():
     parsed = parse_url("PostgreSQL://me@host/db?schema=a%20b&flag=#frag")
     assert (parsed.scheme, parsed.options) == ("postgresql", {"schema": "a b", "flag": ""})
+
+
+def test_provisional_settings_are_not_final():
+    assert provisional_settings().lease == timedelta(seconds=60)
+    configure(lease="45s")
+    assert provisional_settings().lease == timedelta(seconds=45)
+    assert settings() is provisional_settings()
+    with pytest.raises(ConfigurationError, match="already in use"):
+        configure(lease="31s")

@@ -17,6 +17,7 @@ from pyworkflow import (
     ArgumentError,
     Client,
     DefinitionError,
+    IdempotencyConflict,
     RunCancelled,
     SerializationError,
     WorkflowContextError,
@@ -261,6 +262,25 @@ def test_an_idempotency_key_that_is_no_text_or_empty_is_refused(key: Any) -> Non
             assert (await b.ops.list_runs(None, None, 10, None)).items == []
             assert await b.run(rd_keyed, key="k" * 1024) is None
             assert await b.run(rd_keyed, key=" ") is None
+
+    asyncio.run(main())
+
+
+def test_the_same_start_with_a_run_id_and_a_key_again_gives_the_same_run() -> None:
+    @workflow
+    async def rd_both(n: int) -> int:
+        return n
+
+    async def main() -> None:
+        async with bench() as b:
+            for _ in range(2):
+                assert await b.start(rd_both, 1, key="k", run_id="rd-one") == "rd-one"
+            with pytest.raises(IdempotencyConflict, match="rd-one"):
+                await b.start(rd_both, 2, key="k", run_id="rd-one")
+            with pytest.raises(ArgumentError, match="a run of this id exists"):
+                await b.start(rd_both, 1, key="other", run_id="rd-one")
+            with pytest.raises(ArgumentError, match="a run of this id exists"):
+                await b.start(rd_both, 1, run_id="rd-one")
 
     asyncio.run(main())
 

@@ -313,9 +313,12 @@ def test_a_drained_worker_leaves_no_claim_behind_that_an_answer_gave_it(which: s
     async def re_item() -> int:
         return 1
 
+    handed_off: list[asyncio.Event] = []
+
     @step
     async def re_slow() -> int:
-        await asyncio.sleep(0.11)
+        if which == "hand-off":
+            await handed_off[0].wait()  # however long the machine takes
         return 1
 
     @workflow
@@ -324,6 +327,7 @@ def test_a_drained_worker_leaves_no_claim_behind_that_an_answer_gave_it(which: s
 
     async def main() -> None:
         storage = AnswersLate(which)
+        handed_off.append(storage.kept)
         async with bench(storage) as b:
             worker = b.worker
             assert worker is not None

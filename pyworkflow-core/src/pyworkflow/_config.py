@@ -28,6 +28,7 @@ __all__ = [
     "check_namespace",
     "configure",
     "parse_codec_keys",
+    "provisional_settings",
     "read_codec_keys",
     "settings",
 ]
@@ -177,6 +178,15 @@ def settings() -> Settings:
         if _state.settings is None:
             _state.settings = _read(_state.configured, os.environ)
         return _state.settings
+
+
+def provisional_settings() -> Settings:
+    """What ``settings`` would be now, without making it final: ``configure`` may still be called.
+
+    For what has to exist before the workflow modules are imported. Raises as ``settings`` does.
+    """
+    with _state.lock:
+        return _state.settings or _read(_state.configured, os.environ)
 
 
 def check_namespace(value: object, source: str = "namespace") -> str:

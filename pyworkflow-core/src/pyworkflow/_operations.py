@@ -41,9 +41,11 @@ from pyworkflow.errors import (
     RunNotFound,
     RunTerminated,
     SerializationError,
+    StorageUnavailable,
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
     TURN,
@@ -64,6 +66,12 @@ __all__ = ["Operations"]
 D = str | int | float | timedelta
 
 _log = logging.getLogger("pyworkflow.client")
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {"client.after_start": "a run is durable, nobody was told, and its caller has no id yet"},
+)
+
 _POLL = timedelta(seconds=5)
 _NEVER = 2**62
 _LONGEST_REASON = 4096
@@ -121,11 +129,17 @@ class Operations:
         try:
             answer = await self._pipeline.commit(change)
         except KeyTaken as refusal:
-            return await self._standing(refusal, workflow, text)
+            return await self._standing(refusal.owner, refusal.key, workflow, text)
         except RunExists:
+            standing = await self.storage.get_run(run_id)
+            key = options.idempotency_key
+            if key is not None and standing is not None and standing.idempotency_key == key:
+                return await self._standing(run_id, key, workflow, text)  # the same call again
             raise ArgumentError(
                 f"a run of this id exists: run_id={run_id}; leave run_id out, or take another"
             ) from None
+        if failpoints.active:
+            failpoints.hit("client.after_start")
         _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
         turn = next((i for i in answer.claims if i.item_id == TURN), None)
         if self._worker is not None and turn is not None:
@@ -200,11 +214,13 @@ class Operations:
         key = f"start:{secrets.token_hex(8)}"
         return Change(run_id=run_id, key=key, create=new, events=[started], put=[put]), started
 
-    async def _standing(self, refusal: KeyTaken, workflow: Workflow[Any, Any], text: str) -> str:
+    async def _standing(
+        self, run_id: str, key: str, workflow: Workflow[Any, Any], text: str
+    ) -> str:
         """The run that has the key, if it was started with the same."""
-        standing = await self.storage.get_run(refusal.owner)
+        standing = await self.storage.get_run(run_id)
         if standing is None:
-            return refusal.owner  # purged: its key is kept so that nothing happens again
+            return run_id  # purged: its key is kept so that nothing happens again
         standing = await opened_run(standing)
         differences: dict[str, tuple[str, str]] = {}
         if standing.workflow != workflow.name:
@@ -215,8 +231,8 @@ class Operations:
                 if old.get(name, "—") != new.get(name, "—"):
                     differences[name] = (old.get(name, "—"), new.get(name, "—"))
         if differences:
-            raise IdempotencyConflict(refusal.key, refusal.owner, differences)
-        return refusal.owner
+            raise IdempotencyConflict(key, run_id, differences)
+        return run_id
 
     async def get_run(self, run_id: str) -> Run:
         """The run, decoded."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pyworkflow import _plugins
 from pyworkflow._client import Importing
-from pyworkflow._config import Settings, settings
+from pyworkflow._config import Settings, provisional_settings, settings
 from pyworkflow._definitions import workflow_names
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
@@ -26,6 +26,7 @@ __all__ = [
     "Settings",
     "create_runtime",
     "import_modules",
+    "provisional_settings",
     "replay_filter",
     "serve_here",
     "settings",

@@ -19,12 +19,22 @@ from pyworkflow.spi import (
     StorageDamaged,
     StorageError,
     StorageFull,
+    failpoints,
 )
 from pyworkflow_storage_file._calls import Calls
 
 __all__ = ["Files", "Manifest", "read_all", "segment_name", "storage_error"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
+
+failpoints.register(
+    __name__,
+    OSError,
+    {"file.before_rename": "a new manifest is on disk, and the old one counts"},
+)
+failpoints.register(
+    __name__, None, {"file.after_rename": "a new manifest counts, and may not survive power loss"}
+)
 
 #: Version of the manifest that this code writes, and the newest that it reads.
 MANIFEST_FORMAT: Final = 1
@@ -148,7 +158,11 @@ class Files:
         finally:
             os.close(fd)
         self.flush_names()  # a segment's name must survive before a manifest that names it can
+        if failpoints.active:
+            failpoints.hit("file.before_rename")
         self._calls.replace(new, self.manifest_path)
+        if failpoints.active:
+            failpoints.hit("file.after_rename")
 
     def remove_leftovers(self) -> None:
         """Delete segments of generations that are over, or that never came to be."""

@@ -15,7 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
-from pyworkflow.spi import SchemaTooNew, StorageDamaged, StorageError, StorageUnavailable
+from pyworkflow.spi import (
+    SchemaTooNew,
+    StorageDamaged,
+    StorageError,
+    StorageUnavailable,
+    failpoints,
+)
 from pyworkflow.spi.embedded import Pace
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._calls import Calls
@@ -32,6 +38,16 @@ from pyworkflow_storage_file._lock import (
 __all__ = ["Journal", "Record", "Sink"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "file.before_append": "records are complete, and nothing of them is in the journal",
+        "file.before_fsync": "records are appended, and may not survive power loss",
+        "file.after_fsync": "records are on disk, and nobody has an answer yet",
+    },
+)
 
 
 class Record(NamedTuple):
@@ -239,12 +255,18 @@ class Journal:
         )
         flushing = False
         try:
+            if failpoints.active:
+                failpoints.hit("file.before_append")
             self._files.write(self._fd, data, start)
             if durable:
                 flushing = True
+                if failpoints.active:
+                    failpoints.hit("file.before_fsync")
                 began = self._calls.ticks()
                 self._files.flush(self._fd)
                 self.pace.flushed(self._calls.ticks() - began)
+                if failpoints.active:
+                    failpoints.hit("file.after_fsync")
         except OSError as error:
             # A failed flush may have lost more than this write: everything since the last good one.
             self._undo(synced if flushing else start, error)

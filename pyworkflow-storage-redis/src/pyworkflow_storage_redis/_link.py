@@ -16,6 +16,7 @@ from pyworkflow.spi import (
     SchemaTooNew,
     StorageError,
     StorageUnavailable,
+    failpoints,
 )
 from pyworkflow_storage_redis._channel import Answer, Channel
 from pyworkflow_storage_redis._connection import RedisConnection, make_connection
@@ -26,6 +27,16 @@ from pyworkflow_storage_redis._scripts import NAMES, sha, source
 __all__ = ["Link", "forks"]
 
 _log = logging.getLogger("pyworkflow.storage")
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "redis.before_send": "a call of a script is complete, and was not sent",
+        "redis.after_answer": "the server has answered a call, and nobody has the answer yet",
+    },
+)
+
 _OLDEST = (6, 2)
 _PAUSE = 0.05
 _REDIRECTS = 5
@@ -87,7 +98,11 @@ class Link:
             if channel is None or not channel.alive:
                 channel = await self.connect()
             try:
+                if failpoints.active:
+                    failpoints.hit("redis.before_send")
                 raw = await self.send(channel, script, *args)
+                if failpoints.active:
+                    failpoints.hit("redis.after_answer")
             except exceptions.NoScriptError:
                 # Another server, or somebody flushed its scripts.
                 await self._load(channel)

@@ -18,10 +18,20 @@ from pyworkflow.spi import (
     PayloadTooLarge,
     StorageError,
     StorageUnavailable,
+    failpoints,
 )
 from pyworkflow_storage_sql._postgres_errors import AGAIN, translate
 
 __all__ = ["Connections", "EventsMissing", "Settings", "Transport", "location"]
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "postgres.before_send": "a statement is complete, and was not sent",
+        "postgres.after_answer": "the server has answered a statement, nobody has the answer yet",
+    },
+)
 
 _TRIES = 8
 _SERVER = {
@@ -134,6 +144,8 @@ class Connections:
         for attempt in range(_TRIES):
             connection = await self._take()
             try:
+                if failpoints.active:
+                    failpoints.hit("postgres.before_send")
                 if self.plain:
                     rows = await connection.fetch(query, *args)
                 else:
@@ -144,6 +156,8 @@ class Connections:
                         await connection.execute("ROLLBACK")
                         raise
                     await connection.execute("COMMIT")
+                if failpoints.active:
+                    failpoints.hit("postgres.after_answer")
             except asyncpg.PostgresError as error:
                 exc: Any = error  # its fields are not annotated
                 self._give(connection, broken=exc.sqlstate in {"25006", "57P01", "57P02"})

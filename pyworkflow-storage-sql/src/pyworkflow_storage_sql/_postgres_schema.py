@@ -15,13 +15,20 @@ from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 
-from pyworkflow.spi import ConfigurationError, SchemaTooNew
+from pyworkflow.spi import ConfigurationError, SchemaTooNew, failpoints
 from pyworkflow_storage_sql._postgres_connections import Connections
 from pyworkflow_storage_sql._postgres_errors import translate
 
 __all__ = ["Schema", "migrations", "schema_name"]
 
 _log = logging.getLogger("pyworkflow.storage.postgresql")
+
+failpoints.register(
+    __name__,
+    OSError,
+    {"postgres.migrating": "a step of the schema's migration is done, and not committed"},
+)
+
 _PLAIN = re.compile(r"[a-z0-9_]+")
 _LONGEST = 63
 
@@ -154,6 +161,8 @@ class Schema:
                 )
                 if last < number:
                     await connection.execute(self.fill(text))
+                    if failpoints.active:
+                        failpoints.hit("postgres.migrating")
                     await connection.execute(
                         self.fill("INSERT INTO {schema}.migrations VALUES ($1, $2)"), number, name
                     )

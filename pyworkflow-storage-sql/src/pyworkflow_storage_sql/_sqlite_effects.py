@@ -187,10 +187,12 @@ class _Events(Sequence[Event]):
         if start >= stop:
             return []
         run = self.run
-        rows = run.conn.execute(
-            f"select {EVENT} from events where run = ? and seq > ? and seq <= ? order by seq",  # noqa: S608 - constant columns
-            (run.id, start, stop),
-        )
+        rows = (
+            run.conn.execute(
+                f"select {EVENT} from events where run = ? and seq > ? and seq <= ? order by seq",  # noqa: S608 - constant columns
+                (run.id, start, stop),
+            ).fetchall()
+        )  # an unfinished statement would hold its snapshot for as long as an error lives
         return whole(events_in(rows, run.run_id, run.file, start), run.run_id, run.file, stop)
 
 

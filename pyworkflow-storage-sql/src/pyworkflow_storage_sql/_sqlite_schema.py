@@ -20,6 +20,7 @@ from pyworkflow.spi import (
     StorageError,
     StorageFull,
     StorageUnavailable,
+    failpoints,
 )
 
 __all__ = [
@@ -31,6 +32,12 @@ __all__ = [
     "pending",
     "storage_error",
 ]
+
+failpoints.register(
+    __name__,
+    OSError,
+    {"sqlite.migrating": "within a step of the schema's migration, a statement of it is done"},
+)
 
 #: Seconds that opening waits for another process's lock.
 OPEN_TIMEOUT: Final = 30.0
@@ -149,6 +156,8 @@ def migrate(conn: sqlite3.Connection, path: Path) -> None:
             if _version(conn, path) < number:
                 for statement in _statements(text):
                     conn.execute(statement)
+                    if failpoints.active:
+                        failpoints.hit("sqlite.migrating")
                 conn.execute(f"pragma application_id = {_APPLICATION_ID}")
                 conn.execute(f"pragma user_version = {number}")
             conn.execute("commit")

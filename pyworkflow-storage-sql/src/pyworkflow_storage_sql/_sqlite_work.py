@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -13,6 +14,7 @@ from pyworkflow.spi import (
     ClaimRequest,
     Event,
     ItemKind,
+    StorageDamaged,
     WorkItem,
 )
 from pyworkflow_storage_sql._sqlite_rows import (
@@ -187,14 +189,17 @@ def _claimed(batch: Batch, id: int, request: ClaimRequest, budget: int) -> tuple
             f"select {EVENT} from events where run = ? and seq > ? order by seq",  # noqa: S608 - constant columns
             (row[0], after),
         )
-        for event in cursor:
-            more = _EVENT_BYTES + len(event[7])
-            if size + more > budget:
-                break
-            size += more
-            seq = after + 1 + len(events)
-            events.append(event_in(event, run.run_id, batch.file, seq))
-        cursor.close()
+        with contextlib.closing(cursor):
+            for event in cursor:
+                more = _EVENT_BYTES + len(event[7])
+                if size + more > budget:
+                    break
+                seq = after + 1 + len(events)
+                try:
+                    events.append(event_in(event, run.run_id, batch.file, seq))
+                except StorageDamaged:
+                    break  # told to whoever reads on: the other claims are as good as ever
+                size += more
     cut = after + len(events) < run.history_length
     return Claim(item=item, run=run, events=events, after=after, cut=cut), size
 

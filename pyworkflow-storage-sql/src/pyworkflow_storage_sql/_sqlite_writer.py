@@ -22,6 +22,7 @@ from pyworkflow.spi import (
     Refusal,
     RunClosed,
     RunNotFound,
+    failpoints,
 )
 from pyworkflow.spi.embedded import (
     Answers,
@@ -42,6 +43,15 @@ from pyworkflow_storage_sql._sqlite_schema import (
 )
 
 __all__ = ["Batch", "Writer"]
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "sqlite.before_commit": "a transaction is written, and not committed",
+        "sqlite.after_commit": "a transaction is committed, and nobody has an answer yet",
+    },
+)
 
 #: What an operation may raise without having written.
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
@@ -285,9 +295,13 @@ class Writer:
                 "update namespaces set latest = ?, work = work + ? where id = ? returning work",
                 (self._latest, batch.work, self._namespace),
             ).fetchone()[0]
+        if failpoints.active:
+            failpoints.hit("sqlite.before_commit")
         began = time.perf_counter_ns()
         conn.execute("commit")
         self.pace.flushed(time.perf_counter_ns() - began)
+        if failpoints.active:
+            failpoints.hit("sqlite.after_commit")
         if batch.touched:
             self._touched.update(batch.touched)
 

@@ -16,6 +16,7 @@ from pyworkflow._definitions import find_workflow
 from pyworkflow._engine.live import TURNS
 from pyworkflow.errors import StorageError
 from pyworkflow.runs import ItemKind, Run, WorkItem
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.executor import Doorbell, Outcome, doorbell_headers
 from pyworkflow.spi.storage import TURN, NewRun, Put
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["Bells", "bell_of_put"]
 
 _log = logging.getLogger("pyworkflow.engine")
+
+failpoints.register(
+    __name__,
+    None,
+    {"ring.before": "items are due and durable, and their doorbells were not handed over"},
+)
 
 _AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -189,6 +196,8 @@ class Bells:
             if put.claimed is None and put.due_at is None
         ]
         if bells:
+            if failpoints.active:
+                failpoints.hit("ring.before")
             self._ring(bells)
 
 

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from pyworkflow.errors import RunClosed, RunExists, RunNotFound
+from pyworkflow.errors import RunClosed, RunExists, RunNotFound, StorageUnavailable
 from pyworkflow.events import Event, EventClass, Json
 from pyworkflow.runs import ItemKind, ParentRef
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Claim, NewRun, Put, Settle
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ __all__ = ["deliver", "event_payload", "run_payload"]
 
 _log = logging.getLogger("pyworkflow.engine")
 _HOPS = 1000
+
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {
+        "deliver.before": "a delivery is claimed, and nothing of it was done",
+        "deliver.after_create": "the other run exists, nobody was told, the delivery is still owed",
+        "deliver.before_settle": "the delivery was made, and is still owed",
+    },
+)
 
 
 def event_payload(to: str, type: str, data: Mapping[str, Json]) -> dict[str, Json]:
@@ -51,10 +62,14 @@ async def deliver(worker: Worker, claim: Claim) -> None:
     payload = cast("dict[str, Any]", item.payload)
     key = f"deliver:{item.run_id}:{item.item_id}"
     to = str(payload["to"])
+    if failpoints.active:
+        failpoints.hit("deliver.before")
     if "run" in payload:
         await _start(worker, to, key, payload)
     else:
         await _input(worker, to, key, payload)
+    if failpoints.active:
+        failpoints.hit("deliver.before_settle")
     await worker.pipeline.commit(
         Change(run_id=item.run_id, key=f"{claim.ref.token}:1", claim=claim.ref, settle=Settle())
     )
@@ -83,6 +98,8 @@ async def _start(worker: Worker, run_id: str, key: str, payload: dict[str, Any])
         if standing is None or standing.parent != new.parent:
             _log.error("a run cannot start: its id is somebody else's: run_id=%s", run_id)
     else:
+        if failpoints.active:
+            failpoints.hit("deliver.after_create")
         worker.tell_of(run_id, new, [put])
 
 

@@ -20,10 +20,12 @@ from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
     StepInterrupted,
+    StorageUnavailable,
     WorkerLost,
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import WorkItem
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ if TYPE_CHECKING:
 __all__ = ["DispatchedSteps"]
 
 _log = logging.getLogger("pyworkflow.engine")
+
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {
+        "step.before_start": "an at-most-once step is claimed, and not recorded as begun",
+        "step.after_start": "an at-most-once step is recorded as begun, and its body has not begun",
+    },
+)
 
 KILLS = 3
 """Claims of a step without progress after which it is taken to kill its worker."""
@@ -200,6 +211,8 @@ class DispatchedSteps:
 
     async def _mark_begun(self, what: StepTry, item: WorkItem) -> bool:
         """Record that the body is about to begin; False when it must not any more."""
+        if failpoints.active:
+            failpoints.hit("step.before_start")
         sent = monotonic()
         what.began = utcnow()
         payload = dict(item.payload) | {"begun": _ref(item).token}
@@ -208,6 +221,8 @@ class DispatchedSteps:
             [started_event(what, self._worker.owner, dispatched=True)],
             settle=Settle(keep=True, payload=payload),
         )
+        if failpoints.active:
+            failpoints.hit("step.after_start")
         # The lease was given at ``sent`` at the latest: begin only with half of it left.
         return monotonic() - sent < self._worker.settings.lease.total_seconds() / 2
 

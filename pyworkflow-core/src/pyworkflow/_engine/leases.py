@@ -13,11 +13,41 @@ from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
 
-from pyworkflow.spi.storage import ClaimRef, StorageBackend
+from pyworkflow.errors import StorageUnavailable
+from pyworkflow.spi import failpoints
+from pyworkflow.spi.storage import Claimed, ClaimRef, ClaimRequest, StorageBackend
 
-__all__ = ["LeaseKeeper"]
+__all__ = ["LeaseKeeper", "claim", "give_back"]
+
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {
+        "claim.before": "a worker is about to ask for due items",
+        "claim.after": "items are claimed, and nothing of them has begun",
+        "lease.before_renew": "leases are about to be extended, in the thread that does that",
+        "drain.before_release": "a worker that drains is about to give an item back",
+    },
+)
 
 _log = logging.getLogger("pyworkflow.engine")
+
+
+async def claim(storage: StorageBackend, request: ClaimRequest) -> Claimed:
+    """Claim what is due."""
+    if failpoints.active:
+        failpoints.hit("claim.before")
+    claimed = await storage.claim(request)
+    if failpoints.active:
+        failpoints.hit("claim.after")
+    return claimed
+
+
+async def give_back(storage: StorageBackend, ref: ClaimRef) -> None:
+    """Release what a worker that drains holds."""
+    if failpoints.active:
+        failpoints.hit("drain.before_release")
+    await storage.release(ref)
 
 
 class LeaseKeeper:
@@ -118,6 +148,8 @@ class LeaseKeeper:
             refs = [r for r, since in self._held.items() if now - since > self._every / 3]
         if not refs:
             return
+        if failpoints.active:
+            failpoints.hit("lease.before_renew")
         kept = await storage.renew(refs, self._lease)
         for ref, ok in zip(refs, kept, strict=True):
             if not ok:

@@ -1,14 +1,19 @@
-"""Who holds a lease: the identity of a worker process, and whether that process is gone."""
+"""Who holds a lease: the identity of a worker process, whether it is gone, and what it held."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-__all__ = ["is_gone", "new_owner", "owner_of"]
+from pyworkflow.spi.storage import StorageBackend
+
+__all__ = ["free_gone", "free_process", "is_gone", "new_owner", "owner_of"]
+
+_log = logging.getLogger("pyworkflow.engine")
 
 _numbers = count(1)
 
@@ -78,3 +83,26 @@ def _exists(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+async def free_gone(storage: StorageBackend) -> int:
+    """Free at once what processes of this machine held that are gone; how many items."""
+    freed = 0
+    for owner in await storage.holders():
+        if is_gone(owner):
+            freed += await storage.free(owner)
+            _log.info("freed what a process that is gone held: owner=%s items=%d", owner, freed)
+    return freed
+
+
+async def free_process(storage: StorageBackend, pid: int) -> int:
+    """Free what a process of this machine held, which has died or is about to end; how many."""
+    prefix = owner_of(pid).rpartition("/")[0] + "/"
+    freed = 0
+    for owner in await storage.holders():
+        if owner.startswith(prefix):
+            freed += await storage.free(owner)
+    if freed:
+        what = "this process" if pid == os.getpid() else "a dead process"
+        _log.info("freed what %s held: pid=%d items=%d", what, pid, freed)
+    return freed

@@ -22,7 +22,7 @@ from datetime import datetime
 from time import monotonic
 
 from pyworkflow import _plugins
-from pyworkflow._clock import to_micros
+from pyworkflow._clock import to_micros, utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow.errors import (
     PayloadTooLarge,
@@ -31,6 +31,7 @@ from pyworkflow.errors import (
     StorageFull,
     StorageUnavailable,
 )
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
 
 __all__ = ["Pipeline", "StorageClock"]
@@ -39,6 +40,17 @@ _Waiting = tuple[Change, Callable[[Answer | Exception], None]]
 
 _log = logging.getLogger("pyworkflow.engine")
 
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {
+        "pipeline.before_send": "a batch of changes is complete and was not sent to the storage",
+        "pipeline.after_send": "the storage has answered a batch, and nobody has an answer yet",
+    },
+)
+
+_FAR = 60.0
+"""Seconds between two clocks that are worth a word."""
 BATCH = 500
 DIVISIBLE = 32
 """With fewer changes one batch costs less than several."""
@@ -53,6 +65,17 @@ class StorageClock:
     def __init__(self) -> None:
         self._micros = 0
         self._at = 0.0
+
+    def begin(self, now: datetime) -> None:
+        """The first answer; warns when this machine's clock is far from the storage's."""
+        self.update(now)
+        ahead = (utcnow() - now).total_seconds()
+        if abs(ahead) > _FAR:
+            _log.warning(
+                "the clock of this machine is not the store's: ahead=%+.0fs; leases and timers "
+                "follow the store, the times in this log do not; set the clock",
+                ahead,
+            )
 
     def update(self, now: datetime, asked: float | None = None) -> None:
         """An answer carried this ``now``; ``asked``: the question was sent then (``monotonic``).
@@ -81,6 +104,7 @@ class Pipeline:
         codecs: Writer | None = None,
         max_payload: int = 0,
     ) -> None:
+        failpoints.check()
         self.write_with(codecs, max_payload)
         self._storage = storage
         self._clock = clock
@@ -234,7 +258,12 @@ class Pipeline:
         pause = 0.05
         while True:
             try:
-                return list(await self._storage.commit_many(changes))
+                if failpoints.active:
+                    failpoints.hit("pipeline.before_send")
+                answers = await self._storage.commit_many(changes)
+                if failpoints.active:
+                    failpoints.hit("pipeline.after_send")
+                return list(answers)
             except StorageError as exc:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
                 if self.on_trouble is not None:

@@ -36,9 +36,15 @@ from pyworkflow._replay.commands import (
     StartSleep,
 )
 from pyworkflow._replay.replay import DEADLINE_OP
-from pyworkflow.errors import PayloadTooLarge, SerializationError, UnseenInput
+from pyworkflow.errors import (
+    PayloadTooLarge,
+    SerializationError,
+    StorageUnavailable,
+    UnseenInput,
+)
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import Run, RunStatus, WorkItem
+from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Control, ControlKind, Settle, Update
 
 if TYPE_CHECKING:
@@ -47,6 +53,12 @@ if TYPE_CHECKING:
 __all__ = ["FLUSH", "Session"]
 
 _log = logging.getLogger("pyworkflow.engine")
+
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {"turn.before_end": "the workflow has returned, and its end is not sent to the storage"},
+)
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
@@ -117,7 +129,7 @@ class Session(Straight):
         """One round. None to go on, else whether the coroutine may be kept."""
         replay = self._replay
         if replay.problem is not None:
-            await self._stall(replay.problem)
+            await self.stall_for(replay.problem)
             return False
         for warning in replay.take_warnings():
             _log.warning("%s run_id=%s", warning, self._run.run_id)
@@ -297,6 +309,8 @@ class Session(Straight):
             )
             self._replay.leftover = []
         try:
+            if failpoints.active:
+                failpoints.hit("turn.before_end")
             await self._commit(final=ending.status, update=ending.update, last=ending.event)
         except UnseenInput as refusal:
             await self._feed(refusal.inputs)
@@ -307,8 +321,8 @@ class Session(Straight):
         self._worker.run_ended(self._run, ending.status, ending.update.error)
         return False
 
-    async def _stall(self, problem: Exception) -> None:
-        """The code cannot go on from this history: say so once, and try again later."""
+    async def stall_for(self, problem: Exception) -> None:
+        """The run cannot go on here: say so once, and try again later."""
         if self._cancel is not None:
             await self._close_without_code(self._cancel)
             return

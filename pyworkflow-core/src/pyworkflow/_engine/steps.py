@@ -30,10 +30,17 @@ from pyworkflow.errors import (
     StorageError,
 )
 from pyworkflow.events import Json
+from pyworkflow.spi import failpoints
 
 __all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict"]
 
 _log = logging.getLogger("pyworkflow.engine")
+
+failpoints.register(
+    __name__,
+    None,
+    {"step.after_body": "the body of a step has ended, and its end is not recorded"},
+)
 
 
 @dataclass(slots=True)
@@ -145,6 +152,8 @@ class StepRunner:
                 end.error, end.kind = StepTimeout(str(exc)), "timeout"
             except BaseException as exc:  # noqa: BLE001 - whatever a step raises is its result
                 end.error = exc
+            if failpoints.active:
+                failpoints.hit("step.after_body")
             return end
         finally:
             if threads and not threads[0].done():

@@ -22,9 +22,10 @@ from pyworkflow._engine.records import (
 )
 from pyworkflow._engine.steps import StepTry
 from pyworkflow._replay.commands import RunStep
-from pyworkflow.errors import HistoryTooLong
+from pyworkflow.errors import HistoryTooLong, StorageUnavailable
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
+from pyworkflow.spi import failpoints
 from pyworkflow.spi._plan import stamped
 from pyworkflow.spi.storage import (
     Change,
@@ -44,6 +45,15 @@ if TYPE_CHECKING:
 __all__ = ["SLICE", "Turn"]
 
 _log = logging.getLogger("pyworkflow.engine")
+
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {
+        "turn.before_commit": "a turn's change is complete, and nothing of it is stored",
+        "turn.after_commit": "a turn's change is stored, nobody was told, no step of it has begun",
+    },
+)
 
 _WARN_AT = 10_240
 SLICE = 500
@@ -157,6 +167,8 @@ class Turn:
         update: Update | None = None,
         seen: bool = True,
     ) -> Change:
+        if failpoints.active:
+            failpoints.hit("turn.before_commit")
         self._changes += 1
         return Change(
             run_id=self._run.run_id,
@@ -176,6 +188,8 @@ class Turn:
 
     def _taken(self, events: list[Event], answer: Committed) -> None:
         """The change with these events is durable: nothing of it is owed any more."""
+        if failpoints.active:
+            failpoints.hit("turn.after_commit")
         puts, drops = self._puts, self._drops
         self._events, self._control = [], None
         self._replay.acknowledge(answer.seen_seq)

@@ -25,15 +25,15 @@ from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
-from pyworkflow._engine.leases import LeaseKeeper
+from pyworkflow._engine.leases import LeaseKeeper, claim, give_back
 from pyworkflow._engine.live import TURNS, LiveRun
 from pyworkflow._engine.observers import log_end, log_steps, observed_hooks, tell_observers
-from pyworkflow._engine.owner import is_gone, new_owner, owner_of
+from pyworkflow._engine.owner import free_gone, free_process, new_owner
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._replay._cpython import Batch, prepare
-from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.capabilities import StorageInfo
@@ -123,7 +123,7 @@ class Worker:
     async def open(self) -> None:
         """Open the store and free what processes of this machine left behind."""
         await self.storage.open()
-        self.clock.update(await self.storage.now())
+        self.clock.begin(await self.storage.now())
         await self.free_gone()
 
     def serve(self) -> None:
@@ -158,7 +158,7 @@ class Worker:
                 # is free when it has ended, or when the lease has.
                 continue
             try:
-                await self.storage.release(ref)
+                await give_back(self.storage, ref)
             except StorageError as exc:
                 _log.warning("a claim could not be given back and will run out: %s", exc)
 
@@ -290,7 +290,8 @@ class Worker:
         if (steps := self._steps.room()) > 0 and not turns_of:
             kinds.add(ItemKind.STEP)
         queues = frozenset((turns_of,)) if turns_of else self._queues
-        claimed = await self.storage.claim(
+        claimed = await claim(
+            self.storage,
             ClaimRequest(
                 owner=self.owner,
                 lease=self.settings.lease,
@@ -300,13 +301,13 @@ class Worker:
                 kinds=frozenset(kinds),
                 workflows=workflow_names(),
                 known=self._known,
-            )
+            ),
         )
         self.clock.update(claimed.now)
         self._claimed_at = monotonic()
-        for claim in claimed.claims:
-            self._begin(claim)
-        return [claim.item for claim in claimed.claims]
+        for taken in claimed.claims:
+            self._begin(taken)
+        return [taken.item for taken in claimed.claims]
 
     async def _renew_after_pause(self) -> None:
         """Keep what ran out while this process was stopped, and was taken by nobody.
@@ -337,12 +338,7 @@ class Worker:
     async def free_gone(self) -> int:
         """Free at once what processes of this machine held that are gone."""
         self._looked_for_gone = monotonic()
-        freed = 0
-        for owner in await self.storage.holders():
-            if is_gone(owner):
-                freed += await self.storage.free(owner)
-                _log.info("freed what a process that is gone held: owner=%s items=%d", owner, freed)
-        return freed
+        return await free_gone(self.storage)
 
     # --- Runtime: what executors call -----------------------------------------------------------
 
@@ -388,15 +384,9 @@ class Worker:
 
     def free(self, pid: int) -> None:
         """A pool child with this pid has died: what it held is due at once."""
-        prefix = owner_of(pid).rpartition("/")[0] + "/"
 
         async def free_all() -> None:
-            freed = 0
-            for owner in await self.storage.holders():
-                if owner.startswith(prefix):
-                    freed += await self.storage.free(owner)
-            if freed:
-                _log.info("freed what a dead process held: pid=%d items=%d", pid, freed)
+            if freed := await free_process(self.storage, pid):
                 await self.sweep(freed)
 
         self.spawn(self.contained(free_all(), "-"))
@@ -473,11 +463,14 @@ class Worker:
 
     async def _drive(self, live: LiveRun, claim: Claim, resumed: bool) -> bool:
         """See a turn through; whether the coroutine may be kept."""
-        run = claim.run
-        events: Sequence[Event] = claim.events
-        if claim.cut or live.replay.fed < claim.after:
-            events = await self.storage.get_events(run.run_id, after=live.replay.fed)
+        run, events = claim.run, claim.events
         session = Session(self, live, run, claim.item, resumed=resumed and run.seen_seq > 0)
+        if claim.cut or live.replay.fed < claim.after:
+            try:
+                events = await self.storage.get_events(run.run_id, after=live.replay.fed)
+            except StorageDamaged as damage:
+                await session.stall_for(damage)
+                return False
         if run.stalled == _POISONED:
             # It was put aside for long enough: record that, or it would be counted no more.
             await session.unstall()
