@@ -225,6 +225,7 @@ def test_doorbells_that_waited_let_a_worker_drive_many_turns_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bells_module, "_BACK_TO_BACK", 60.0)
+    monkeypatch.setattr(bells_module, "_HOOKS", ())  # another test's plugin may stand
 
     async def main() -> None:
         async with fleet() as (many, worker):
@@ -262,6 +263,7 @@ def test_while_a_step_blocks_a_thread_turns_are_left_to_other_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bells_module, "_BACK_TO_BACK", 60.0)
+    monkeypatch.setattr(bells_module, "_HOOKS", ())  # another test's plugin may stand
     gate = threading.Event()
 
     @step(name="bell_blocks")

@@ -96,7 +96,8 @@ class CrashChecks(Suite):
             last = child.tried()[-1]
             there = [e.data["n"] for e in await t.store.get_events("run") if "n" in e.data]
             answer = await t.store.commit(_worker.batch("run", "w", last))
-            assert answer.duplicate == (last in there)
+            # A server may finish after its client has died: then it came between the two reads.
+            assert answer.duplicate or last not in there
             assert (await t.store.commit(_worker.batch("run", "w", last))).seqs == answer.seqs
             first = last + 1
         messages = [e.data["n"] for e in await t.store.get_events("run", after=1)]
