@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 from pyworkflow import _plugins
 from pyworkflow._client import Importing
@@ -30,6 +31,8 @@ __all__ = [
     "replay_filter",
     "serve_here",
     "settings",
+    "tell_started",
+    "tell_stopping",
     "workflow_names",
 ]
 
@@ -69,6 +72,22 @@ def create_runtime(
         ring=ring,
         owns_storage=storage is None,
     )
+
+
+def tell_started(runtime: Runtime, queues: Sequence[str] = ()) -> None:
+    """Tell plugins that a worker which gets doorbells takes work from now on: once per worker.
+
+    With several processes under one worker, its main process tells; ``queues`` are those that it
+    was told to take, none means the executor's default.
+    """
+    _plugins.observe(
+        "pyworkflow_worker_started", worker=cast("Worker", runtime).owner, queues=sorted(queues)
+    )
+
+
+def tell_stopping(runtime: Runtime) -> None:
+    """Tell plugins that the worker takes no more work and drains."""
+    _plugins.observe("pyworkflow_worker_stopping", worker=cast("Worker", runtime).owner)
 
 
 class _Modules:

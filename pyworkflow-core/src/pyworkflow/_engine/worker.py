@@ -382,14 +382,14 @@ class Worker:
         """Until the store has news for workers, or for ``timeout`` seconds."""
         return await self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
 
-    def free(self, pid: int) -> None:
+    def free(self, pid: int) -> asyncio.Task[None]:
         """A pool child with this pid has died: what it held is due at once."""
 
         async def free_all() -> None:
             if freed := await free_process(self.storage, pid):
                 await self.sweep(freed)
 
-        self.spawn(self.contained(free_all(), "-"))
+        return self.spawn(self.contained(free_all(), "-"))
 
     # --- turns --------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -116,8 +116,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def free(self, pid: int) -> None:
-        """End the leases of a pool child that is dead, and ring for its items."""
+    def free(self, pid: int) -> Awaitable[None]:
+        """Begin to end the leases of a pool child that is dead, and to ring for its items.
+
+        It goes on whether the answer is awaited or not; awaited, it is done.
+        """
         ...
 
 

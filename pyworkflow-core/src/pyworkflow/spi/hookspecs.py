@@ -239,12 +239,12 @@ def pyworkflow_events_committed(run_id: str, events: Sequence[Event]) -> None:
 
 @hookspec
 def pyworkflow_worker_started(worker: str, queues: Sequence[str]) -> None:
-    """A worker process claims from now on."""
+    """A worker takes work from now on. With several processes, its main process tells, once."""
 
 
 @hookspec
 def pyworkflow_worker_stopping(worker: str) -> None:
-    """A worker process claims no more and drains."""
+    """A worker takes no more work and drains. As above, once."""
 
 
 @hookspec
