@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -339,6 +340,8 @@ def test_f33_workers_whose_clocks_are_wrong_by_an_hour_do_as_the_store_says(
     served.journeys_ended(RUNS)
     for events in served.histories().values():
         assert all(before <= event.timestamp <= after for event in events)
+    for ahead in (r"\+3[56]\d\ds", r"-3[56]\d\ds"):
+        assert re.search(f"not the store's: ahead={ahead}", served.output())
 
 
 def test_f34_a_storage_clock_that_is_set_back_fires_nothing_twice(stage: Stage) -> None:
