@@ -23,10 +23,45 @@ if TYPE_CHECKING:
     from pyworkflow._engine.live import LiveRun
     from pyworkflow._engine.worker import Worker
 
-__all__ = ["Straight"]
+__all__ = ["Roads", "Straight"]
 
 #: An answer that is left to the session, with the events of its change; or None.
 _Left = tuple[Committed, list[Event]] | None
+
+
+class Roads:
+    """The steps that run on the plain roads of a worker: one timer, since only the oldest counts."""
+
+    def __init__(self) -> None:
+        self._since: dict[Straight, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begun(self, road: Straight, since: float) -> None:
+        """A step runs there since then (``monotonic``)."""
+        self._since[road] = since
+        if self._timer is None:
+            self._arm(road.flush)
+
+    def ended(self, road: Straight) -> None:
+        """None runs there any more."""
+        self._since.pop(road, None)
+
+    def _arm(self, seconds: float) -> None:
+        # In no run's context: whose step it will find is not known yet.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(seconds, self._look, context=contextvars.Context())
+
+    def _look(self) -> None:
+        self._timer = None
+        now = monotonic()
+        while self._since:
+            road, since = next(iter(self._since.items()))
+            left = since + road.flush - now
+            if left > 0:
+                self._arm(left)
+                return
+            del self._since[road]
+            road.leave()
 
 
 class Straight(Turn):
@@ -36,7 +71,8 @@ class Straight(Turn):
         super().__init__(worker, live, run, item)
         self._road: asyncio.Future[_Left] | None = None
         self._within: contextvars.Context | None = None
-        self._flush = 0.0
+        self.flush = 0.0
+        """Seconds that a step may run in place."""
         self._timer: asyncio.TimerHandle | None = None
         self._leaving = False
 
@@ -45,7 +81,7 @@ class Straight(Turn):
 
         ``flush`` is how long a step may run in place.
         """
-        self._flush = flush
+        self.flush = flush
         return (
             len(self._running) == 1
             and not (self._ended or self._handing or self._puts or self._drops or self._careful)
@@ -62,16 +98,23 @@ class Straight(Turn):
         # Workflow code and steps begin in the context that the session would give them.
         self._within = contextvars.copy_context()
         self._leaving = False
-        self._timer = loop.call_later(self._left(), self._look)
+        roads = self._worker.roads
+        (place,) = self._running.values()
+        roads.begun(self, place.since)
+        if self._replay.next_timer() is not None:
+            self._timer = loop.call_later(self._left(), self._look)
         try:
             return await road
         finally:
             self._road = self._within = None
-            self._timer.cancel()
+            roads.ended(self)
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _left(self) -> float:
         """Seconds until the step has run long enough, or the deadline is due."""
-        left = self._flush
+        left = self.flush
         for place in self._running.values():
             left += place.since - monotonic()
         until = self._replay.next_timer()
@@ -79,19 +122,20 @@ class Straight(Turn):
             left = min(left, (until - self._worker.clock.micros()) / 1_000_000)
         return left
 
-    def _leave(self, left: _Left = None) -> None:
+    def leave(self, left: _Left = None) -> None:
+        """Give the turn back to the session, with an answer that it has to deliver."""
         road = self._road
         if road is not None and not road.done():
             road.set_result(left)
 
     def _look(self) -> None:
-        """Leave when the step takes long or the deadline is due; a commit under way ends before."""
+        """Leave when the deadline is due; a commit that is under way ends before."""
         road = self._road
         if road is None or road.done():
             return
         left = self._left()
         if left <= 0 and self._running:
-            self._leave()
+            self.leave()
         elif left <= 0:
             self._leaving = True
         else:
@@ -99,9 +143,10 @@ class Straight(Turn):
 
     def _step_ended(self, road: asyncio.Future[_Left]) -> None:
         """Record the end, and send it along."""
+        self._worker.roads.ended(self)
         (place,) = self._ended
         if self._leaving or place.end is None or place.end.error is not None:
-            self._leave()
+            self.leave()
             return
         try:
             self._ended.clear()
@@ -133,21 +178,22 @@ class Straight(Turn):
         events = self._events
         self._taken(events, answer)
         if answer.paused or len(answer.others) > SLICE:
-            self._leave((answer, events))
+            self.leave((answer, events))
             return
         worker = self._worker
         worker.guard.feed(self._replay, self._to_feed(answer, events))
         self._fed(answer)
         if self._leaving or worker.is_stopping:
-            self._leave()
+            self.leave()
             return
         command = self._replay.take_step()
         if command is None:
-            self._leave()
+            self.leave()
             return
         what = self._try_of(command)
         if what.step.is_queued:
             self._dispatch(what)
-            self._leave()
+            self.leave()
         else:
             self._start(what)
+            worker.roads.begun(self, monotonic())

@@ -32,6 +32,7 @@ from pyworkflow._engine.owner import free_gone, free_process, new_owner
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
+from pyworkflow._engine.straight import Roads
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
 from pyworkflow.events import Event
@@ -106,6 +107,7 @@ class Worker:
             codecs=self.codecs,
         )
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
+        self.roads = Roads()
         self._kept: OrderedDict[str, LiveRun] = OrderedDict()
         self._known: dict[str, int] = {}
         self._steps = DispatchedSteps(self)
