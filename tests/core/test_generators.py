@@ -8,7 +8,9 @@ import gc
 
 import pytest
 
-from pyworkflow import sleep, workflow
+from pyworkflow import is_evicting, sleep, workflow
+from pyworkflow._replay.replay import Replay
+from pyworkflow.events import Event
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing import start_local
 
@@ -89,3 +91,32 @@ def test_h21_a_generator_ends_when_its_run_is_put_aside(flow):
     seen.clear()
     gc.collect()
     assert len(went_on) == ended, "code of a closed run went on when it was freed"
+
+
+def test_a_generator_that_is_being_closed_is_not_called_stubborn() -> None:
+    @workflow
+    async def closing() -> int:
+        async def values():
+            try:
+                yield 1
+            finally:
+                if not is_evicting():
+                    await asyncio.sleep(10)
+
+        async with contextlib.aclosing(values()) as generator:
+            async for _ in generator:
+                break
+        return 1
+
+    arguments = closing.encode_call((), {})
+    data = {
+        "workflow": closing.name,
+        "version": "1",
+        "args": arguments,
+        "seed": "ab" * 16,
+        "profile": 1,
+    }
+    replay = Replay(closing, "r")
+    replay.feed([Event("workflow.started", "I", data, run_id="r", seq=1)])
+    assert replay.outcome is None
+    assert replay.close() == []

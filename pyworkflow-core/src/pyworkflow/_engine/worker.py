@@ -119,6 +119,8 @@ class Worker:
         self._stopping = False
         self._claimed_at = monotonic()
         self._looked_for_gone = 0.0
+        self._missed = 0
+        """Looks in a row that found something all but due."""
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -235,7 +237,8 @@ class Worker:
         while not self._stopping:
             self._wake.clear()
             try:
-                took = await self.claim_due()
+                if took := await self.claim_due():
+                    self._missed = 0
                 timeout = 0.0 if took else await self._until_due()
                 pause = 0.05
             except StorageError as exc:
@@ -260,7 +263,9 @@ class Worker:
         if left <= 0 and not (self.room() and self._steps.room()):
             left = 0.25  # what is due waits for room here, which wakes us, or is for others
         # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
-        return min(max(left, 0.001), 1.0)
+        # It may stand still, too, for as long as the machine's was set back.
+        self._missed = min(self._missed + 1, 8) if left < 0.01 else 0
+        return min(max(left, 0.0005 * 2**self._missed), 1.0)
 
     async def _idle(self, timeout: float) -> None:
         """Until woken, until the store may hold news, or for ``timeout`` seconds."""

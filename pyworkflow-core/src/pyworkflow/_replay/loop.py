@@ -510,6 +510,8 @@ def _throw(call: Any) -> bool:
 
 def _close_generator(generator: AsyncGenerator[Any, Any]) -> bool:
     """Close a started generator; False when it refuses, and must be kept for ever."""
+    if getattr(generator, "ag_frame", None) is None:  # it is over; 3.11 may call it running still
+        return True
     if getattr(generator, "ag_running", False):  # nobody can end what it waits for
         return False
     closer = generator.aclose()
