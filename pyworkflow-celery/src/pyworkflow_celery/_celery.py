@@ -12,10 +12,12 @@ __all__ = [
     "TaskRequest",
     "WorkerLostError",
     "default_strategy",
+    "redis_data_error",
     "set_pdeathsig",
     "signals",
     "task_ready",
     "uuid",
+    "worker_state",
 ]
 
 
@@ -33,3 +35,10 @@ set_pdeathsig: Any = _from("billiard.util", "set_pdeathsig")
 signals: Any = import_module("celery.signals")
 task_ready: Any = _from("celery.worker.state", "task_ready")
 uuid: Any = _from("kombu.utils.uuid", "uuid")
+worker_state: Any = import_module("celery.worker.state")
+
+
+def redis_data_error() -> type[Exception]:
+    """The error of the client of Redis for what it cannot send; only where that is installed."""
+    found: type[Exception] = _from("redis.exceptions", "DataError")
+    return found

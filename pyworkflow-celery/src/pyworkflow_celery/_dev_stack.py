@@ -44,10 +44,12 @@ class Program:
     command: Sequence[str]
     rank: int
     """Those of higher rank are ended first."""
-    ready: str | Callable[[], bool] | None = None
-    """What it logs, as a regular expression, or what is so, when it is ready."""
+    ready: str | Callable[[int], bool] | None = None
+    """What it logs, as a regular expression, or what is so of its pid, when it is ready."""
     vital: bool = False
     """Without its first start the stack makes no sense."""
+    hide: str | None = None
+    """What it logs, as a regular expression, that says nothing here."""
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class _Keeper:
         self.program = program
         self.state = _State()
         self.changed = threading.Event()
-        """It is ready, or has ended before it was."""
+        """It is ready, or nothing is expected of it any more."""
         self._stack = stack
         self.thread = threading.Thread(target=self._keep, name=program.name, daemon=True)
 
@@ -101,8 +103,10 @@ class _Keeper:
         reader.start()
         if callable(self.program.ready):
             fact = self.program.ready
-            if wait_until(lambda: process.poll() is not None or fact(), _START):
-                self._see_ready(process.poll() is None)
+            is_so = wait_until(lambda: process.poll() is not None or fact(process.pid), _START)
+            # Of one that has ended `_keep` says what that means, before anybody is woken.
+            if is_so and process.poll() is None:
+                self._see_ready()
         status = process.wait()
         with stack.lock:
             state.process = None
@@ -115,13 +119,15 @@ class _Keeper:
         assert process.stdout is not None
         self._stack.output.drain(self.program.name, process.stdout, self._seen)
 
-    def _seen(self, line: str) -> None:
-        mark = self.program.ready
+    def _seen(self, line: str) -> bool:
+        """Whether the line is shown."""
+        mark, hide = self.program.ready, self.program.hide
         if isinstance(mark, str) and re.search(mark, line):
-            self._see_ready(True)
+            self._see_ready()
+        return hide is None or re.search(hide, line) is None
 
-    def _see_ready(self, ready: bool) -> None:
-        self.state.ready = self.state.ready or ready
+    def _see_ready(self) -> None:
+        self.state.ready = True
         self.changed.set()
 
     def _clear(self, group: int) -> None:

@@ -11,11 +11,12 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
 from pyworkflow.spi import Doorbell, Outcome, Runtime
+from pyworkflow_celery._refusals import Refusals
 
 __all__ = ["Host", "end_host", "host", "standing_host"]
 
@@ -43,6 +44,7 @@ class Host:
         self.draining_since: float | None = None
         self.busy = 0
         """Doorbells that are being handled."""
+        self._refusals = Refusals()
         self._count = threading.Lock()
         self._opening = asyncio.Lock()
         self._made: Runtime | None = None
@@ -109,7 +111,14 @@ class Host:
                 self.busy -= 1
 
     async def _handle(self, bell: Doorbell) -> Outcome:
-        return await (await self.runtime()).handle(bell)
+        return await self._refusals.handle((await self.runtime()).handle, bell)
+
+    async def free(self, pids: Sequence[int]) -> None:
+        """Give back what these processes hold, and wait until that is done. In the loop."""
+        runtime = self._runtime
+        if runtime is None:
+            return
+        await asyncio.gather(*[runtime.free(pid) for pid in pids])
 
     def sweep(self, limit: int = 100) -> int:
         """Ring for what is due; how many."""
@@ -128,6 +137,7 @@ class Host:
             self.loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
+        self._refusals.forget()
         if self._drain is None:
             self._drain = self.loop.create_task(self._drain_all())
 

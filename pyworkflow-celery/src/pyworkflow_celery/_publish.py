@@ -16,13 +16,22 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from pyworkflow.spi import Doorbell
+from pyworkflow.spi import Doorbell, failpoints
 from pyworkflow_celery._config import is_redis, priority_of, queue_of
 
-__all__ = ["HANDLE", "Publisher", "publisher_for"]
+__all__ = ["HANDLE", "Publisher", "flush_all", "publisher_for"]
 
 HANDLE = "pyworkflow.handle"
 _log = logging.getLogger("pyworkflow.celery")
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "celery.before_publish": "a message is complete, and was not given to the broker",
+        "celery.after_publish": "the broker has a message, and its sender does not know",
+    },
+)
 
 _MOST = 10_000
 """Doorbells that wait to be sent; more push the oldest out."""
@@ -216,7 +225,8 @@ class Publisher:
             self._connect()
         queue, priority = what.route or (queue_of(app, bell.queue), priority_of(app, bell.priority))
         task_id = uuid()
-        message = app.amqp.create_task_message(
+        # The second version whatever the application's own tasks are sent in.
+        message = app.amqp.as_task_v2(
             task_id,
             HANDLE,
             (),
@@ -224,11 +234,13 @@ class Publisher:
             shadow=bell.name or None,
             ignore_result=True,
         )
-        headers: dict[str, Any] = {}
+        headers: dict[str, Any] = {"pyworkflow_queue": queue}
         if bell.headers:
             headers["pyworkflow_headers"] = dict(bell.headers)
         if what.hops:
             headers["pyworkflow_hops"] = what.hops
+        if failpoints.active:
+            failpoints.hit("celery.before_publish")
         app.amqp.send_task_message(
             self._producer,
             HANDLE,
@@ -241,6 +253,8 @@ class Publisher:
             timeout=_TIMEOUT,
             confirm_timeout=_TIMEOUT,
         )
+        if failpoints.active:
+            failpoints.hit("celery.after_publish")
 
     def _disconnect(self) -> None:
         connection, self._connection, self._producer = self._connection, None, None
@@ -296,15 +310,19 @@ def publisher_for(app: Any) -> Publisher:
             found = _standing.publishers[id(app)] = Publisher(app)
         if not _standing.at_exit:
             _standing.at_exit = True
-            atexit.register(_flush_all, os.getpid())
+            atexit.register(_flush_at_exit, os.getpid())
         return found
 
 
-def _flush_all(pid: int) -> None:
-    if pid != os.getpid():
-        return
+def flush_all(timeout: float = _FLUSH) -> None:
+    """Wait until this process has sent all. Takes no lock but those of the publishers."""
     for publisher in list(_standing.publishers.values()):
-        publisher.flush()
+        publisher.flush(timeout)
+
+
+def _flush_at_exit(pid: int) -> None:
+    if pid == os.getpid():
+        flush_all()
 
 
 def _before_fork() -> None:

@@ -1,7 +1,7 @@
 """How a worker's processes learn that it is time to end, and children of its main process.
 
 The main process holds the only writing end of a pipe that its pool children watch: when it closes
-it, or dies, they drain.
+it, or dies, they drain. A second signal ends all at once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import selectors
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic, sleep
 from typing import Any
 
-from pyworkflow_celery._celery import set_pdeathsig
+from pyworkflow_celery._celery import set_pdeathsig, worker_state
 from pyworkflow_celery._process import Host, standing_host
+from pyworkflow_celery._publish import flush_all
 
 __all__ = ["Shutdown", "shutdown"]
 
@@ -29,6 +31,18 @@ manager may both have sent one.
 _RETURNS = 5.0
 _RESULT = 0.2
 """Seconds for the pool to read the result of the last task of a child."""
+_AS_ONE = 0.1
+"""Seconds in which a second signal is the first one, which came twice: a terminal tells a whole
+group, and a program in it may pass on what it was told.
+"""
+_GIVES_BACK = 1.5
+_SENDS = 0.5
+_ENDS = 1.5
+"""Seconds for the main process to end in order, when people insist."""
+_CLOSES = 8.0
+"""Seconds for the end of a worker beyond its drain. A broker that hangs would be waited for."""
+_LOOKS = 1.0
+_SIGNALS = ("SIGTERM", "SIGQUIT", "SIGINT")
 
 
 class Shutdown:
@@ -37,30 +51,32 @@ class Shutdown:
     def __init__(self) -> None:
         self.told = False
         """Everybody here was told to finish or give back what is held."""
-        self._first = False
-        """The signal that is being handled is the one that told everybody."""
+        self.insisted = False
+        """Nobody waits any more."""
+        self._began = False
+        """The first signal was acted on."""
         self.at_once = False
         """This child dies with what it holds; the main process frees that."""
         self.main: int | None = None
         """The process id of the worker's main process, once there is a worker."""
         self.forks = False
         """The pool consists of processes."""
+        self.on_told: Callable[[], object] | None = None
+        """Called in the loop of the main process, once."""
         self._read: int | None = None
         self._write: int | None = None
         self._since: float | None = None
         self._pools_own: Any = signal.SIG_DFL
+        self._children: Callable[[], Sequence[int]] = tuple
+        self._heard: tuple[int, ...] = ()
+        """A pipe that signals are written to."""
 
     def prepare(self, *, forks: bool) -> None:
         """In the main process, before the pool starts."""
-        self.told = self._first = False
-        self.main, self.forks = os.getpid(), forks
+        self.told = self.insisted = self._began = False
+        self.main, self.forks, self.on_told = os.getpid(), forks, None
         if forks and hasattr(os, "fork"):
             self._read, self._write = os.pipe()
-
-    @property
-    def may_kill(self) -> bool:
-        """What does not end by itself may be killed: this is not the first signal."""
-        return self.told and not self._first
 
     @property
     def in_child(self) -> bool:
@@ -72,9 +88,12 @@ class Shutdown:
         if self.told:
             return
         self.told = True
+        standing = standing_host()
+        if standing is not None and self.on_told is not None:
+            standing.loop.call_soon_threadsafe(self.on_told)
         if self.forks:
             self._close_write()
-        elif (standing := standing_host()) is not None:
+        elif standing is not None:
             standing.begin_drain()
 
     def _close_write(self) -> None:
@@ -84,31 +103,116 @@ class Shutdown:
 
     def after_fork(self) -> None:
         """In every child: the end of the main process must be the end of the pipe."""
+        if self._heard:
+            signal.set_wakeup_fd(-1)
+        heard, self._heard = self._heard, ()
         fd, self._write = self._write, None
-        if fd is not None:
-            os.close(fd)
+        for each in (fd, *heard):
+            if each is not None:
+                os.close(each)
 
-    def wrap(self, name: str) -> None:
-        """Tell before Celery acts on a signal: a cold shutdown would not ask us first."""
-        number = getattr(signal, name, None)
-        if number is None or threading.current_thread() is not threading.main_thread():
+    def obey(self, children: Callable[[], Sequence[int]] = tuple) -> None:
+        """In the main thread of the main process, which has these children: hear signals first."""
+        if threading.current_thread() is not threading.main_thread():
             return
+        self._children = children
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                self._wrap(getattr(signal, name))
+        self._heard = read, write = os.pipe()
+        os.set_blocking(write, False)
+        # Written to whatever handlers there are, and whatever they wait for.
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(
+            target=self._listen, args=(read,), name="pyworkflow-signals", daemon=True
+        ).start()
+
+    def _wrap(self, number: int) -> None:
+        """Tell before Celery acts on a signal: a cold shutdown would not ask us first."""
         celerys: Any = signal.getsignal(number)
         if not callable(celerys):
             return
 
         def handler(signum: int, frame: Any) -> Any:
-            self._first = not self.told
-            self.tell()
-            if not self.forks and (standing := standing_host()) is not None:
-                # Threads cannot be ended from outside: they are given their time here.
-                standing.drained.wait(standing.grace + 1.0)
-            try:
-                return celerys(signum, frame)
-            finally:
-                self._first = False
+            if not self.in_child and not self._began:
+                self._began = True
+                self._begin_end()
+            return celerys(signum, frame)
 
         signal.signal(number, handler)
+
+    def _begin_end(self) -> None:
+        self.tell()
+        standing = standing_host()
+        if standing is None:
+            return
+        _say(f"the worker drains, for up to {standing.grace:g} s; another signal ends it at once")
+        if not self.forks:
+            # Threads cannot be ended from outside: they are given their time here.
+            standing.drained.wait(standing.grace + 1.0)
+
+    def _listen(self, heard: int) -> None:
+        """In a thread of its own: whether people insist, and whether the end takes too long."""
+        numbers = {getattr(signal, name, None) for name in _SIGNALS}
+        times: list[float] = []
+        with selectors.DefaultSelector() as selector:
+            selector.register(heard, selectors.EVENT_READ)
+            while not self.insisted:
+                if not selector.select(_LOOKS if times else None):
+                    if self._is_late(times[0]):
+                        _say("the end takes too long, the broker may not answer")
+                        self.insist(0)
+                    continue
+                for number in os.read(heard, 16) or b"\0":
+                    if number == 0:
+                        return
+                    if number in numbers:
+                        times.append(monotonic())
+                if len(times) > 2 or (len(times) == 2 and times[1] - times[0] > _AS_ONE):
+                    self.insist()
+
+    def _is_late(self, since: float) -> bool:
+        """All was given back for a while, and tasks that are not ours are not at work."""
+        standing = standing_host()
+        drained = standing is None or (standing.drained.is_set() and not self.forks)
+        # Children that are told do not say when they are done: they get all of their time.
+        grace = 0.0 if drained or standing is None else standing.grace
+        if monotonic() - since < grace + _CLOSES:
+            return False
+        return all(
+            request.task.name.startswith("pyworkflow.")
+            for request in list(worker_state.active_requests)
+        )
+
+    def insist(self, status: int = 1) -> None:
+        """End at once: give back what is held, and wait for nothing."""
+        self.insisted = True
+        _say("the worker ends at once")
+        pids = self.kill_children() if self.forks else [os.getpid()]
+        if self.forks:
+            # The main process ends in order, as after a cold shutdown.
+            worker_state.should_terminate = worker_state.should_terminate or 1
+        standing = standing_host()
+        if standing is not None:
+            try:
+                standing.call(standing.free(pids), _GIVES_BACK)
+            except Exception:  # noqa: BLE001 - the process ends all the same
+                _log.warning("what is held could not be given back: it runs out with its leases")
+        if self.forks:
+            sleep(_ENDS)
+        else:
+            flush_all(_SENDS)
+        os._exit(status)
+
+    def kill_children(self) -> list[int]:
+        """Those of the main process, which gives back what they held; which these were."""
+        pids = list(self._children())
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return pids
 
     # --- in a pool child ------------------------------------------------------------------------
 
@@ -149,6 +253,14 @@ class Shutdown:
         self._since = now
         standing.begin_drain()
         threading.Thread(target=_end_when_drained, args=(standing,), daemon=True).start()
+
+
+def _say(what: str) -> None:
+    """Also in a signal handler, where logging may meet its own lock."""
+    try:
+        os.write(2, f"pyworkflow: {what}\n".encode())
+    except OSError:
+        pass  # nobody reads it
 
 
 async def _watch(fd: int, on_end: Callable[[], None]) -> None:

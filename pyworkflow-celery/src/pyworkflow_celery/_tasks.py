@@ -12,20 +12,38 @@ import random
 from time import sleep
 from typing import Any, cast
 
-from pyworkflow.errors import ConfigurationError, PluginNotFound, StorageError
-from pyworkflow.spi import Doorbell, Outcome
+from pyworkflow.errors import (
+    ConfigurationError,
+    PluginNotFound,
+    StorageError,
+    StorageUnavailable,
+)
+from pyworkflow.spi import Doorbell, Outcome, failpoints
 from pyworkflow_celery._arrival import MOST_HOPS, VERSION, pass_on
 from pyworkflow_celery._publish import HANDLE, publisher_for
 from pyworkflow_celery._shutdown import shutdown
 
-__all__ = ["SWEEP", "register_tasks"]
+__all__ = ["SWEEP", "keep_settings", "register_tasks"]
 
 SWEEP = "pyworkflow.sweep"
 _log = logging.getLogger("pyworkflow.celery")
 
+failpoints.register(
+    __name__,
+    StorageUnavailable,
+    {"celery.after_receive": "a doorbell has arrived where it is worked on, nothing is claimed"},
+)
+
 _HOP_AFTER = (0.05, 0.5)
 _LAST = 0.25
-_LIMITS = {"ignore_result": True, "store_errors_even_if_ignored": False, "acks_late": False}
+#: Not as the application's own tasks have it: neither its defaults nor its annotations are meant.
+_LIMITS = {
+    "ignore_result": True,
+    "store_errors_even_if_ignored": False,
+    "acks_late": False,
+    "rate_limit": "",
+    "max_retries": 0,
+}
 
 
 def register_tasks(app: Any) -> None:
@@ -33,7 +51,6 @@ def register_tasks(app: Any) -> None:
     options: dict[str, Any] = {
         **_LIMITS,
         "shared": False,
-        "max_retries": 0,
         "serializer": "json",
         "typing": False,
     }
@@ -54,6 +71,15 @@ def register_tasks(app: Any) -> None:
     app.task(name=SWEEP, **options)(sweep)
 
 
+def keep_settings(app: Any) -> None:
+    """In a worker, before its pool starts: take back what annotations changed in our tasks."""
+    for name in (HANDLE, SWEEP):
+        task = app.tasks[name]
+        for setting, value in _LIMITS.items():
+            setattr(task, setting, value)
+        task.time_limit = task.soft_time_limit = None
+
+
 def _handle(app: Any, request: Any, bell: Doorbell) -> str:
     from pyworkflow_celery._worker import process_host
 
@@ -64,6 +90,8 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
     try:
         standing = process_host(app)
         shutdown.begin_task()
+        if failpoints.active:
+            failpoints.hit("celery.after_receive")
         outcome = Outcome.BUSY if standing.draining else standing.handle(bell)
     except StorageError as exc:
         _log.warning("a doorbell was dropped, a sweep rings again: %s run_id=%s", exc, bell.run_id)
@@ -86,8 +114,9 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
             standing.later(later, lambda: _pass_on(app, request, bell, hops + 1))
         else:
             _log.warning(
-                "no worker seems to have the workflow of a run: run_id=%s; import its module in "
-                "a worker: -I MODULE or PYWORKFLOW_MODULES",
+                "no worker seems to have the workflow of a run: name=%s run_id=%s; import its "
+                "module in all workers of its queue: -I MODULE or PYWORKFLOW_MODULES",
+                getattr(request, "shadow", None),
                 bell.run_id,
             )
     elif outcome is not Outcome.HANDLED:
@@ -105,7 +134,11 @@ def _pass_on(app: Any, request: Any, bell: Doorbell, hops: int = 0) -> None:
     """Leave a doorbell to another worker."""
     fields = {"run_id": bell.run_id, "item_id": bell.item_id}
     name = getattr(request, "shadow", None) or ""
-    pass_on(app, fields, request.delivery_info, name, hops, bell.headers)
+    came = {
+        "delivery_info": request.delivery_info,
+        "pyworkflow_queue": getattr(request, "pyworkflow_queue", None),
+    }
+    pass_on(app, fields, came, name, hops, bell.headers)
 
 
 def _sweep(app: Any) -> int:

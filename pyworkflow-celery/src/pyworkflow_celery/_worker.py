@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 from collections.abc import Coroutine
+from functools import partial
+from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # untyped
 from typing import Any
 
 from pyworkflow.errors import ConfigurationError, PluginNotFound, StorageError
 from pyworkflow.spi import Runtime, StorageInfo
-from pyworkflow.worker import create_runtime, import_modules, settings, workflow_names
+from pyworkflow.worker import (
+    create_runtime,
+    import_modules,
+    provisional_settings,
+    settings,
+    tell_started,
+    tell_stopping,
+    workflow_names,
+)
 from pyworkflow_celery import _celery
+from pyworkflow_celery._arrival import wake
 from pyworkflow_celery._config import DEFAULT_QUEUE, check_app, queue_of
 from pyworkflow_celery._health import heartbeat
 from pyworkflow_celery._process import Host, end_host, host, standing_host
 from pyworkflow_celery._publish import HANDLE, publisher_for
 from pyworkflow_celery._shutdown import shutdown
 from pyworkflow_celery._sweeper import sweep_for_ever
+from pyworkflow_celery._tasks import keep_settings
 
 __all__ = ["WorkflowStep", "begin_child", "prepare_worker", "process_host"]
 
@@ -28,6 +41,7 @@ _NEVER = 10**8
 
 
 _AGAIN = 2.0
+_EXITS = 0.05
 
 
 class _Prepared:
@@ -60,20 +74,21 @@ def _runtime(app: Any) -> Runtime:
     return create_runtime(spread=True, ring=publisher_for(app).ring)
 
 
-def prepare_worker(worker: Any, *, own: bool = False) -> None:
+def prepare_worker(worker: Any) -> None:
     """Import workflows and check what the worker is given, before its pool starts.
 
     Raises:
         SystemExit: with one line that tells what is wrong; a traceback through Celery would not.
     """
     try:
-        _prepare(worker, own)
+        _prepare(worker)
     except (ConfigurationError, PluginNotFound, StorageError) as exc:
         raise SystemExit(f"pyworkflow: {exc}") from exc
 
 
-def _prepare(worker: Any, own: bool) -> None:
+def _prepare(worker: Any) -> None:
     app = worker.app
+    import_modules(provisional_settings().modules)  # they may call configure()
     check_app(app)
     pool = _pool_of(worker)
     if pool in ("gevent", "eventlet"):
@@ -98,11 +113,19 @@ def _prepare(worker: Any, own: bool) -> None:
             "see a run that was started elsewhere: set PYWORKFLOW_STORAGE to postgresql://…, "
             "redis://…, or on one machine sqlite:////PATH or file:///PATH"
         )
-    if own and pool == "threads":
-        # The consumer would not notice that a thread is done before its next look, a second later.
-        app.conf.worker_disable_prefetch = False
+    _check_content(app)
+    keep_settings(app)
     shutdown.prepare(forks=pool == "prefork")
     _prepared.runtime = runtime
+
+
+def _check_content(app: Any) -> None:
+    accepted = [str(each) for each in app.conf.accept_content or ()]
+    if not {"json", "application/json"} & set(accepted):
+        raise ConfigurationError(
+            "the Celery application takes no JSON, which is what doorbells are: "
+            f"accept_content={accepted}; add 'json'"
+        )
 
 
 def _pool_of(worker: Any) -> str:
@@ -117,6 +140,7 @@ def begin_child(own: bool) -> None:
     """In a pool child, after the fork."""
     if not shutdown.in_child:
         return  # the solo pool says of the main process that it is a child
+    _allow_processes()
     if own:
         import gc
 
@@ -126,6 +150,18 @@ def begin_child(own: bool) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)
+
+
+def _allow_processes() -> None:
+    """Let steps have processes, as they may in every other pool.
+
+    The pool calls its children daemons, which may have none of their own, and gives them a key that
+    cannot be handed to a process that is started afresh.
+    """
+    config = getattr(multiprocessing.current_process(), "_config", {})
+    config["daemon"] = False
+    if "authkey" in config:
+        config["authkey"] = AuthenticationString(bytes(config["authkey"]))
 
 
 class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has no types
@@ -152,13 +188,21 @@ class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has n
 
     def start(self, worker: Any) -> None:
         """After the pool has started."""
-        if _prepared.runtime is not None:
-            _say_what_there_is(worker, _prepared.runtime.info())
-        shutdown.wrap("SIGTERM")
-        shutdown.wrap("SIGQUIT")
+        runtime = _prepared.runtime
+        if runtime is not None:
+            _say_what_there_is(worker, runtime.info())
+        shutdown.obey(lambda: _pids(worker))
         standing = process_host(worker.app)
         if shutdown.forks:
             _watch_children(worker)
+            _notice_exits(worker)
+        if runtime is not None:
+            # In the loop, as hooks of all workers are; in the main process alone.
+            default = queue_of(worker.app, "default")
+            taken = worker.app.amqp.queues.consume_from
+            queues = ["default" if name == default else name for name in taken]
+            standing.loop.call_soon_threadsafe(tell_started, runtime, queues)
+            shutdown.on_told = partial(tell_stopping, runtime)
         standing.spawn(sweep_for_ever(standing))
         heartbeat(standing)
 
@@ -167,6 +211,8 @@ class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has n
         if shutdown.forks:
             # Not now: the pool, which comes after us, is about to set its own callback.
             hub.call_soon(_watch_children, worker)
+        elif _pool_of(worker) == "threads":
+            wake.register(hub)
 
     def close(self, worker: Any) -> None:
         """The first thing of an orderly end, however it was asked for."""
@@ -182,6 +228,8 @@ class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has n
             shutdown.tell()
         if shutdown.forks and worker.pool is not None:
             pids = _pids(worker)
+            if shutdown.insisted:
+                shutdown.kill_children()  # some may be new
             worker.pool.stop()  # waits for the children, which have been told
             standing = standing_host()
             if standing is not None:
@@ -258,6 +306,29 @@ def _watch_children(worker: Any) -> None:
 
     on_process_down.frees = True  # type: ignore[attr-defined]  # a mark for the next look
     inner.on_process_down = on_process_down
+
+
+def _notice_exits(worker: Any) -> None:
+    """Have the pool look again for a child whose end it was told of a moment too early.
+
+    It is told when the child's files are closed. The child can be waited for a little later, and
+    the pool would not look before its next round, after five seconds.
+    """
+    inner = getattr(worker.pool, "_pool", None)
+    before = getattr(inner, "_event_process_exit", None)
+    if inner is None or before is None:
+        return
+
+    def look(hub: Any, process: Any, left: int) -> None:
+        if left > 0 and process in inner._pool:
+            inner.maintain_pool()
+            hub.call_later(_EXITS, look, hub, process, left - 1)
+
+    def exited(hub: Any, process: Any) -> None:
+        before(hub, process)
+        hub.call_later(_EXITS, look, hub, process, 40)
+
+    inner._event_process_exit = exited
 
 
 def _died(standing: Host, pid: int) -> None:

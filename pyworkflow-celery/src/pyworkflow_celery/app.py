@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyworkflow.errors import ConfigurationError
-from pyworkflow.worker import settings
 from pyworkflow_celery._attach import equip
 from pyworkflow_celery._celery import Celery
-from pyworkflow_celery._config import app_conf, postpone
+from pyworkflow_celery._config import provide
 
 __all__ = ["app"]
 
@@ -18,12 +16,7 @@ def _make() -> Any:
     made = Celery(
         "pyworkflow", set_as_current=False, loader="pyworkflow_celery._loader:WorkflowLoader"
     )
-    try:
-        made.conf.update(app_conf(settings()))
-    except ConfigurationError as exc:
-        # Raised where it can be told in one line: a worker, beat or client that begins. Here, the
-        # command line of Celery would make a page of it.
-        postpone(made, exc)
+    provide(made)
     equip(made, own=True)
     return made
 

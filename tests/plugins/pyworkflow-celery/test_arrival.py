@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
+from redis.exceptions import DataError
 
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.spi import Outcome
-from pyworkflow_celery import _arrival, _shutdown, _tasks, _worker
+from pyworkflow_celery import _arrival, _tasks, _worker
 from pyworkflow_celery._arrival import DoorbellRequest, doorbell_strategy
 
 GOOD = [[], {"run_id": "r", "item_id": "turn", "v": 1}, {"chain": None}]
@@ -17,7 +19,10 @@ GOOD = [[], {"run_id": "r", "item_id": "turn", "v": 1}, {"chain": None}]
 
 def message(body, content_type="application/json"):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return SimpleNamespace(body=raw, content_type=content_type)
+    headers, properties = {"id": "1", "task": _arrival.HANDLE}, {}
+    return SimpleNamespace(
+        body=raw, content_type=content_type, headers=headers, properties=properties
+    )
 
 
 @pytest.fixture
@@ -62,7 +67,13 @@ def test_a_doorbell_is_delivered(arrive, body):
         (message([[], None, {}]), "not that of a Celery task"),
         (message([[], {"run_id": "r", "item_id": "t", "v": 2}, {}]), "version=2"),
         (message([[], {"run_id": "r", "item_id": "t", "v": "9" * 999}, {}]), "version="),
+        (message([["r"], {"run_id": "r", "item_id": "t"}, {}]), "not that of a Celery task"),
+        (message([[], {"run_id": "r", "item_id": "t"}, None]), "not that of a Celery task"),
         (message([[], {"run_id": "r"}, {}]), "no work item"),
+        (message([[], {"run_id": "", "item_id": "t"}, {}]), "no work item"),
+        (message([[], {"run_id": "r\0", "item_id": "t"}, {}]), "no work item"),
+        (message([[], {"run_id": "r", "item_id": "\udfff"}, {}]), "no work item"),
+        (message([[], {"run_id": "r", "item_id": "t" * 3000}, {}]), "no work item"),
         (message([[], {"run_id": 1, "item_id": "t"}, {}]), "no work item"),
         (message([[], {"run_id": "r", "item_id": "t", "eval": "1"}, {}]), "no work item"),
     ],
@@ -77,12 +88,128 @@ def test_an_unreadable_message_is_acknowledged_dropped_and_told_once(arrive, cap
     assert len(record.getMessage()) < 300
 
 
-@pytest.mark.parametrize("problem", [ValueError("x" * 999), KeyError("properties"), TypeError("t")])
+BAD_HEADERS = {
+    "eta": "garbage",
+    "expires": [],
+    "retries": "x",
+    "timelimit": "x",
+    "group": {},
+    "stamped_headers": ["a"],
+    "stamps": 5,
+    "shadow": {"a": 1},
+    "id": [],
+    "task": "os.system",
+    "root_id": {},
+    "argsrepr": 5,
+    "origin": {},
+    "ignore_result": "no",
+    "pyworkflow_hops": -100,
+    "pyworkflow_headers": [1],
+}
+
+
+@pytest.mark.parametrize("headers", [{key: value} for key, value in BAD_HEADERS.items()])
+def test_headers_that_celery_raises_for_do_not_reach_it(arrive, headers):
+    bad = message(GOOD)
+    bad.headers = {"traceparent": "00-1", **bad.headers, **headers}
+    bad.properties = {"correlation_id": {}, "reply_to": []}
+    (taken,) = arrive(bad).delivered
+    assert taken.headers["task"] == _arrival.HANDLE
+    assert taken.headers["traceparent"] == "00-1"
+    assert isinstance(taken.headers["id"], str)
+    for key, value in headers.items():
+        assert taken.headers.get(key) != value
+    assert taken.headers["pyworkflow_hops"] == 0
+    assert taken.properties == {"correlation_id": None, "reply_to": None}
+
+
+def test_a_name_is_one_line(arrive):
+    bad = message(GOOD)
+    bad.headers["shadow"] = "a\nERROR fake"
+    (taken,) = arrive(bad).delivered
+    assert taken.headers["shadow"] == "a\ufffdERROR fake"
+
+
+def test_what_celery_raises_for_all_the_same_is_acknowledged_and_dropped(monkeypatch, caplog):
+    acknowledged = []
+
+    def deliver(*_, **__):
+        raise AttributeError("a new check")
+
+    monkeypatch.setattr(_arrival._celery, "default_strategy", lambda *_: deliver)
+    take = doorbell_strategy(None, None, SimpleNamespace(connection_errors=(ConnectionError,)))
+    take(message(GOOD), None, lambda *_: acknowledged.append(True), None, None)
+    assert acknowledged == [True]
+    assert "a new check" in caplog.text
+
+
+def test_a_connection_that_breaks_is_left_to_celery(monkeypatch):
+    def deliver(*_, **__):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(_arrival._celery, "default_strategy", lambda *_: deliver)
+    take = doorbell_strategy(None, None, SimpleNamespace(connection_errors=(ConnectionError,)))
+    with pytest.raises(ConnectionResetError):
+        take(message(GOOD), None, None, None, None)
+
+
+def test_what_was_taken_before_it_raised_does_not_stay_unacknowledged():
+    rejected = []
+    qos = SimpleNamespace(_delivered={"old": 1})
+    channel = SimpleNamespace(qos=qos, basic_reject=lambda tag, requeue: rejected.append(tag))
+
+    def read():
+        qos._delivered["new"] = 2
+        raise AttributeError
+
+    assert _arrival._guarded(read, channel)() is True
+    assert rejected == ["new"]
+
+
+def test_a_worker_that_ends_takes_nothing_more(monkeypatch):
+    state = SimpleNamespace(told=False)
+    monkeypatch.setattr(_arrival, "shutdown", state)
+    qos = SimpleNamespace(can_consume=lambda: True)
+    _arrival._stop_when_told(qos)
+    assert qos.can_consume()
+    state.told = True
+    assert not qos.can_consume()
+
+
+def test_a_thread_that_is_done_turns_the_loop_of_the_consumer(monkeypatch):
+    wake, readers = _arrival.Wake(), {}
+    wake()  # a pool of processes has no use for it
+    hub = SimpleNamespace(add_reader=lambda fd, read, *args: readers.update({fd: (read, args)}))
+    wake.register(hub)
+    wake.register(hub)
+    monkeypatch.setattr(_arrival, "wake", wake)
+    found = {"on_success": lambda self, answer: answer, "__init__": lambda self: None}
+    request = type("Request", (DoorbellRequest,), found)()
+    assert request.on_success("answer") == "answer"
+    ((fd, (read, args)),) = readers.items()
+    read(*args)
+    with pytest.raises(BlockingIOError):
+        os.read(fd, 1)
+    read(*args)
+    for each in wake._pipe:
+        os.close(each)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ValueError("x" * 999),
+        KeyError("properties"),
+        TypeError("t"),
+        RecursionError("[[["),
+        DataError("'hset' with no key value pairs"),
+    ],
+)
 def test_rubbish_in_a_redis_list_does_not_end_the_worker(caplog, problem):
     def read():
         raise problem
 
-    assert _arrival._guarded(read)() is True
+    assert _arrival._guarded(read, None)() is True
     assert "is no message and was dropped" in caplog.text
     assert len(caplog.records[0].getMessage()) < 300
 
@@ -92,24 +219,24 @@ def test_other_errors_of_the_connection_are_left_to_celery():
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        _arrival._guarded(read)()
+        _arrival._guarded(read, None)()
 
 
-def test_a_cold_shutdown_leaves_what_runs_to_the_drain_and_a_second_signal_kills(monkeypatch):
-    state = _shutdown.Shutdown()
-    monkeypatch.setattr(_arrival, "shutdown", state)
+def test_a_cold_shutdown_leaves_what_runs_to_the_drain(monkeypatch):
     killed = []
     monkeypatch.setattr(_arrival._celery.TaskRequest, "cancel", lambda self, *a: killed.append(a))
-    request = DoorbellRequest.__new__(DoorbellRequest)
-    state.told = state._first = True
-    request.cancel("pool")
+    DoorbellRequest.__new__(DoorbellRequest).cancel("pool")
     assert killed == []
-    state._first = False
-    request.cancel("pool")
-    assert killed == [("pool", None, True)]
 
 
 # --- what the task does -------------------------------------------------------------------------
+
+
+def application():
+    """One with two queues."""
+    queues = {"main": None, "gpu": None}
+    conf = SimpleNamespace(task_default_queue="main")
+    return SimpleNamespace(amqp=SimpleNamespace(queues=queues), conf=conf)
 
 
 class Host:
@@ -152,10 +279,13 @@ def ring(monkeypatch):
         monkeypatch.setattr(_tasks, "publisher_for", lambda app: publisher)
         monkeypatch.setattr(_arrival, "publisher_for", lambda app: publisher)
         monkeypatch.setattr(_tasks, "_LAST", 0)
-        asked = SimpleNamespace(
-            delivery_info={"routing_key": "gpu", "priority": 4}, shadow="orders", **request
-        )
-        answer = _tasks._handle(object(), asked, _tasks.Doorbell("r", "turn"))
+        sent = {
+            "delivery_info": {"routing_key": "task.#", "priority": 4},
+            "shadow": "orders",
+            "pyworkflow_queue": "gpu",
+        }
+        asked = SimpleNamespace(**(sent | request))
+        answer = _tasks._handle(application(), asked, _tasks.Doorbell("r", "turn"))
         return SimpleNamespace(answer=answer, host=host, passed=publisher.passed)
 
     return run
@@ -193,10 +323,21 @@ def test_a_doorbell_for_a_workflow_that_is_elsewhere_goes_round_with_a_pause(rin
     assert 0.05 <= done.host.waited[0] <= 0.5
 
 
+@pytest.mark.parametrize(("key", "queue"), [("gpu", "gpu"), ("task.#", "main"), (None, "main")])
+def test_an_older_message_that_has_no_queue_goes_to_one_that_there_is(ring, key, queue):
+    done = ring(
+        Outcome.UNKNOWN_WORKFLOW,
+        pyworkflow_queue=None,
+        delivery_info={"routing_key": key, "priority": {}},
+    )
+    assert done.passed[0][1:] == (queue, None, 1)
+
+
 def test_after_three_rounds_it_is_left_to_the_sweeps(ring, caplog):
     done = ring(Outcome.UNKNOWN_WORKFLOW, pyworkflow_hops=3)
     assert done.passed == []
     assert "no worker seems to have the workflow" in caplog.text
+    assert "name=orders" in caplog.text
     assert "PYWORKFLOW_MODULES" in caplog.text
 
 
@@ -222,9 +363,12 @@ def test_the_doorbell_of_a_child_that_died_is_rung_again_a_few_times(
     monkeypatch.setattr(_arrival._celery, "task_ready", lambda request: None)
 
     found = {
-        "request_dict": {"pyworkflow_hops": sent},
+        "request_dict": {
+            "pyworkflow_hops": sent,
+            "pyworkflow_queue": "gpu",
+            "delivery_info": {"routing_key": "task.#", "priority": 4},
+        },
         "kwargs": {"run_id": "r", "item_id": "turn"},
-        "delivery_info": {"routing_key": "gpu", "priority": 4},
         "name": "orders",
         "_app": None,
         "__init__": lambda self: None,

@@ -192,3 +192,15 @@ def test_a_forked_process_has_a_publisher_and_a_connection_of_its_own(broker):
         "parent again",
     ]
     parents.close()
+
+
+def test_a_doorbell_is_of_the_second_protocol_whatever_the_application_sends(broker):
+    app = app_on(broker.url)
+    app.conf.task_protocol = 1
+    publisher = Publisher(app)
+    publisher.ring([Doorbell("run", "turn")])
+    assert publisher.flush(10)
+    publisher.close()
+    (message,) = messages(broker)
+    assert message["headers"]["task"] == "pyworkflow.handle"
+    assert body_of(message)[1] == {"run_id": "run", "item_id": "turn", "v": 1}

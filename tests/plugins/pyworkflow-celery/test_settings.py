@@ -17,6 +17,7 @@ from pyworkflow_celery import _config
 from pyworkflow_celery._config import app_conf, check_app, check_broker_url, priority_of, queue_of
 from pyworkflow_celery._executor import check_executor_url
 from pyworkflow_celery._plugin import pyworkflow_make_executor
+from tests.devops.processes import Program, environment, run
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,11 @@ from pyworkflow_celery._plugin import pyworkflow_make_executor
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("REDISS://u:p@host/1?ssl_cert_reqs=none", "rediss://u:p@host/1?ssl_cert_reqs=none"),
         ("valkey://host/0", "redis://host/0"),
-        ("valkeys://host/0", "rediss://host/0"),
+        ("valkeys://host/0", "rediss://host/0?ssl_cert_reqs=required"),
+        ("rediss://host?ssl_ca_certs=/a", "rediss://host?ssl_ca_certs=/a&ssl_cert_reqs=required"),
+        ("redis://host", "redis://host"),
+        ("redis://host/", "redis://host/"),
+        ("redis://host//", "redis://host//"),
         ("amqp://guest@host//", "amqp://guest@host//"),
         ("amqps://host/v", "amqps://host/v"),
         ("pyamqp://host/v", "amqp://host/v"),
@@ -42,6 +47,16 @@ def test_brokers_that_are_supported(url, as_kombu_has_it):
         "memory://hidden",
         "host:6379/hidden",
         "redis://user:hidden@host:port/0",
+        "redis://:hidden@host:6379/abc",
+        "rediss://:hidden@host/1/2",
+        "valkey://:hidden@host/-1?ssl_cert_reqs=none",
+        "redis://:12/hidden@host:6379/0",
+        "redis://:12?hidden@host:6379/0",
+        "redis://:12#hidden@host:6379/0",
+        "amqp://user:12/hidden@host//",
+        "redis://host/0?password=hidden",
+        "amqp://host//?Password=hidden",
+        "redis://host/0?ssl_cert_reqs=none&virtual_host=hidden",
         "redis:hidden",
         "",
     ],
@@ -67,6 +82,22 @@ def test_messages_are_json_acknowledged_early_and_keep_no_results():
     assert conf.task_ignore_result is True
     assert conf.worker_prefetch_multiplier == 1
     assert conf.beat_schedule["pyworkflow-sweep"]["task"] == "pyworkflow.sweep"
+
+
+def test_workers_try_for_as_long_as_it_takes_to_reach_the_broker():
+    conf = own().conf
+    assert conf.broker_connection_retry_on_startup is True
+    assert conf.broker_connection_max_retries is None
+
+
+def test_a_client_library_that_is_missing_is_named_with_its_remedy(monkeypatch):
+    app = own(broker_url="valkey://:hidden@host/0")
+    check_app(app)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigurationError, match=r"redis is not installed.*pip install") as refused:
+        check_app(app)
+    assert "hidden" not in str(refused.value)
+    check_app(own(broker_url="amqp://host//"))
 
 
 def test_our_setting_of_the_broker_beats_that_of_celery(monkeypatch):
@@ -188,6 +219,73 @@ def test_the_application_of_a_program_stays_its_current_one():
         "from pyworkflow.celery.app import app; print(current_app.main)"
     )
     assert python(code).strip() == "mine"
+
+
+def test_what_is_configured_after_the_door_was_opened_counts_beside_what_a_program_set():
+    code = """
+from pyworkflow.celery.app import app
+from pyworkflow import configure
+app.conf.worker_log_format = "mine"
+list(app.amqp.queues)
+configure(broker_url="amqp://h//", namespace="shop")
+from pyworkflow_celery._config import check_app
+for again in range(2):
+    check_app(app)
+    conf = app.conf
+    print(conf.worker_log_format, conf.broker_write_url, conf.task_default_queue,
+          conf.broker_transport_options, conf.task_queue_max_priority)
+    print(list(app.amqp.queues))
+    conf.worker_log_format, conf.broker_transport_options = "theirs", {"confirm_publish": False}
+try:
+    configure(namespace="other")
+except Exception as exc:
+    print(type(exc).__name__)
+"""
+    assert python(code).splitlines() == [
+        "mine amqp://h// shop.pyworkflow {} 10",
+        "['shop.pyworkflow']",
+        "theirs amqp://h// shop.pyworkflow {'confirm_publish': False} 10",
+        "['shop.pyworkflow']",
+        "ConfigurationError",
+    ]
+
+
+def test_a_connection_that_has_died_in_silence_is_not_waited_for():
+    options = own(broker_url="redis://h/0").conf.broker_transport_options
+    assert options["socket_timeout"] == options["socket_connect_timeout"] == 5
+    assert options["health_check_interval"] == 10
+    assert own(broker_url="amqp://h//").conf.broker_transport_options == {}
+
+
+@pytest.mark.parametrize("by", ["-I", "PYWORKFLOW_MODULES"])
+def test_a_module_with_workflows_may_configure_the_worker_that_imports_it(
+    by, tmp_path, make_valkey
+):
+    given = {
+        "executor": "celery://",
+        "storage": f"sqlite:///{tmp_path}/runs.db",
+        "broker_url": make_valkey({"appendonly": "no"}).url,
+        "namespace": "shop",
+        "lease": "15s",
+    }
+    (tmp_path / "orders.py").write_text(
+        "from pyworkflow import configure, result, start, workflow\n"
+        f"configure(**{given!r})\n"
+        "@workflow()\n"
+        "async def one(): return 1\n"
+        "if __name__ == '__main__': print(result(start(one), timeout='50s'))\n",
+        "utf-8",
+    )
+    command = [sys.executable, "-m", "celery", "-A", "pyworkflow.celery.app", "worker", "-c", "1"]
+    env = environment(**({} if by == "-I" else {by: "orders"}))
+    include = [by, "orders"] if by == "-I" else []
+    with Program(
+        [*command, "-l", "info", *include], env=env, cwd=tmp_path, log=tmp_path / "log"
+    ) as worker:
+        assert "key=shop.pyworkflow" in worker.wait_for(" ready.")
+        done = run(sys.executable, "orders.py", env=environment(), cwd=tmp_path)
+        assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr + worker.said()
+        assert worker.end() == 0
 
 
 def test_attaching_leaves_the_configuration_of_an_application_unread_and_as_it_is():

@@ -34,6 +34,7 @@ class Runtime:
         self.freed = []
         self.rang = []
         self.left = None
+        self.asked = 0
         self.waited = []
         self.go_on = asyncio.Event()
 
@@ -52,6 +53,7 @@ class Runtime:
         return self.rang.pop(0) if self.rang else 0
 
     async def seconds_until_due(self):
+        self.asked += 1
         return self.left
 
     async def wait_for_news(self, timeout):
@@ -170,8 +172,12 @@ def test_a_fork_waits_for_the_loop_and_the_child_has_nothing_of_it(host_on, monk
 # --- sweeping -----------------------------------------------------------------------------------
 
 
+async def opened(runtime):
+    return runtime
+
+
 def sweep_once(runtime, looks=0):
-    host = SimpleNamespace(runtime=lambda: asyncio.sleep(0, runtime))
+    host = SimpleNamespace(runtime=lambda: opened(runtime))
     return asyncio.run(_sweeper._sweep_once(host, looks))
 
 
@@ -188,17 +194,27 @@ def test_a_sweeper_looks_now_and_then_when_nothing_is_owed():
     assert runtime.waited == [5.0]
 
 
-def test_a_sweeper_looks_soon_and_then_more_seldom_at_what_was_rung_for():
+def test_a_sweeper_looks_soon_and_then_more_seldom_at_what_was_rung_for(monkeypatch):
     runtime = Runtime()
     runtime.left = -3.0
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(_sweeper.asyncio, "sleep", sleep)
+    host = SimpleNamespace(runtime=lambda: opened(runtime))
     looks = 0
-    for _ in range(6):
-        looks = sweep_once(runtime, looks)
-    assert 0.03 <= runtime.waited[0] <= 0.05
-    assert 0.2 <= runtime.waited[-1] <= 0.3
+    for _ in range(10):
+        looks = asyncio.run(_sweeper._sweep_once(host, looks))
+    assert slept[0] <= 0.06
+    assert 0.4 <= slept[-1] <= 0.6
+    assert (runtime.swept, runtime.asked) == (10, 6)
     runtime.rang = [1]
-    sweep_once(runtime, looks)
-    assert runtime.waited[-1] <= 0.05
+    asyncio.run(_sweeper._sweep_once(host, looks))
+    assert slept[-1] <= 0.06
+    assert (runtime.swept, runtime.asked) == (11, 6)
+    assert runtime.waited == []  # news may come all the time, and mean what is rung for already
 
 
 def test_a_full_sweep_is_followed_by_the_next():
@@ -270,6 +286,27 @@ def test_an_eager_application_gets_no_worker(monkeypatch):
         _worker.prepare_worker(worker)
 
 
+def test_an_application_that_takes_no_json_gets_no_worker(monkeypatch):
+    worker = worker_with(monkeypatch)
+    worker.app.conf.accept_content = ["pickle"]
+    with pytest.raises(SystemExit, match=r"accept_content=\['pickle'\]; add 'json'"):
+        _worker.prepare_worker(worker)
+
+
+def test_what_an_application_says_of_its_own_tasks_is_not_said_of_doorbells(monkeypatch):
+    worker = worker_with(monkeypatch)
+    said = {"rate_limit": "1/m", "acks_late": True, "time_limit": 1, "ignore_result": False}
+    worker.app.conf.task_annotations = {"*": said}
+    worker.app.conf.task_default_rate_limit = "2/m"
+    worker.app.finalize()
+    assert worker.app.tasks["pyworkflow.handle"].rate_limit == "1/m"
+    _worker.prepare_worker(worker)
+    for name in ("pyworkflow.handle", "pyworkflow.sweep"):
+        task = worker.app.tasks[name]
+        assert (task.rate_limit, task.acks_late, task.time_limit) == ("", False, None)
+        assert task.ignore_result
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -281,6 +318,34 @@ def test_an_eager_application_gets_no_worker(monkeypatch):
 )
 def test_the_pool_is_known_by_its_module(module, name):
     assert _worker._pool_of(SimpleNamespace(pool_cls=SimpleNamespace(__module__=module))) == name
+
+
+# --- children of the pool -----------------------------------------------------------------------
+
+
+def test_a_child_whose_end_is_told_a_moment_too_early_is_looked_for_again():
+    later, looks = [], []
+    child, other = object(), object()
+    hub = SimpleNamespace(call_later=lambda seconds, call, *args: later.append((call, args)))
+
+    def maintain_pool():
+        looks.append(1)
+        if len(looks) == 2:
+            pool._pool.remove(child)
+
+    pool = SimpleNamespace(_pool=[child, other], maintain_pool=maintain_pool)
+    pool._event_process_exit = lambda hub, process: looks.clear()
+    _worker._notice_exits(SimpleNamespace(pool=SimpleNamespace(_pool=pool)))
+    pool._event_process_exit(hub, child)
+    while later:
+        call, args = later.pop()
+        call(*args)
+    assert len(looks) == 2
+
+
+def test_a_pool_of_another_kind_is_left_alone():
+    _worker._notice_exits(SimpleNamespace(pool=SimpleNamespace(_pool=None)))
+    _worker._notice_exits(SimpleNamespace(pool=object()))
 
 
 # --- the end ------------------------------------------------------------------------------------
@@ -311,19 +376,54 @@ def test_a_worker_without_processes_drains_its_own_loop(host_on, monkeypatch):
     assert host.drained.wait(10)
 
 
-def test_a_signal_tells_before_celery_acts_on_it(host_on, monkeypatch):
+@pytest.fixture
+def signalled(host_on, monkeypatch):
+    """A worker without processes that obeys signals, and what Celery's handler has seen."""
     monkeypatch.setattr(_process, "_standing", _process._Standing())
     host = _process.host(lambda: host_on(Runtime()))
-    seen = []
-    before = signal.signal(
-        signal.SIGQUIT, lambda *_: seen.append((host.drained.is_set(), state.may_kill))
-    )
+    seen, ended = [], threading.Event()
+    monkeypatch.setattr(_shutdown.os, "_exit", lambda status: ended.set())
+    numbers = [signal.SIGQUIT, signal.SIGTERM, signal.SIGINT]
+    before = {each: signal.getsignal(each) for each in numbers}
+    for each in numbers:
+        signal.signal(each, lambda *_: seen.append(host.drained.is_set()))
+    state = _shutdown.Shutdown()
+    state.prepare(forks=False)
+    fd = signal.set_wakeup_fd(-1)
+    state.obey()
+    read, write = state._heard
     try:
-        state = _shutdown.Shutdown()
-        state.prepare(forks=False)
-        state.wrap("SIGQUIT")
-        signal.raise_signal(signal.SIGQUIT)
-        signal.raise_signal(signal.SIGQUIT)
+        yield SimpleNamespace(state=state, seen=seen, ended=ended)
     finally:
-        signal.signal(signal.SIGQUIT, before)
-    assert seen == [(True, False), (True, True)]
+        signal.set_wakeup_fd(fd)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        os.write(write, b"\0")
+        until(lambda: "pyworkflow-signals" not in {t.name for t in threading.enumerate()}, "an end")
+        os.close(read)
+        os.close(write)
+
+
+def test_a_signal_tells_before_celery_acts_on_it(signalled):
+    signal.raise_signal(signal.SIGQUIT)
+    assert signalled.seen == [True]
+
+
+def test_a_signal_that_comes_twice_at_once_does_not_insist(signalled, monkeypatch):
+    monkeypatch.setattr(_shutdown, "_AS_ONE", 60.0)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert signalled.seen == [True, True]
+    assert not signalled.state.insisted
+    signal.raise_signal(signal.SIGINT)
+    assert signalled.ended.wait(10)
+
+
+def test_the_second_signal_insists_whatever_handlers_there_are(signalled, monkeypatch):
+    monkeypatch.setattr(_shutdown, "_AS_ONE", -1.0)
+    signal.raise_signal(signal.SIGTERM)
+    assert not signalled.state.insisted
+    signal.signal(signal.SIGQUIT, lambda *_: None)
+    signal.raise_signal(signal.SIGQUIT)
+    assert signalled.ended.wait(10)
+    assert signalled.state.insisted

@@ -265,7 +265,7 @@ class Worker:
         # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
         # It may stand still, too, for as long as the machine's was set back.
         self._missed = min(self._missed + 1, 8) if left < 0.01 else 0
-        return min(max(left, 0.0005 * 2**self._missed), 1.0)
+        return min(max(left, 0.0005 * (1 << self._missed)), 1.0)
 
     async def _idle(self, timeout: float) -> None:
         """Until woken, until the store may hold news, or for ``timeout`` seconds."""
