@@ -1,0 +1,90 @@
+"""A second signal while a worker drains: whoever insists waits for no step."""
+
+from __future__ import annotations
+
+import signal
+from time import monotonic
+
+import pytest
+
+from tests.celery import _program
+from tests.celery._harness import QUIT, TERM, Fleet, new_tag
+from tests.celery.test_children import gone
+
+INT = signal.SIGINT
+#: Neither the lease nor the drain is over before the test is.
+LONG = {"PYWORKFLOW_LEASE": "120s", "PYWORKFLOW_RENEW_EVERY": "30s", "PYWORKFLOW_DRAIN": "60s"}
+SOON = 10.0
+#: Seconds in which a second signal counts as the first one, which came twice.
+AS_ONE = 0.1
+
+
+@pytest.mark.parametrize(
+    ("pool", "number"),
+    [
+        ("prefork", INT),
+        pytest.param("prefork", QUIT, marks=pytest.mark.long),
+        ("prefork", TERM),
+        ("threads", INT),
+        pytest.param("threads", TERM, marks=pytest.mark.long),
+        pytest.param("solo", QUIT),
+        pytest.param("solo", INT, marks=pytest.mark.long),
+    ],
+)
+def test_who_insists_waits_for_no_step(fleet: Fleet, pool: str, number: int) -> None:
+    worker = fleet.worker(pool=pool, **LONG)
+    tag = new_tag()
+    run_id = fleet.start(_program.waiting, tag=tag)
+    fleet.begun(tag, "gated")
+    children = worker.children()
+    worker.signal(number)
+    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard", deadline=SOON)
+    heard = monotonic()
+    fleet.eventually(lambda: monotonic() - heard > AS_ONE * 2, "time passes")
+    began = monotonic()
+    worker.signal(number)
+    worker.wait(SOON)
+    took = monotonic() - began
+    assert all(map(gone, children))
+    assert took < SOON / 2, f"{took:.1f} s\n{worker.log}"
+    # What it held was given back: the lease is two minutes.
+    fleet.worker(**LONG)
+    fleet.begun(tag, "gated", 2, deadline=SOON)
+    fleet.open_gate(tag)
+    assert fleet.result(run_id, deadline=SOON) == "gated"
+    fleet.check(run_id)
+
+
+def test_an_interrupt_that_comes_twice_at_once_is_one(fleet: Fleet) -> None:
+    worker = fleet.worker(**LONG)
+    tag = new_tag()
+    run_id = fleet.start(_program.waiting, tag=tag)
+    fleet.begun(tag, "gated")
+    # As of a terminal, which tells the whole group, and a program in it that passes it on.
+    worker.signal(INT)
+    worker.signal(TERM)
+    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard", deadline=SOON)
+    fleet.open_gate(tag)
+    worker.wait(SOON)
+    assert fleet.executions(tag) == {"gated": 1, "gated-end": 1}
+    fleet.worker(**LONG)
+    assert fleet.result(run_id, deadline=SOON) == "gated"
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_ends_although_its_broker_hangs(fleet: Fleet, pool: str) -> None:
+    worker = fleet.worker(pool=pool, **LONG | {"PYWORKFLOW_DRAIN": "2s"})
+    tag = new_tag()
+    run_id = fleet.start(_program.waiting, tag=tag)
+    fleet.begun(tag, "gated")
+    fleet.broker.pause()
+    try:
+        worker.signal(TERM)
+        worker.wait(30)
+    finally:
+        fleet.broker.resume()
+    # The step was given back: the lease is two minutes.
+    fleet.worker(pool="threads", **LONG | {"PYWORKFLOW_MUTE": "1s"})
+    fleet.begun(tag, "gated", 2, deadline=SOON)
+    fleet.open_gate(tag)
+    assert fleet.result(run_id, deadline=SOON) == "gated"
