@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.worker import Settings, provisional_settings, settings
@@ -219,11 +219,12 @@ def _settle(app: Any) -> None:
     if before is config:
         return
     was = {} if before is None else app_conf(before)
-    app.conf.update(
-        {name: value for name, value in app_conf(config).items() if was.get(name, app) != value}
-    )
-    made: dict[str, object] = vars(app)
-    made.pop("amqp", None)  # since its first use it has the queues of before
+    now = app_conf(config)
+    changed = {name: value for name, value in now.items() if was.get(name, app) != value}
+    if changed:
+        app.conf.update(changed)
+        made = cast("dict[str, object]", vars(app))
+        made.pop("amqp", None)  # since its first use it has the queues of before
     _provided[id(app)] = config
 
 
