@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.celery import _program
 from tests.celery._harness import TERM, Fleet, new_tag
+from tests.servers import PostgresServer
 
 
 def test_a_worker_waits_for_a_broker_that_is_not_there_yet(fleet: Fleet) -> None:
@@ -41,6 +43,25 @@ def test_a_worker_that_cannot_work_ends_with_one_line(
     assert said in worker.log
     assert "hidden" not in worker.log
     assert "Traceback" not in worker.log, worker.log
+
+
+def test_a_worker_that_its_store_refuses_ends_with_one_line(
+    fleet: Fleet, postgres: PostgresServer
+) -> None:
+    # It would be free all the time, and take the doorbells of the others.
+    address = urlsplit(postgres.url)
+    place = f"{address.hostname}:{address.port}"
+    urls = {
+        f"postgresql://postgres:hidden@{place}/no_such_database": "no_such_database",
+        f"postgresql://nobody_here:hidden@{place}/postgres": "sqlstate=28000",
+    }
+    for url, said in urls.items():
+        worker = fleet.begin(pool="prefork", PYWORKFLOW_STORAGE=url)
+        assert worker.wait() != 0
+        assert said in worker.log
+        assert "hidden" not in worker.log
+        assert "Traceback" not in worker.log, worker.log
+        assert " ready." not in worker.log
 
 
 @pytest.mark.parametrize("url", ["http://user:hidden@nowhere/", "redis://user:hidden@nowhere:x/0"])

@@ -54,8 +54,12 @@ def test_f05_late_acknowledgement_and_redelivery_run_nothing_twice(fleet: Fleet)
         "task_acks_late=True, broker_transport_options={'visibility_timeout': 1, "
         "'unacked_restore_interval': 1, 'unacked_restore_throttle': 1}"
     )
+    # By force, and late: a worker takes back what an application says of our tasks.
     app = FOREIGN_APP.format(options=options) + (
-        "app.tasks['pyworkflow.handle'].acks_late = True\n"
+        "from celery.signals import celeryd_after_setup\n"
+        "@celeryd_after_setup.connect\n"
+        "def late(**_):\n"
+        "    app.tasks['pyworkflow.handle'].acks_late = True\n"
     )
     (fleet.path / "late.py").write_text(app)
     tag = new_tag()

@@ -126,6 +126,13 @@ class Publisher:
             self._state.closed = True
             self._news.notify_all()
 
+    def tell_unsent(self) -> None:
+        """At the end of the process: say what the broker has not taken, if nobody has."""
+        state = self._state
+        if state.queue or state.sending:
+            waiting = len(state.queue) + state.sending
+            self._tell(TimeoutError("it does not answer"), waiting)
+
     # --- the thread -----------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -185,7 +192,10 @@ class Publisher:
         """Whether the broker is at fault, and not this one message."""
         from pyworkflow_celery._celery import OperationalError
 
-        transport = self._app.connection_for_write().transport
+        try:
+            transport = self._app.connection_for_write().transport
+        except Exception:  # noqa: BLE001 - a setting that no library takes: nothing can be sent
+            return True
         # A queue that the application does not know is a KeyError, which kombu counts as well.
         return not isinstance(problem, KeyError) and isinstance(
             problem,
@@ -323,6 +333,8 @@ def flush_all(timeout: float = _FLUSH) -> None:
 def _flush_at_exit(pid: int) -> None:
     if pid == os.getpid():
         flush_all()
+        for publisher in list(_standing.publishers.values()):
+            publisher.tell_unsent()
 
 
 def _before_fork() -> None:

@@ -10,7 +10,7 @@ import logging
 import random
 from time import monotonic
 
-from pyworkflow.errors import StorageError
+from pyworkflow.errors import ConfigurationError, StorageError
 from pyworkflow_celery._process import Host
 
 __all__ = ["sweep_for_ever"]
@@ -51,6 +51,11 @@ async def sweep_for_ever(standing: Host) -> None:
                 told = monotonic()
                 _log.warning("no sweep, the storage does not answer: %s", exc)
             await asyncio.sleep(pause)
+        except ConfigurationError as exc:
+            if not told or monotonic() - told > _TELL_EVERY:
+                told = monotonic()
+                _log.error("no sweep, this worker cannot work: %s", exc)
+            await asyncio.sleep(_PAUSES[-1])
         except Exception:  # noqa: BLE001 - a backend's own bug must not end the sweeper
             _log.exception("no sweep: the storage failed in an unexpected way")
             await asyncio.sleep(_PAUSES[-1])

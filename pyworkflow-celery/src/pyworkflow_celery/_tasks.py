@@ -15,6 +15,7 @@ from typing import Any, cast
 from pyworkflow.errors import (
     ConfigurationError,
     PluginNotFound,
+    SchemaTooNew,
     StorageError,
     StorageUnavailable,
 )
@@ -36,6 +37,7 @@ failpoints.register(
 
 _HOP_AFTER = (0.05, 0.5)
 _LAST = 0.25
+_CANNOT = 1.0
 #: Not as the application's own tasks have it: neither its defaults nor its annotations are meant.
 _LIMITS = {
     "ignore_result": True,
@@ -93,12 +95,18 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
         if failpoints.active:
             failpoints.hit("celery.after_receive")
         outcome = Outcome.BUSY if standing.draining else standing.handle(bell)
+    except (ConfigurationError, PluginNotFound, SchemaTooNew) as exc:
+        _log.error("this worker cannot work: %s", exc)
+        hops = getattr(request, "pyworkflow_hops", 0)
+        if isinstance(hops, int) and hops < MOST_HOPS:
+            _pass_on(app, request, bell, hops + 1)
+            publisher_for(app).flush()
+        # A worker that can do nothing is free all the time: leave the next ones to others.
+        sleep(_CANNOT)
+        return "misconfigured"
     except StorageError as exc:
         _log.warning("a doorbell was dropped, a sweep rings again: %s run_id=%s", exc, bell.run_id)
         return "storage unavailable"
-    except (ConfigurationError, PluginNotFound) as exc:
-        _log.error("this worker cannot work: %s", exc)
-        return "misconfigured"
     if outcome is Outcome.BUSY and standing.draining:
         # This process is about to end, and the item may be free.
         _pass_on(app, request, bell)

@@ -9,9 +9,15 @@ import os
 from collections.abc import Coroutine
 from functools import partial
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # untyped
+from pathlib import Path
 from typing import Any
 
-from pyworkflow.errors import ConfigurationError, PluginNotFound, StorageError
+from pyworkflow.errors import (
+    ConfigurationError,
+    PluginNotFound,
+    StorageError,
+    StorageUnavailable,
+)
 from pyworkflow.spi import Runtime, StorageInfo
 from pyworkflow.worker import (
     create_runtime,
@@ -35,6 +41,8 @@ from pyworkflow_celery._tasks import keep_settings
 __all__ = ["WorkflowStep", "begin_child", "prepare_worker", "process_host"]
 
 _log = logging.getLogger("pyworkflow.celery")
+_OPENS = 15.0
+"""Seconds that the store has to answer before the worker starts without."""
 
 _NEVER = 10**8
 """Seconds: Celery's time limits are not for doorbells."""
@@ -114,9 +122,25 @@ def _prepare(worker: Any) -> None:
             "redis://…, or on one machine sqlite:////PATH or file:///PATH"
         )
     _check_content(app)
+    asyncio.run(_open_once(app))
     keep_settings(app)
     shutdown.prepare(forks=pool == "prefork")
     _prepared.runtime = runtime
+
+
+async def _open_once(app: Any) -> None:
+    """Open the store, and close it again before the pool forks.
+
+    A worker whose store refuses it would be free all the time, and take doorbells from the others.
+    """
+    probe = _runtime(app)
+    try:
+        async with asyncio.timeout(_OPENS):
+            await probe.open()
+    except (StorageUnavailable, TimeoutError) as exc:
+        _log.warning("the storage does not answer yet; the worker starts all the same: %s", exc)
+    finally:
+        await probe.close()
 
 
 def _check_content(app: Any) -> None:
@@ -259,7 +283,7 @@ def _say_what_there_is(worker: Any, info: StorageInfo) -> None:
             "the store is on this machine only: storage=%s; workers and clients elsewhere do not "
             "see it%s",
             info.location,
-            "" if os.environ.get("PYWORKFLOW_STORAGE") else ": PYWORKFLOW_STORAGE is not set",
+            "" if config.storage != f"file://{Path.cwd()}/.pyworkflow" else ": no storage is set",
         )
     executor = config.executor
     if isinstance(executor, str) and executor.partition(":")[0].lower() != "celery":
