@@ -1,0 +1,258 @@
+"""What must hold after every change of the store: the invariants, looked at where something changed.
+
+``fsck`` reads a whole store. Here each call's own run is read, and of its history only what is new,
+so that looking after every single change costs about as much as the change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from pyworkflow.errors import Refusal
+from pyworkflow.events import Event
+from pyworkflow.runs import ItemKind, Run, WorkItem
+from pyworkflow.spi.storage import TURN, Change, Claimed, Committed, StorageBackend
+
+__all__ = ["Broken", "Checks"]
+
+_ENDS = frozenset({"step.completed", "step.failed"})
+
+
+class Broken(AssertionError):
+    """A property does not hold: the property's name, the run and what was found."""
+
+    def __init__(self, rule: str, run_id: str, detail: str) -> None:
+        super().__init__(rule, run_id, detail)
+        self.rule = rule
+        self.run_id = run_id
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.rule} run_id={self.run_id}: {self.detail}"
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a run looked like after the last change."""
+
+    events: list[Event] = field(default_factory=list[Event])
+    keys: dict[str, int] = field(default_factory=dict[str, int])
+    ended: Counter[str] = field(default_factory=Counter[str])
+    """Ops of steps and how many results they have."""
+    inputs: int = 0
+    """seq of the last input."""
+    seen: int = 0
+    final: str | None = None
+    leases: dict[str, tuple[str, datetime]] = field(default_factory=dict[str, tuple[str, datetime]])
+    """Item → the token that it carries, and until when."""
+    changes: set[str] = field(default_factory=set[str])
+    """Keys of changes that were accepted."""
+
+
+class Checks:
+    """Looks at the store after each call that may have changed it."""
+
+    def __init__(self, store: StorageBackend, saw: Callable[[str], None]) -> None:
+        self._store = store
+        self._saw = saw
+        self._runs: dict[str, _Known] = {}
+        self._tokens: dict[str, tuple[str, str]] = {}
+        self._gone: set[str] = set()
+        """Tokens that were followed by others."""
+        self.on_commit: Callable[[str, str, Change, Committed], None] | None = None
+        """Called with who sent a change that was accepted."""
+        self.on_announce: Callable[[list[WorkItem]], None] | None = None
+        """Called with what a sweep was told of."""
+        self.clock_went_back = False
+        """Time as workers reckon it may be ahead of the store's from then on."""
+        self.length = 0
+        """Events of all runs."""
+        self.open = 0
+        """Runs that have not ended."""
+
+    def known(self, run_id: str) -> list[Event]:
+        """The run's history as it was seen to grow."""
+        return self._runs[run_id].events
+
+    def runs(self) -> list[str]:
+        """Every run that was seen."""
+        return list(self._runs)
+
+    async def after(self, who: str, method: str, args: tuple[Any, ...], result: Any) -> None:
+        """A call was carried out. Raises ``Broken``."""
+        if method == "commit_many":
+            if isinstance(result, list):
+                answers: list[Any] = [*result]  # pyright: ignore[reportUnknownArgumentType] - a list of whatever it is
+                await self._all_committed(who, args[0], answers)
+        elif method == "commit":
+            await self._all_committed(who, [args[0]], [result])
+        elif method == "claim":
+            if isinstance(result, Claimed):
+                for claim in result.claims:
+                    self._given(claim.item, result.now)
+                await self._look_at(dict.fromkeys(c.item.run_id for c in result.claims))
+        elif method in ("renew", "release"):
+            refs = args[0] if method == "renew" else (args[0],)
+            await self._look_at(dict.fromkeys(ref.run_id for ref in refs))
+        elif method in ("free", "announce", "purge"):
+            if method == "announce" and isinstance(result, list) and self.on_announce is not None:
+                rung: list[WorkItem] = [*result]  # pyright: ignore[reportUnknownArgumentType] - as above
+                self.on_announce(rung)
+                await self._look_at(dict.fromkeys(item.run_id for item in rung))
+            elif result:
+                await self._look_at(self._runs)
+
+    def _given(self, item: WorkItem, now: datetime) -> None:
+        """A claim was given by asking: the item was due, and nobody held it."""
+        lease = item.lease
+        assert lease is not None
+        run = self._runs.get(item.run_id)
+        standing = None if run is None else run.leases.get(item.item_id)
+        if item.due_at > now:
+            raise Broken("claims", item.run_id, f"claimed before its time: {item.item_id}")
+        if standing is not None:
+            if standing[1] > now:
+                raise Broken("I6", item.run_id, f"a held item was claimed: {item.item_id}")
+            self._saw("lease takeover")
+
+    async def _all_committed(self, who: str, changes: list[Change], answers: list[Any]) -> None:
+        # What was held before the first of them: a look at a run shows what all of them did.
+        held = {
+            change.run_id: run.leases
+            for change in changes
+            if (run := self._runs.get(change.run_id)) is not None
+        }
+        for change, answer in zip(changes, answers, strict=True):
+            await self._committed(who, change, answer, held.get(change.run_id, {}))
+
+    async def _committed(
+        self, who: str, change: Change, answer: Any, held: dict[str, tuple[str, datetime]]
+    ) -> None:
+        run_id = change.run_id
+        if not isinstance(answer, Committed):
+            if isinstance(answer, Refusal):
+                self._saw(_REFUSED.get(type(answer).__name__, f"refused: {type(answer).__name__}"))
+            return
+        run = self._runs.get(run_id)
+        if run is None:
+            run = self._runs[run_id] = _Known()
+            self.open += 1
+        if answer.duplicate:
+            self._saw("duplicate change answered")
+        else:
+            if change.key in run.changes:
+                raise Broken("I1", run_id, f"the change was applied twice: key={change.key}")
+            run.changes.add(change.key)
+            if change.claim is not None:
+                standing = held.get(change.claim.item_id)
+                if standing is None or standing[0] != change.claim.token:
+                    raise Broken(
+                        "I4", run_id,
+                        f"a change under a lost claim was taken: item={change.claim.item_id} "
+                        f"token={change.claim.token} the item's token={standing and standing[0]}",
+                    )  # fmt: skip
+                if standing[1] <= answer.now:
+                    self._saw("commit under an expired lease")
+            if change.final is not None and change.control is None and change.claim is not None:
+                seen = max(change.seen or 0, run.seen)
+                if run.inputs > seen:
+                    raise Broken("final", run_id, f"ended with an unseen input: seq={run.inputs}")
+            if answer.skipped:
+                self._saw("second result skipped")
+        await self._look(run_id, run)
+        if not answer.duplicate:
+            for seq, event in zip(answer.seqs, change.events, strict=True):
+                stored = run.events[seq - 1] if 0 < seq <= len(run.events) else None
+                if stored is None or (stored.type, stored.op) != (event.type, event.op):
+                    raise Broken("I3", run_id, f"an acknowledged event is not there: seq={seq}")
+            if self.on_commit is not None:
+                self.on_commit(who, run_id, change, answer)
+
+    async def _look_at(self, run_ids: Iterable[str]) -> None:
+        for run_id in list(run_ids):
+            known = self._runs.get(run_id)
+            if known is not None:
+                await self._look(run_id, known)
+
+    async def _look(self, run_id: str, known: _Known) -> None:
+        """Read the run; compare it with what it was."""
+        run = await self._store.get_run(run_id)
+        if run is None:
+            raise Broken("I3", run_id, "the run is gone")
+        if run.history_length != len(known.events):
+            new = await self._store.get_events(run_id, after=len(known.events))
+            self._history(run, known, new)
+        if run.seen_seq != known.seen:
+            if not known.seen < run.seen_seq <= len(known.events):
+                raise Broken("seen", run_id, f"seen_seq went from {known.seen} to {run.seen_seq}")
+            known.seen = run.seen_seq
+        self._items(run, known, await self._store.list_work(run_id))
+
+    def _history(self, run: Run, known: _Known, new: list[Event]) -> None:
+        run_id = run.run_id
+        events = known.events
+        if run.history_length != len(events) + len(new):
+            raise Broken("I2", run_id, f"history_length={run.history_length}, not dense")
+        for event in new:
+            if event.seq != len(events) + 1:
+                raise Broken("I2", run_id, f"seq={event.seq} after {len(events)}")
+            if events and event.timestamp < events[-1].timestamp:
+                raise Broken("I2", run_id, f"timestamps decrease: seq={event.seq}")
+            if known.final is not None and event.klass != "O":
+                raise Broken("I8", run_id, f"{event.type} after the end: seq={event.seq}")
+            if event.key is not None and known.keys.setdefault(event.key, event.seq) != event.seq:
+                raise Broken("I7", run_id, f"two events have one key: {event.key}")
+            if event.type in _ENDS:
+                known.ended[str(event.op)] += 1
+                if known.ended[str(event.op)] > 1:
+                    raise Broken("once", run_id, f"two results were recorded: op={event.op}")
+            if event.klass == "I":
+                known.inputs = event.seq
+                early = event.timestamp.isoformat() < str(event.data.get("until", ""))
+                if early and not self.clock_went_back:
+                    raise Broken("early", run_id, f"{event.op} fired before its time")
+            events.append(event)
+        self.length += len(new)
+
+    def _items(self, run: Run, known: _Known, items: list[WorkItem]) -> None:
+        run_id = run.run_id
+        if run.status.is_terminal:
+            if known.final is None:
+                known.final = str(run.status)
+                self.open -= 1
+            elif known.final != run.status:
+                raise Broken("I8", run_id, f"ended {known.final}, and now {run.status}")
+            for item in items:
+                if item.kind is not ItemKind.DELIVER:
+                    raise Broken("I8", run_id, f"ended, and owns {item.item_id}")
+        elif known.final is not None:
+            raise Broken("I8", run_id, f"ended {known.final}, and now {run.status}")
+        elif known.inputs > run.seen_seq and not any(item.item_id == TURN for item in items):
+            raise Broken("I5", run_id, f"no turn is owed for the input seq={known.inputs}")
+        leases: dict[str, tuple[str, datetime]] = {}
+        for item in items:
+            lease = item.lease
+            if lease is None:
+                continue
+            place = (run_id, item.item_id)
+            if self._tokens.setdefault(lease.token, place) != place:
+                raise Broken("I4", run_id, f"a token was issued twice: {lease.token}")
+            before = known.leases.get(item.item_id)
+            leases[item.item_id] = (lease.token, lease.until)
+            if before is not None and before[0] != lease.token and lease.token in self._gone:
+                raise Broken("I4", run_id, f"a token came back: {lease.token}")
+            if before is not None and before[0] != lease.token:
+                self._gone.add(before[0])
+        known.leases = leases
+
+
+_REFUSED = {
+    "Fenced": "fenced commit",
+    "UnseenInput": "unseen input",
+    "KeyTaken": "idempotency key taken",
+    "RunExists": "run exists",
+}

@@ -1,0 +1,141 @@
+"""``pyworkflow-sim``: many seeds, what they came to, and what a failing one needs to fail."""
+
+# ruff: noqa: T201 - printing is what this command is for
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from pyworkflow.errors import ConfigurationError
+from pyworkflow.testing.simulation._coverage import ENOUGH, missing, table
+from pyworkflow.testing.simulation._faults import PROFILES, make_plan
+from pyworkflow.testing.simulation._many import Total, backend_of, run_many, shrink
+from pyworkflow.testing.simulation._simulate import Report, simulate
+
+__all__ = ["main"]
+
+_SHOWN = 60
+"""Lines of a failing run that are printed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 when everything held and every path was taken."""
+    parser = argparse.ArgumentParser(
+        prog="pyworkflow-sim",
+        description="Simulate clusters: every seed is one, with its own programs and faults.",
+    )
+    parser.add_argument("--seeds", default="0:1000", help="FIRST:END, or one seed")
+    parser.add_argument(
+        "--profile",
+        default="all",
+        help=f"what goes wrong: {', '.join(PROFILES)} (all: everything at once), several with "
+        "commas, or each",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes; 0: one per core")
+    parser.add_argument(
+        "--backend", default="memory", help="memory, or module:callable that makes an empty store"
+    )
+    parser.add_argument("--keep", help="of the plan's faults only these, by number: 0,3")
+    parser.add_argument("--trace", action="store_true", help="print all that happens")
+    options = parser.parse_args(arguments)
+    try:
+        seeds = _seeds(options.seeds)
+        profiles = list(PROFILES) if options.profile == "each" else options.profile.split(",")
+        for profile in profiles:
+            if profile not in PROFILES:
+                raise ConfigurationError(
+                    f"no such profile: profile={profile}; there are {', '.join(PROFILES)} and each"
+                )
+        backend_of(options.backend)
+    except ConfigurationError as exc:
+        parser.error(str(exc))
+    if options.keep is not None or options.trace:
+        return _one(seeds[0], profiles[0], options)
+    jobs = options.jobs or os.cpu_count() or 1
+    good = [_profile(seeds, profile, jobs, options.backend) for profile in profiles]
+    return 0 if all(good) else 1
+
+
+def _seeds(text: str) -> range:
+    first, colon, end = text.partition(":")
+    try:
+        return range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
+    except ValueError:
+        raise ConfigurationError(f"no seeds: seeds={text}; give FIRST:END, or one") from None
+
+
+def _profile(seeds: range, profile: str, jobs: int, backend: str) -> bool:
+    """Run all seeds of a profile; whether everything held."""
+    began = time.perf_counter()
+
+    def progress(total: Total) -> None:
+        if sys.stderr.isatty():
+            rate = total.seeds / (time.perf_counter() - began)
+            print(f"\r{profile}: {total.seeds:,} seeds, {rate:,.0f}/s", end="", file=sys.stderr)
+
+    total = run_many(seeds, profile, jobs=jobs, backend=backend, on_progress=progress)
+    took = time.perf_counter() - began
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(
+        f"profile={profile} seeds={total.seeds:,} failed={len(total.failed)} "
+        f"seeds/s={total.seeds / took:,.1f} store calls={total.calls:,} "
+        f"callbacks={total.steps:,} virtual hours={total.seconds / 3600:,.1f}"
+    )
+    print(table(profile, total.seen))
+    never = [] if total.failed else missing(profile, total.seeds, total.seen)
+    if never:
+        print(
+            f"FAILED: paths that {ENOUGH} seeds of profile={profile} should take were never taken: "
+            + ", ".join(never)
+        )
+    for seed, _, found in total.failed[:10]:
+        print(f"FAILED: seed={seed} profile={profile}: {found}")
+    if total.failed:
+        report, kept = shrink(total.failed[0][0], profile, make_store=backend_of(backend))
+        _explain(report, kept, backend)
+    return not total.failed and not never
+
+
+def _explain(report: Report, kept: list[int], backend: str) -> None:
+    """What is left of a failing seed, and how to see it again."""
+    command = f"pyworkflow-sim --seeds {report.seed} --profile {report.profile}"
+    if backend != "memory":
+        command += f" --backend {backend}"
+    print(f"\nseed={report.seed} profile={report.profile}, as small as it gets:")
+    print(f"  broken: {report.broken}")
+    for number, fault in zip(kept, report.faults, strict=True):
+        print(f"  fault {number}: {fault}")
+    lines = report.trace
+    run_id = report.broken.run_id if report.broken is not None else "-"
+    if run_id != "-":
+        lines = tuple(
+            line for line in lines if run_id in line or " fault: " in line or " operator: " in line
+        )
+    if len(lines) > _SHOWN:
+        print(f"  … {len(lines) - _SHOWN} lines before")
+    for line in lines[-_SHOWN:]:
+        print(f"  {line[:240]}")
+    print(f"again: {command} --keep {','.join(map(str, kept)) or 'none'} --trace")
+
+
+def _one(seed: int, profile: str, options: argparse.Namespace) -> int:
+    """Run one seed, and say all that happens."""
+    planned = make_plan(seed, profile).faults
+    kept = None
+    if options.keep is not None:
+        kept = tuple(planned[int(n)] for n in options.keep.split(",") if n.strip().isdigit())
+    report = simulate(
+        seed,
+        profile,
+        faults=kept,
+        make_store=backend_of(options.backend),
+        tracing=options.trace,
+        on_trace=print if options.trace else None,
+    )
+    print(f"seed={seed} profile={profile}: {report.broken or 'everything held'}")
+    return 0 if report.broken is None else 1

@@ -1,0 +1,283 @@
+"""Planted bugs of the engine and of a store, and how many seeds may pass before each is found."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from pyworkflow._engine import bells, dispatched, leases, pipeline, session, steps, turn, worker
+from pyworkflow.errors import Fenced
+from pyworkflow.spi import _decide, _due, _plan, _state, reference
+from pyworkflow.spi.storage import Settle
+from pyworkflow.testing.simulation import _simulate
+
+
+@dataclass(frozen=True)
+class Bite:
+    """One planted bug."""
+
+    name: str
+    profile: str
+    within: int
+    """Seeds, from 0, of which one must fail."""
+    rules: frozenset[str]
+    """What may be broken by it."""
+    plant: Callable[[Callable[[Any, str, Any], None]], None]
+    """Replaces attributes with the function that it is given."""
+
+
+@contextmanager
+def planted(bite: Bite) -> Iterator[None]:
+    """The bug is there until the end."""
+    standing: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        standing.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    _simulate._EXPECTED.clear()
+    bite.plant(put)
+    try:
+        yield
+    finally:
+        for owner, name, value in reversed(standing):
+            setattr(owner, name, value)
+        _simulate._EXPECTED.clear()
+
+
+BITES: list[Bite] = []
+
+
+def _bite(profile: str, within: int, *rules: str) -> Callable[[Callable[..., None]], None]:
+    def add(plant: Callable[..., None]) -> None:
+        name = plant.__name__
+        BITES.append(Bite(name, profile, within, frozenset(rules), plant))
+
+    return add
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+@_bite("crash", 150, "I4")
+def token_is_not_checked(put: Any) -> None:
+    def refuse(run: Any, change: Any, now: Any) -> None:
+        try:
+            _plan.refuse(run, change, now)
+        except Fenced:
+            if change.claim is None or change.claim.item_id not in run.items:
+                raise
+
+    put(_decide, "refuse", refuse)
+
+
+@_bite("network", 120, "I1")
+def change_that_comes_twice_is_applied_twice(put: Any) -> None:
+    apply = _state.RunState.apply
+
+    def forgets(self: Any, part: Any) -> None:
+        apply(self, part)
+        self.recent.clear()
+
+    put(_state.RunState, "apply", forgets)
+
+
+@_bite("calm", 20, "I6")
+def held_item_is_claimed_again(put: Any) -> None:
+    index_put = _due.DueIndex.put
+    put(
+        _due.DueIndex,
+        "put",
+        lambda self, item, workflow: index_put(self, replace(item, lease=None), workflow),
+    )
+
+
+@_bite("crash", 400, "final")
+def end_is_taken_although_an_input_is_unseen(put: Any) -> None:
+    put(_plan.Plan, "_refuse_unseen", lambda self: None)
+
+
+@_bite("calm", 40, "I5")
+def turn_is_not_owed_for_an_unseen_input(put: Any) -> None:
+    put(_plan.Plan, "_owe_turn", lambda self: None)
+
+
+@_bite("crash", 60, "idempotency", "fsck")
+def idempotency_key_is_not_unique(put: Any) -> None:
+    put(reference.ReferenceStore, "find_run", lambda self, key, *, now: None)
+
+
+@_bite("calm", 20, "claims", "I6")
+def item_is_claimed_before_its_time(put: Any) -> None:
+    pop = _due.DueIndex.pop
+    put(
+        _due.DueIndex,
+        "pop",
+        lambda self, limit, now, *rest: pop(self, limit, now + timedelta(hours=1), *rest),
+    )
+
+
+@_bite("calm", 40, "I3", "I2", "seen", "engine")
+def acknowledged_change_is_lost_now_and_then(put: Any) -> None:
+    apply, number = reference.ReferenceStore.apply, itertools.count(1)
+
+    def loses(self: Any, delta: Any) -> None:
+        if next(number) % 37:
+            apply(self, delta)
+
+    put(reference.ReferenceStore, "apply", loses)
+
+
+@_bite("crash", 100, "I4")
+def token_is_issued_twice(put: Any) -> None:
+    from pyworkflow import _memory
+
+    put(_memory._Shared, "token", lambda self: f"t{next(self._tokens) // 2}")
+
+
+@_bite("calm", 60, "I8", "once", "fsck")
+def end_leaves_the_items_of_steps(put: Any) -> None:
+    end = _plan.Plan._end
+
+    def leaves(self: Any, status: Any) -> None:
+        before = {k: v for k, v in self.run.items.items() if k != "turn"}
+        end(self, status)
+        for item_id, item in before.items():
+            self.items[item_id] = item
+
+    put(_plan.Plan, "_end", leaves)
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+@_bite("calm", 20, "liveness", "work")
+def timers_are_lost_when_a_turn_is_settled(put: Any) -> None:
+    put(session, "Settle", lambda *, again_at=None: Settle())
+
+
+@_bite("calm", 60, "exactly once", "liveness", "work")
+def retry_forgets_how_often_it_was_tried(put: Any) -> None:
+    payload = steps.StepTry.payload
+    put(steps.StepTry, "payload", lambda self, attempt=None: payload(self))
+
+
+@_bite("crash", 300, "at most once")
+def at_most_once_step_is_not_stamped(put: Any) -> None:
+    async def begins(self: Any, what: Any, item: Any) -> bool:
+        return True
+
+    put(dispatched.DispatchedSteps, "_mark_begun", begins)
+
+
+@_bite("network", 60, "liveness", "work")
+def sweep_never_rings(put: Any) -> None:
+    async def silent(self: Any, limit: int) -> int:
+        await self._worker.storage.announce(limit, self._worker.settings.mute)
+        return 0
+
+    put(bells.Bells, "sweep", silent)
+
+
+@_bite(
+    "network",
+    120,
+    "liveness",
+    "I1",
+    "loop",
+    "logs",
+    "replay",
+    "once",
+    "I4",
+    "result",
+    "idempotency",
+)
+def change_is_sent_again_under_another_key(put: Any) -> None:
+    deliver, number = pipeline.Pipeline._deliver, itertools.count(1)
+
+    class Renaming:
+        def __init__(self, storage: Any) -> None:
+            self._storage = storage
+
+        async def commit_many(self, changes: Any) -> Any:
+            return await self._storage.commit_many(
+                [replace(c, key=f"{c.key}/{next(number)}") for c in changes]
+            )
+
+    async def renames(self: Any, changes: Any) -> Any:
+        standing = self._storage
+        if not isinstance(standing, Renaming):
+            self._storage = Renaming(standing)
+        return await deliver(self, changes)
+
+    put(pipeline.Pipeline, "_deliver", renames)
+
+
+@_bite("storage", 200, "liveness", "work", "replay", "engine", "result", "logs")
+def coroutine_is_kept_after_a_refusal(put: Any) -> None:
+    drop = worker.Worker._drop
+
+    def keeps(self: Any, live: Any) -> None:
+        over = live.replay.outcome is not None or live.replay.problem is not None
+        if self.is_stopping or over or len(self._kept) >= self.settings.sessions:
+            drop(self, live)
+        else:
+            self._kept[live.run_id] = live
+            self._known[live.run_id] = live.replay.fed
+
+    put(worker.Worker, "_drop", keeps)
+
+
+@_bite("calm", 60, "liveness", "work", "replay", "engine", "result")
+def inputs_of_others_are_not_delivered(put: Any) -> None:
+    to_feed = turn.Turn._to_feed
+    put(
+        turn.Turn,
+        "_to_feed",
+        lambda self, answer, events: to_feed(self, replace(answer, others=()), events),
+    )
+
+
+@_bite("calm", 60, "exactly once", "result")
+def leases_are_not_renewed(put: Any) -> None:
+    async def sleeps(self: Any, storage: Any) -> None:
+        return None
+
+    put(leases.LeaseKeeper, "_renew_once", sleeps)
+
+
+@_bite("crash", 200, "liveness", "work", "engine", "replay", "result", "loop")
+def evicted_coroutine_is_used_again(put: Any) -> None:
+    def closes(self: Any, run_id: str | None = None) -> None:
+        for live in list(self._kept.values()):
+            live.replay.close()
+
+    put(worker.Worker, "evict", closes)
+
+
+@_bite("calm", 40, "early")
+def timers_fire_early(put: Any) -> None:
+    from pyworkflow._replay.replay import Replay
+
+    due = Replay.due_timers
+    put(Replay, "due_timers", lambda self, now: due(self, now + 400_000))
+
+
+@_bite("storage", 60, "liveness", "work")
+def worker_gives_up_claiming_after_an_outage(put: Any) -> None:
+    claim = leases.claim
+
+    async def once(storage: Any, request: Any) -> Any:
+        if getattr(storage, "gave_up", False):
+            return replace(await claim(storage, replace(request, limit=1, items=[])), claims=[])
+        try:
+            return await claim(storage, request)
+        except Exception:
+            storage.gave_up = True
+            raise
+
+    put(worker, "claim", once)

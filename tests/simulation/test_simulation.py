@@ -1,0 +1,143 @@
+"""Clusters under seeds: everything holds, every path is taken, and a seed decides everything."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
+from pyworkflow.spi import StorageBackend
+from pyworkflow.storage.memory import MemoryStorageBackend
+from pyworkflow.testing.simulation import PROFILES, simulate
+from pyworkflow.testing.simulation._cli import main
+from pyworkflow.testing.simulation._coverage import missing
+from pyworkflow.testing.simulation._many import run_many, shrink
+from tests.simulation.bites import BITES, planted
+
+FULL = os.environ.get("PYWORKFLOW_FULL") == "1"
+SEEDS = 5000 if FULL else 400
+REGRESSIONS = [
+    (int(seed), profile)
+    for line in (Path(__file__).parent / "regressions.txt").read_text("utf-8").splitlines()
+    if line and not line.startswith("#")
+    for seed, profile in [line.split()[:2]]
+]
+
+# The trace of some seeds, one alone and after others: nothing may be left of them.
+TRACES = """
+import hashlib
+from pyworkflow.testing.simulation import simulate
+told = hashlib.sha256()
+for seed in (3, 4, 5, 4, 11):
+    told.update("\\n".join(simulate(seed, "all", tracing=True).trace).encode())
+print(told.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_everything_holds_and_every_path_is_taken(profile: str) -> None:
+    total = run_many(range(SEEDS), profile)
+    assert total.failed == []
+    assert total.seeds == SEEDS
+    assert missing(profile, total.seeds, total.seen) == []
+
+
+@pytest.mark.parametrize(("seed", "profile"), REGRESSIONS)
+def test_a_seed_that_failed_once_holds(seed: int, profile: str) -> None:
+    assert simulate(seed, profile).broken is None
+
+
+def test_a_seed_gives_the_same_trace_in_any_process() -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", TRACES],
+            env={**os.environ, "PYTHONHASHSEED": salt},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for salt in ("1", "2")
+    }
+    assert len(found) == 1
+
+
+def test_a_trace_does_not_depend_on_what_ran_before() -> None:
+    def told() -> str:
+        lines = simulate(4, "all", tracing=True).trace
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    first = told()
+    simulate(9, "crash")
+    assert told() == first
+
+
+def test_without_faults_no_step_runs_twice() -> None:
+    for seed in range(20):
+        report = simulate(seed, "calm")
+        assert report.broken is None
+        assert "body begun again" not in report.seen
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(ValueError, match="calm, crash"):
+        simulate(1, "stormy")
+
+
+def test_a_failing_plan_is_made_smaller() -> None:
+    bite = next(b for b in BITES if b.name == "token_is_not_checked")
+    with planted(bite):
+        seed = next(s for s in range(bite.within) if simulate(s, "crash").broken is not None)
+        whole = simulate(seed, "crash")
+        report, kept = shrink(seed, "crash")
+    assert report.broken is not None
+    assert whole.broken is not None
+    assert report.broken.rule == whole.broken.rule
+    assert len(kept) == len(report.faults) <= len(whole.faults)
+    assert any("BROKEN" in line for line in report.trace)
+
+
+def test_the_command_tells_what_came_of_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "0:8", "--profile", "calm"]) == 0
+    told = capsys.readouterr().out
+    assert "profile=calm seeds=8 failed=0" in told
+    assert "step handed off" in told
+
+
+def test_the_command_explains_a_failing_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    bite = next(b for b in BITES if b.name == "turn_is_not_owed_for_an_unseen_input")
+    with planted(bite):
+        assert main(["--seeds", "0:5", "--profile", "calm"]) == 1
+    told = capsys.readouterr().out
+    assert "broken: I5" in told
+    assert "again: pyworkflow-sim --seeds 0 --profile calm --keep none --trace" in told
+
+
+def test_the_command_runs_one_seed_with_its_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "4", "--profile", "crash", "--keep", "none", "--trace"]) == 0
+    told = capsys.readouterr().out
+    assert "body of" in told
+    assert "everything held" in told
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "a"], ["--profile", "x"], ["--backend", "nowhere:x"]]
+)
+def test_the_command_refuses_what_it_cannot_use(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(wrong)
+    assert ended.value.code == 2
+
+
+def store_behind_a_line() -> StorageBackend:
+    """A backend that is not the memory backend itself: its calls are awaited."""
+    return FaultyStorage(MemoryStorageBackend(), FaultPlan(rate=0))
+
+
+def test_another_backend_is_simulated() -> None:
+    for seed in range(10):
+        assert simulate(seed, "crash", make_store=store_behind_a_line).broken is None
