@@ -82,12 +82,20 @@ def of_another_terminal(program: Program) -> dict[str, str]:
     return environment(**{name: shlex.split(value)[0] for name, value in lines})
 
 
-def descendants(program: Program) -> set[int]:
-    return {child.pid for child in psutil.Process(program.pid).children(recursive=True)}
+def descendants(program: Program) -> list[psutil.Process]:
+    return psutil.Process(program.pid).children(recursive=True)
 
 
-def assert_nothing_is_left(project: Path, pids: set[int]) -> None:
-    until(lambda: not any(map(alive, pids)), "processes of the stack still run")
+def runs(process: psutil.Process) -> bool:
+    """Whether it still does; its number may be another process's by now."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_nothing_is_left(project: Path, processes: list[psutil.Process]) -> None:
+    until(lambda: not any(map(runs, processes)), "processes of the stack still run")
     until(lambda: not list((project.parent / "temporary").iterdir()), "files are left")
 
 
@@ -99,11 +107,12 @@ def test_another_terminal_works_through_it_and_ctrl_c_leaves_the_store_alone(pro
         done = run(sys.executable, "flows.py", env=env, cwd=project)
         assert done.returncode == 0, done.stderr + program.said()
         worker, client = map(int, re.findall(r"\d+", done.stdout))
-        pids = descendants(program)
+        stack = descendants(program)
+        pids = {process.pid for process in stack}
         assert worker in pids
         assert client not in pids
         assert program.end(signal.SIGINT, timeout=30) == 0
-        assert_nothing_is_left(project, pids)
+        assert_nothing_is_left(project, stack)
         said = program.said()
     assert re.search(r"^worker1 \| .*the worker has workflows: ask, wait$", said, re.MULTILINE)
     assert re.search(r"^worker1 \| .*Task ask\[.*\] received$", said, re.MULTILINE)
@@ -131,9 +140,9 @@ def test_a_worker_that_dies_is_started_again_and_a_broker_too(project: Path) -> 
                 until(lambda: program.said().count(mark) > before, "no worker is ready")  # noqa: B023 - called at once
         done = run(sys.executable, "flows.py", env=env, cwd=project)
         assert done.returncode == 0, done.stderr + program.said()
-        pids = descendants(program)
+        stack = descendants(program)
         assert program.end(timeout=30) == 0
-        assert_nothing_is_left(project, pids)
+        assert_nothing_is_left(project, stack)
 
 
 def test_workers_that_log_errors_only_are_seen_to_be_ready(project: Path) -> None:
@@ -147,11 +156,11 @@ def test_workers_that_log_errors_only_are_seen_to_be_ready(project: Path) -> Non
 
 def test_killed_it_takes_all_its_processes_along(project: Path) -> None:
     with dev(project) as program:
-        pids = descendants(program)
-        assert len(pids) >= 4  # broker, worker, its children, the watchdog
+        stack = descendants(program)
+        assert len(stack) >= 4  # broker, worker, its children, the watchdog
         program.send(signal.SIGKILL)
         program.wait()
-        assert_nothing_is_left(project, pids)
+        assert_nothing_is_left(project, stack)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -166,11 +175,11 @@ def test_told_to_end_while_it_looks_at_the_modules_it_leaves_nothing(
     env = environment(TMPDIR=str(temporary))
     with Program(command, env=env, cwd=project, log=project.parent / "log") as program:
         until((project / "looks").exists, "it does not look")
-        pids = descendants(program)
-        assert pids
+        stack = descendants(program)
+        assert stack
         assert program.end(number) == 130
         assert "Traceback" not in program.said()
-        assert_nothing_is_left(project, pids)
+        assert_nothing_is_left(project, stack)
 
 
 def test_what_a_module_configures_counts_for_the_workers(project: Path) -> None:
@@ -208,11 +217,11 @@ def test_a_terminal_that_closes_ends_it_and_others_go_on_with_what_it_held(proje
         run_id = run(sys.executable, "-c", code, env=env, cwd=project).stdout.strip()
         show = (BIN / "pyworkflow", "runs", "show", run_id)
         until(lambda: "running" in run(*show, env=env, cwd=project).stdout, "it does not run")
-        pids = {child.pid for child in psutil.Process(pid).children(recursive=True)}
+        stack = psutil.Process(pid).children(recursive=True)
         os.close(terminal)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
-        assert_nothing_is_left(project, pids)
+        assert_nothing_is_left(project, stack)
     finally:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)

@@ -131,10 +131,16 @@ def _check_place(path: Path) -> None:
 
 def _version(conn: sqlite3.Connection, path: Path) -> int:
     """The schema's version; 0 for an empty database."""
-    application = conn.execute("pragma application_id").fetchone()[0]
-    version: int = conn.execute("pragma user_version").fetchone()[0]
+    if conn.in_transaction:
+        application, version, tables = _marks(conn)
+    else:
+        # At one instant: another process may be making the tables.
+        conn.execute("begin")
+        try:
+            application, version, tables = _marks(conn)
+        finally:
+            conn.execute("rollback")
     if application != _APPLICATION_ID:
-        tables = conn.execute("select count(*) from sqlite_master").fetchone()[0]
         if tables or version or application:
             raise ConfigurationError(
                 f"the file is a database of something else: path={path}; name another file"
@@ -144,6 +150,14 @@ def _version(conn: sqlite3.Connection, path: Path) -> int:
     if version > newest:
         raise SchemaTooNew(str(path), version, newest)
     return version
+
+
+def _marks(conn: sqlite3.Connection) -> tuple[int, int, int]:
+    """Whose database it is, its version, and how many tables there are."""
+    tables: int = conn.execute("select count(*) from sqlite_master").fetchone()[0]
+    application: int = conn.execute("pragma application_id").fetchone()[0]
+    version: int = conn.execute("pragma user_version").fetchone()[0]
+    return application, version, tables
 
 
 def migrate(conn: sqlite3.Connection, path: Path) -> None:
