@@ -56,7 +56,7 @@ from pyworkflow.storage.memory import MemoryStorageBackend
 try:
     import pyworkflow.storage.file
 except ModuleNotFoundError as error:
-    assert "pip install pyworkflow-storage-file" in str(error), error
+    assert "from a clone './pyworkflow-storage-file'" in str(error), error
 else:
     raise AssertionError("the file door opened without its plugin")
 """
