@@ -51,7 +51,8 @@ def _is_collected(group: int) -> bool:
             fields = stat.read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
-        if int(fields[2]) == group:
+        # A process that ends at this moment may have nothing to show.
+        if len(fields) > 2 and int(fields[2]) == group:
             states.append(fields[0].decode())
     return bool(states) and set(states) <= {"Z", "X"}
 
@@ -89,9 +90,15 @@ def main(folder: str, grace: float) -> None:
             ranks[int(pid)] = int(rank)
         else:
             ranks.pop(int(line[1:]), None)
-    for rank in sorted(set(ranks.values()), reverse=True):
-        _end([pid for pid, its in ranks.items() if its == rank], grace)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for rank in sorted(set(ranks.values()), reverse=True):
+            _end([pid for pid, its in ranks.items() if its == rank], grace)
+    except BaseException:
+        for pid in ranks:  # whatever went wrong, nothing stays
+            kill_group(pid, signal.SIGKILL)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
