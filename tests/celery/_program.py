@@ -132,6 +132,23 @@ def suicidal(tag: str, deaths: int) -> str:
     return "alive"
 
 
+@step(timeout=0.5, hard_timeout=True, max_retries=1, retry_delay=0.05)
+def stuck(tag: str, tries: int) -> str:
+    """Blocks its thread for ever, a number of times."""
+    note(tag, "stuck")
+    while times(tag, "stuck") <= tries:
+        time.sleep(0.1)
+    return "unblocked"
+
+
+@step(timeout=0.5, hard_timeout=True, semantics="at_most_once")
+def stuck_once(tag: str) -> str:
+    """Blocks its thread, and must not be begun again."""
+    note(tag, "stuck_once")
+    wait_for_gate(tag)
+    return "unblocked"
+
+
 @step(max_retries=0, dispatch="queue")
 def greedy(tag: str) -> int:
     """Wants more memory than there is."""
@@ -211,6 +228,24 @@ async def mixed(tag: str) -> list[object]:
     await sleep(0.05)
     parts = await asyncio.gather(*(share(tag, n) for n in range(3)))
     return [*first, len(parts), await quick(tag, "c")]
+
+
+@workflow
+async def limited(tag: str, tries: int) -> str:
+    """A step whose time limit ends its process."""
+    try:
+        return await stuck(tag, tries)
+    except pyworkflow.StepTimeout:
+        return "StepTimeout"
+
+
+@workflow
+async def limited_once(tag: str) -> str:
+    """The same, at most once."""
+    try:
+        return await stuck_once(tag)
+    except pyworkflow.StepTimeout:
+        return "StepTimeout"
 
 
 @workflow

@@ -353,6 +353,7 @@ def test_definitions_that_cannot_work_are_refused_when_decorated() -> None:
         {"semantics": "exactly_once"},
         {"dispatch": "maybe"},
         {"semantics": "at_most_once", "max_retries": 2},
+        {"hard_timeout": True},
     ],
 )
 def test_settings_of_a_step_that_make_no_sense_are_refused(settings: Any) -> None:

@@ -4,7 +4,7 @@ Elsewhere: 13, 14, 15, 28, 29, 36 and the storage halves of 1, 3, 4, 6, 9, 18 an
 contract (conformance suite, ``test_reference.py``); 16 belongs to the file backend; 11 and 34 are
 pinned by ``test_ops_table.py`` and ``test_golden.py``; 35 by ``test_logging.py`` and below.
 Not yet: 19 (hooks), 27 a, b, e (children, continue-as-new), 30 (doorbells across processes: Celery),
-31 as far as signals go, the `hard_timeout` of 32 (prefork). 37 is a list of what was left out;
+31 as far as signals go. The `hard_timeout` of 32 is with Celery. 37 is a list of what was left out;
 38 to 40 say what newcomers try: `test_bad_input.py` and the refusals below.
 """
 

@@ -40,7 +40,11 @@ class CeleryExecutor:
 
     name = "celery"
     capabilities = ExecutorCapabilities(
-        distributed=True, priority=True, kill_detection=True, graceful_drain=True
+        distributed=True,
+        priority=True,
+        hard_time_limit=True,
+        kill_detection=True,
+        graceful_drain=True,
     )
 
     async def open(self, config: Mapping[str, str]) -> None:

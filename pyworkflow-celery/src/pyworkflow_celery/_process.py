@@ -27,6 +27,7 @@ T = TypeVar("T")
 _DRAINS = 15.0
 """Seconds beyond the grace time after which a drain is given up: storage may be gone."""
 _FREES = 3.0
+_GIVES_BACK = 1.0
 _PARK = 0.5
 """Seconds that a fork waits for the loop to stand still."""
 
@@ -152,6 +153,23 @@ class Host:
             _log.exception("the drain failed: what is held will run out with its leases")
         finally:
             self.drained.set()
+
+    def end_process(self) -> None:
+        """End this pool child at once, with whatever cannot be stopped; in the loop.
+
+        What else it holds is given back first, so that it is not counted as a death of its own.
+        """
+        self.spawn(self._end_process())
+
+    async def _end_process(self) -> None:
+        try:
+            if self._runtime is not None:
+                async with asyncio.timeout(_GIVES_BACK):
+                    await self._runtime.drain(0)
+        except Exception:  # noqa: BLE001 - what is held is free when the parent has seen the end
+            _log.debug("what a child holds could not be given back", exc_info=True)
+        finally:
+            os._exit(os.EX_TEMPFAIL)
 
     def close(self, *, last: bool = False, timeout: float = 10.0) -> None:
         """Drain, close the store, and end the thread. For the end of a process, or of a worker.

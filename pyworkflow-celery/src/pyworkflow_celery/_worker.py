@@ -6,7 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # untyped
 from pathlib import Path
@@ -73,13 +73,17 @@ def _make_host(app: Any) -> Host:
         return Host(lambda: prepared, settings().drain.total_seconds())
     # A child that was started afresh, and not forked, has imported nothing yet.
     import_modules(settings().modules)
-    made = Host(lambda: _runtime(app), settings().drain.total_seconds())
+    made = Host(
+        lambda: _runtime(app, end_process=made.end_process if shutdown.in_child else None),
+        settings().drain.total_seconds(),
+    )
     shutdown.watch(made)
     return made
 
 
-def _runtime(app: Any) -> Runtime:
-    return create_runtime(spread=True, ring=publisher_for(app).ring)
+def _runtime(app: Any, end_process: Callable[[], None] | None = None) -> Runtime:
+    ring = publisher_for(app).ring
+    return create_runtime(spread=True, ring=ring, end_process=end_process)
 
 
 def prepare_worker(worker: Any) -> None:

@@ -108,6 +108,8 @@ class Step(Generic[P, R]):
             raise DefinitionError(
                 f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
             )
+        if hard_timeout and timeout is None:
+            raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.name = _check_name("step", name, fn)
@@ -157,7 +159,10 @@ class Step(Generic[P, R]):
     def is_queued(self) -> bool:
         """Whether it always goes through a work item, and never runs in place."""
         return (
-            self.queue is not None or self.dispatch == "queue" or self.semantics == "at_most_once"
+            self.queue is not None
+            or self.dispatch == "queue"
+            or self.semantics == "at_most_once"
+            or self.hard_timeout
         )
 
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
@@ -381,7 +386,9 @@ def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
 
     ``max_retries=n`` is at most n + 1 tries (default 3; 0 for ``at_most_once``). ``retry_delay``:
     ``"fixed"`` waits 60 s, ``"exponential"`` 1, 2, 4, 8 … s up to 5 min, a duration waits that
-    long. ``timeout`` bounds one try.
+    long. ``timeout`` bounds one try: an async body is cancelled. An ordinary function runs in a
+    thread, which cannot be stopped: its next try waits until it has ended. With
+    ``hard_timeout=True`` its process ends instead, where a pool makes another (Celery's prefork).
 
     Raises:
         DefinitionError: a method, a lambda, or a setting that makes no sense.

@@ -44,6 +44,7 @@ def create_runtime(
     queues: Sequence[str] | None = None,
     spread: bool = False,
     ring: Callable[[Sequence[Doorbell]], None] | None = None,
+    end_process: Callable[[], None] | None = None,
 ) -> Runtime:
     """The worker of this process, on the configured store or on one that the caller closes.
 
@@ -57,6 +58,9 @@ def create_runtime(
         spread: Parallel branches are given to other workers, by doorbells.
         ring: Tells workers of items that are due. Called in the runtime's loop after commits: it
             hands over and returns. Without it nobody is told, and workers have to look.
+        end_process: Ends this process soon, for a pool to make another: called in the runtime's
+            loop when a step outlived its hard timeout. Without it such a step's next try waits
+            until its thread has ended, as after any timeout.
 
     Raises:
         ConfigurationError: a setting or a module cannot be used.
@@ -70,6 +74,7 @@ def create_runtime(
         queues=queues,
         spread=spread,
         ring=ring,
+        end_process=end_process,
         owns_storage=storage is None,
     )
 

@@ -13,13 +13,14 @@ from pyworkflow._codecs import opened_text
 from pyworkflow._definitions import Step, find_step
 from pyworkflow._engine.records import end_events, started_event
 from pyworkflow._engine.session import FLUSH
-from pyworkflow._engine.steps import StepEnd, StepTry
+from pyworkflow._engine.steps import StepEnd, StepTry, took_too_long
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import RetryPolicy
 from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
     StepInterrupted,
+    StepTimeout,
     StorageUnavailable,
     WorkerLost,
 )
@@ -156,6 +157,11 @@ class DispatchedSteps:
             await self._worker.storage.release(claim.ref, delay=timedelta(seconds=1))
             return
         what = _try_of(claim, step, payload)
+        if payload.get("overran") == what.attempt:
+            # Its process, and the thread with it, is gone: the try is over.
+            end = StepEnd(error=StepTimeout(took_too_long(what)), kind="timeout")
+            await self.finish(what, end, item, started=True)
+            return
         if payload.get("begun") is not None:
             message = (
                 f"at-most-once step {step.name!r} was begun, and its worker disappeared: it may "
@@ -240,7 +246,27 @@ class DispatchedSteps:
         except BaseException:
             body.cancel()
             raise
+        if end.overran:
+            await self._end_process(what, item)
+            return
         await self.finish(what, end, item, started=started)
+
+    async def _end_process(self, what: StepTry, item: WorkItem) -> None:
+        """End a thread that outlived its step's hard timeout, with this process.
+
+        What is noted here becomes the try's end in whichever process takes the item then: the next
+        try must not begin beside the thread.
+        """
+        _log.warning(
+            "%s run_id=%s; its process ends, as hard_timeout says", took_too_long(what), what.run_id
+        )
+        payload = dict(item.payload) | {"overran": what.attempt}
+        try:
+            await self._commit(item, [], settle=Settle(keep=True, payload=payload))
+        finally:
+            if self._worker.end_process is not None:
+                self._worker.end_process()
+        await asyncio.get_running_loop().create_future()  # the claim is kept to the last
 
     async def finish(self, what: StepTry, end: StepEnd, item: WorkItem, *, started: bool) -> None:
         """Record the end of a try: the result and the turn that follows, or the next try."""

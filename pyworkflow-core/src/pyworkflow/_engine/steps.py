@@ -32,7 +32,7 @@ from pyworkflow.errors import (
 from pyworkflow.events import Json
 from pyworkflow.spi import failpoints
 
-__all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict"]
+__all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict", "took_too_long"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
@@ -82,6 +82,8 @@ class StepEnd:
     error: BaseException | None = None
     kind: str = "error"
     """``error`` or ``timeout``."""
+    overran: bool = False
+    """Its thread still runs, and is to end with its process."""
 
 
 @dataclass(slots=True)
@@ -96,7 +98,13 @@ class StepRunner:
     """Runs step bodies: async ones on this loop, sync ones in threads, each kind bounded."""
 
     def __init__(
-        self, *, concurrency: int, threads: int, max_payload: int, codecs: Writer | None = None
+        self,
+        *,
+        concurrency: int,
+        threads: int,
+        max_payload: int,
+        codecs: Writer | None = None,
+        may_end_process: bool = False,
     ) -> None:
         self._codecs = codecs
         self._slots = Slots(concurrency)
@@ -104,6 +112,7 @@ class StepRunner:
         self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
         self._max_payload = max_payload
         self._busy = Slots(threads)
+        self._may_end_process = may_end_process
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
@@ -150,6 +159,7 @@ class StepRunner:
                 end.error = exc
             except _TimedOut as exc:
                 end.error, end.kind = StepTimeout(str(exc)), "timeout"
+                end.overran = exc.overran
             except BaseException as exc:  # noqa: BLE001 - whatever a step raises is its result
                 end.error = exc
             if failpoints.active:
@@ -175,7 +185,7 @@ class StepRunner:
                 return await what.step.fn(*args, **kwargs)
         except TimeoutError:
             if limit.expired():
-                raise _TimedOut(_took_too_long(what)) from None
+                raise _TimedOut(took_too_long(what)) from None
             raise
 
     def begin_threads(self) -> None:
@@ -207,7 +217,9 @@ class StepRunner:
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
         if done:
             return _returned(body.result())
-        message = _took_too_long(what)
+        message = took_too_long(what)
+        if what.step.hard_timeout and self._may_end_process:
+            raise _TimedOut(message, overran=True)
         if what.attempt > what.policy.max_retries:
             raise _TimedOut(
                 message + "; its thread is still running, for threads cannot be stopped"
@@ -274,8 +286,13 @@ def _encoded(what: StepTry, value: object) -> str:
 class _TimedOut(Exception):
     """A try ran into its own ``timeout``, not into one of the body's."""
 
+    def __init__(self, message: str, *, overran: bool = False) -> None:
+        super().__init__(message)
+        self.overran = overran
 
-def _took_too_long(what: StepTry) -> str:
+
+def took_too_long(what: StepTry) -> str:
+    """What the error of a try says that ran into its ``timeout``."""
     assert what.timeout is not None
     return (
         f"step {what.step.name!r} took longer than timeout={what.timeout.total_seconds():g}s "

@@ -76,6 +76,7 @@ class Worker:
         queues: Sequence[str] | None = None,
         spread: bool = False,
         ring: Callable[[Sequence[Doorbell]], None] | None = None,
+        end_process: Callable[[], None] | None = None,
         owns_storage: bool = False,
     ) -> None:
         self.storage = storage
@@ -105,7 +106,9 @@ class Worker:
             threads=settings.threads,
             max_payload=stored,
             codecs=self.codecs,
+            may_end_process=end_process is not None,
         )
+        self.end_process = end_process
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
         self.roads = Roads()
         self._kept: OrderedDict[str, LiveRun] = OrderedDict()
@@ -165,7 +168,6 @@ class Worker:
                 await give_back(self.storage, ref)
             except StorageError as exc:
                 _log.warning("a claim could not be given back and will run out: %s", exc)
-
         if await self.runner.threads_ended(timeout=2.0):
             # What an answer gave to a task that was cut off is in nobody's books but the store's.
             try:
