@@ -19,6 +19,7 @@ from pyworkflow import (
     RunNotFound,
     StepError,
     WorkflowTimeout,
+    deprecate_patch,
     now,
     patched,
     sleep,
@@ -466,6 +467,55 @@ def test_patched_decides_by_whether_the_run_passed_the_line_before_the_change() 
                 marked = await b.events(each, "version.marked")
                 assert [e.data["id"] for e in marked] == ids
             del old
+
+    asyncio.run(main())
+
+
+def test_a_recorded_patch_needs_code_that_asks_for_it_until_it_is_deprecated() -> None:
+    def make(version: int) -> Any:
+        @step
+        async def te_note(n: int) -> int:
+            return n
+
+        @workflow
+        async def te_lives() -> list[int]:
+            found = [await te_note(1)]
+            if version == 3:
+                deprecate_patch("extra")
+            if version == 3 or (version == 2 and patched("extra")):
+                found.append(await te_note(10))
+            await sleep("1h")
+            return found
+
+        return te_lives, te_note
+
+    async def main() -> None:
+        async with bench() as b:
+            second = make(2)
+            marked, fresh = await b.start(second[0]), await b.start(second[0])
+            await b.asleep(marked)
+            await b.asleep(fresh)
+            del second
+            old = make(1)  # it does not know the patch: neither the old code, nor one without it
+            await b.restart()
+            await b.pass_time("1h")
+            run = await b.until(marked, "stalled")
+            assert "deprecate_patch('extra')" in str(run.stalled)
+            del old
+            third = make(3)
+            await b.restart()
+            await b.pass_time("1h")
+            assert await b.result(marked) == [1, 10]
+            assert await b.result(fresh) == [1, 10]
+            new = await b.start(third[0])
+            await b.asleep(new)
+            assert await b.events(new, "version.marked") == []
+            del third
+            fourth = make(3)  # without a marker, nothing needs the line any more
+            await b.restart()
+            await b.pass_time("1h")
+            assert await b.result(new) == [1, 10]
+            del fourth
 
     asyncio.run(main())
 

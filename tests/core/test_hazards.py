@@ -40,7 +40,9 @@ from pyworkflow import (
 )
 from pyworkflow._engine.deliver import event_payload
 from pyworkflow._engine.guard import shared_guard
+from pyworkflow._replay.commands import RunStep
 from pyworkflow._replay.loop import WorkflowTask
+from pyworkflow._replay.replay import Replay
 from pyworkflow.runs import ItemKind
 from pyworkflow.spi import Change, ClaimRequest, Control, ControlKind, Event, NewRun, Put, RunStatus
 from pyworkflow.spi.storage import Update
@@ -537,6 +539,56 @@ def make_h09(version: int, answers: list[Any]) -> Any:
     return h09_flow, h09_step
 
 
+def test_h09_old_code_does_not_go_over_a_marker_that_it_never_asked_for() -> None:
+    # It would record its own steps under the ops of those that the marker stands for, and the
+    # new code could never go on.
+    @step
+    async def h09_part(n: int) -> int:
+        return n
+
+    def make(version: int) -> Any:
+        @workflow(name="h09_beside")
+        async def h09_beside() -> int:
+            beside = asyncio.ensure_future(h09_part(2))
+            await asyncio.sleep(0)
+            if version == 2 and patched("x"):
+                await h09_part(1000)
+            return await h09_part(1) + await beside
+
+        return h09_beside
+
+    data = {
+        "workflow": "h09_beside",
+        "version": "1",
+        "args": '{"args":[]}',
+        "seed": "ab" * 16,
+        "profile": 1,
+    }
+    history = [Event("workflow.started", "I", data, None, None, "r", 1)]
+    new = make(2)
+    first = Replay(new, "r")
+    first.feed(history)
+    steps = [each for each in first.take() if isinstance(each, RunStep)]
+    ahead = next(each for each in steps if each.op.startswith("1."))
+    done = {"name": "h09_part", "attempt": 1, "digest": ahead.digest, "result": "2"}
+    history += [
+        Event("version.marked", "C", {"id": "x"}, None, "marker:x", "r", 2),
+        Event("step.completed", "I", done, ahead.op, f"step:{ahead.op}", "r", 3),
+    ]
+    first.close()
+    del new, first
+    old = Replay(make(1), "r")
+    old.acknowledge(1)
+    old.feed(history)
+    assert "version.marked id=x" in str(old.problem)
+    old.close()
+    again = Replay(make(2), "r")
+    again.acknowledge(1)
+    again.feed(history)
+    assert again.problem is None
+    again.close()
+
+
 def test_h09_the_first_patched_decides_for_the_coroutine_and_is_the_same_on_replay() -> None:
     async def main() -> None:
         for crash_before_marker in (False, True):
@@ -646,7 +698,6 @@ def test_h10_time_in_the_workflow_is_that_of_its_inputs_and_no_timer_ends_early(
 
 def test_h10_a_timer_is_not_early_by_the_loops_own_account() -> None:
     from pyworkflow._clock import from_micros
-    from pyworkflow._replay.replay import Replay
 
     # Times a million, this is rounded to 200003; read back, that is a little less.
     deadline = 0.200_003 * (1 + 2**-52)
@@ -682,7 +733,6 @@ def test_h10_a_timer_is_not_early_by_the_loops_own_account() -> None:
 @pytest.mark.parametrize("first", [12_239, 1, 999_999, 86_400_000_003, 10**14 + 7])
 def test_h10_timers_a_microsecond_apart_stay_apart(first: int) -> None:
     from pyworkflow._clock import from_micros
-    from pyworkflow._replay.replay import Replay
 
     # As floats, 0.012239 + 0.004012 is later than 0.016251: rounded up, the two would be due
     # together, and the longer one, which was set first, would win.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyworkflow._definitions import BoundWorkflow, Step, Workflow, step, workflow
     from pyworkflow._logging import configure_logging, logger
     from pyworkflow._primitives import (
+        deprecate_patch,
         is_evicting,
         is_replaying,
         now,
@@ -80,8 +81,8 @@ _HOMES = {
     "pyworkflow._definitions": ("BoundWorkflow", "Step", "Workflow", "step", "workflow"),
     "pyworkflow._logging": ("configure_logging", "logger"),
     "pyworkflow._primitives": (
-        "is_evicting", "is_replaying", "now", "patched", "random", "sleep", "step_context",
-        "uuid4",
+        "deprecate_patch", "is_evicting", "is_replaying", "now", "patched", "random", "sleep",
+        "step_context", "uuid4",
     ),
     "pyworkflow.errors": (
         "ArgumentError", "ConfigurationError", "DefinitionError", "DuplicateName", "FatalError",
@@ -138,6 +139,7 @@ __all__ = [
     "cancel",
     "configure",
     "configure_logging",
+    "deprecate_patch",
     "get_events",
     "get_run",
     "is_evicting",

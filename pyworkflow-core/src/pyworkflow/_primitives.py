@@ -14,6 +14,7 @@ from pyworkflow._replay.context import RunContext, current_run
 from pyworkflow.errors import WorkflowContextError
 
 __all__ = [
+    "deprecate_patch",
     "is_evicting",
     "is_replaying",
     "now",
@@ -76,9 +77,19 @@ def patched(id: str) -> bool:
     """Whether this run takes the code that was changed under ``id``.
 
     True for runs that reach this line for the first time now, False for those that passed it
-    before the change. The first call decides for the run and is remembered.
+    before the change. The first call decides for the run and is remembered: True is recorded, and
+    from then on the run needs code that asks; without, it stalls. See ``deprecate_patch``.
     """
     return _run("patched()", "it decides between versions of workflow code").patched(id)
+
+
+def deprecate_patch(id: str) -> None:
+    """Stands where ``patched(id)`` stood, when all runs take the new code.
+
+    Records nothing. Put it there when no run is open that began before the change, with the new
+    branch alone; remove it when no run is open that recorded the patch. The idea is Temporal's.
+    """
+    _run("deprecate_patch()", "it belongs to workflow code").deprecate_patch(id)
 
 
 def is_replaying() -> bool:

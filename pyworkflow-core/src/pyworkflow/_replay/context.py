@@ -87,6 +87,7 @@ class RunContext:
         """Version markers anywhere in the history."""
         self.warnings: list[str] = []
         self._patched: dict[str, bool] = {}
+        self._deprecated: set[str] = set()
         self._random: random.Random | None = None
 
     # --- primitives -----------------------------------------------------------------------------
@@ -161,6 +162,14 @@ class RunContext:
                 self.commands.append(MarkVersion(id))
             self._patched[id] = decided
         return decided
+
+    def deprecate_patch(self, id: str) -> None:
+        """The code is the patched one, in every run that is still open."""
+        self._deprecated.add(id)
+
+    def knows_patch(self, id: str) -> bool:
+        """Whether the code has come past this patch."""
+        return id in self._patched or id in self._deprecated
 
     def log(self, level: str, message: str, fields: Mapping[str, Json]) -> bool:
         """Record a log line; True when handlers shall get it too (not on replay)."""

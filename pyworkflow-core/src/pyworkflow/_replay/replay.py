@@ -157,7 +157,7 @@ class Replay:
         elif event.type in _CLOSING:
             self._closing(event)
         elif event.type == _MARKED:
-            self._markers.add(str(event.data["id"]))
+            self._marked(event)
         else:
             self._recorded(event)
 
@@ -174,6 +174,21 @@ class Replay:
             op.cancel_recorded = True
         else:
             op.until = _micros(event, "until")
+
+    def _marked(self, event: Event) -> None:
+        """A version marker is a command like any other: the code must have asked for it.
+
+        Code that never asks is older or newer than what recorded it. Going on with that would
+        record other steps under the ops of those that the marker stands for.
+        """
+        id = str(event.data["id"])
+        self._markers.add(id)
+        if self._context is None or not self._context.knows_patch(id):
+            self.problem = NonDeterminism(
+                f"{event.type} id={id}",
+                f"code without patched({id!r}) or deprecate_patch({id!r}) before that event",
+                event.seq,
+            )
 
     def _input(self, event: Event) -> None:
         self.seen = event.seq
