@@ -166,7 +166,7 @@ def retry_forgets_how_often_it_was_tried(put: Any) -> None:
     put(steps.StepTry, "payload", lambda self, attempt=None: payload(self))
 
 
-@_bite("crash", 300, "at most once")
+@_bite("crash", 600, "at most once")
 def at_most_once_step_is_not_stamped(put: Any) -> None:
     async def begins(self: Any, what: Any, item: Any) -> bool:
         return True
@@ -281,3 +281,29 @@ def worker_gives_up_claiming_after_an_outage(put: Any) -> None:
             raise
 
     put(worker, "claim", once)
+
+
+@_bite("crash", 60, "interrupted", "replay")
+def cancel_is_swallowed(put: Any) -> None:
+    from pyworkflow._replay.replay import Replay
+
+    put(Replay, "_cancel", lambda self, context, cause, reason: None)
+
+
+@_bite("crash", 60, "given up")
+def step_that_was_given_up_is_still_owed(put: Any) -> None:
+    cancel = session.Session._cancel_step
+
+    def keeps(self: Any, command: Any) -> None:
+        cancel(self, command)
+        self._drops = []
+
+    put(session.Session, "_cancel_step", keeps)
+
+
+@_bite("crash", 60, "early")
+def deadline_comes_early(put: Any) -> None:
+    from pyworkflow._replay.replay import Replay
+
+    due_timers = Replay.due_timers
+    put(Replay, "due_timers", lambda self, now: due_timers(self, now + 10_000))

@@ -43,6 +43,8 @@ class _Known:
     keys: dict[str, int] = field(default_factory=dict[str, int])
     ended: Counter[str] = field(default_factory=Counter[str])
     """Ops of steps and how many results they have."""
+    cancelled: set[str] = field(default_factory=set[str])
+    """Items of steps that the code gave up."""
     inputs: int = 0
     """seq of the last input."""
     seen: int = 0
@@ -210,9 +212,12 @@ class Checks:
                 known.ended[str(event.op)] += 1
                 if known.ended[str(event.op)] > 1:
                     raise Broken("once", run_id, f"two results were recorded: op={event.op}")
+            if event.type == "step.cancelled":
+                known.cancelled.add(f"step:{event.op}")
             if event.klass == "I":
                 known.inputs = event.seq
-                early = event.timestamp.isoformat() < str(event.data.get("until", ""))
+                due = "deadline" if event.type == "workflow.deadline" else "until"
+                early = event.timestamp.isoformat() < str(event.data.get(due, ""))
                 if early and not self.clock_went_back:
                     raise Broken("early", run_id, f"{event.op} fired before its time")
             events.append(event)
@@ -235,6 +240,8 @@ class Checks:
             raise Broken("I5", run_id, f"no turn is owed for the input seq={known.inputs}")
         leases: dict[str, tuple[str, datetime]] = {}
         for item in items:
+            if item.item_id in known.cancelled:
+                raise Broken("given up", run_id, f"was given up, and is still owed: {item.item_id}")
             lease = item.lease
             if lease is None:
                 continue

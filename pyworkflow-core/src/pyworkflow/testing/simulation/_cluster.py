@@ -431,6 +431,7 @@ _PATHS = {
     "step.retrying": "step retried",
     "step.cancelled": "dispatched step cancelled",
     "cancel.requested": "cancel delivered",
+    "workflow.deadline": "deadline passed",
     "version.marked": "version marked",
 }
 

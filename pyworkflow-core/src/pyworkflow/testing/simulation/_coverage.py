@@ -31,6 +31,9 @@ _CRASH = (
     "caller cancelled",
     "idempotency key taken",
     "cancel delivered",
+    "code cancelled",
+    "deadline passed",
+    "code out of time",
 )
 _CALLS = (
     "answer lost",

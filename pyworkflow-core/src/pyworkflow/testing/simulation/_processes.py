@@ -211,6 +211,8 @@ class Job:
     callers: int = 1
     """How many ask for it, all with the same key."""
     cancel_after: float | None = None
+    max_duration: float | None = None
+    """Seconds that the run may take: far more than it needs, or too few."""
     ids: set[str] = field(default_factory=set[str])
     """The ids that callers were given."""
     results: list[object] = field(default_factory=list[object])
@@ -331,4 +333,5 @@ class Client:
 
 async def _start(operations: Operations, job: Job) -> str:
     workflow: Any = VERSIONS["1"]
-    return await operations.start(workflow, (job.program,), {}, RunOptions(idempotency_key=job.key))
+    options = RunOptions(idempotency_key=job.key, max_duration=job.max_duration)
+    return await operations.start(workflow, (job.program,), {}, options)

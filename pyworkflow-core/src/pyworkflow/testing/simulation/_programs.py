@@ -20,9 +20,11 @@ from pyworkflow.errors import StepInterrupted
 from pyworkflow.events import Json
 from pyworkflow.testing.simulation import _reality
 
-__all__ = ["STEPS", "VERSIONS", "make_program"]
+__all__ = ["FAR", "STEPS", "VERSIONS", "make_program"]
 
 _DAY = 86_400.0
+FAR = _DAY
+"""Seconds that pass in no run: jumps of the clock included."""
 
 
 async def _begin(n: int, name: str) -> int:
@@ -252,6 +254,37 @@ class Interpreter:
 
         return list(await asyncio.gather(before(), after()))
 
+    async def do_consumed(self, nodes: list[Any]) -> Json:
+        """Two consumers share a queue."""
+        queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(maxsize=2)
+        found: dict[int, Json] = {}
+
+        async def consume() -> None:
+            while True:
+                number, node = await queue.get()
+                found[number] = await self.caught(node)
+                queue.task_done()
+
+        consumers = [asyncio.create_task(consume()) for _ in range(2)]
+        try:
+            for entry in enumerate(nodes):
+                await queue.put(entry)
+            await queue.join()
+        finally:
+            for consumer in consumers:
+                consumer.cancel()
+        await asyncio.gather(*consumers, return_exceptions=True)
+        return [found[number] for number in range(len(nodes))]
+
+    async def do_shielded(self, seconds: float, node: Any) -> Json:
+        """A timeout gives up waiting, and what it waited for goes on."""
+        task = asyncio.create_task(self.caught(node))
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            return await task
+
     async def do_generated(self, nodes: list[Any], last: Any) -> Json:
         async def values() -> AsyncGenerator[Json]:
             try:
@@ -332,7 +365,7 @@ def _node(random: Random, size: int) -> list[Any]:
     if size <= 1:
         return _leaf(random)
     kind = random.choice(_KINDS)
-    if kind in ("race", "left", "expire", "far", "loop", "cancelled"):
+    if kind in ("race", "left", "expire", "far", "loop", "cancelled", "shielded"):
         inner = _node(random, size - 1)
         match kind:
             case "race":
@@ -342,6 +375,8 @@ def _node(random: Random, size: int) -> list[Any]:
             case "expire":
                 seconds = random.choice((0.01, 0.15, 0.6))
                 return ["seq", [["timeout", seconds, _never(random)], inner]]
+            case "shielded":
+                return ["shielded", random.choice((0.01, 0.15, 0.6)), inner]
             case "loop":
                 return ["loop", random.randint(2, 3), _node(random, max(1, (size - 1) // 2))]
             case "cancelled":
@@ -361,5 +396,5 @@ def _node(random: Random, size: int) -> list[Any]:
 
 _KINDS = (
     "seq", "seq", "gather", "gather", "group", "branch", "try", "finally", "event", "limited",
-    "generated", "race", "left", "expire", "far", "loop", "cancelled",
+    "generated", "race", "left", "expire", "far", "loop", "cancelled", "consumed", "shielded",
 )  # fmt: skip

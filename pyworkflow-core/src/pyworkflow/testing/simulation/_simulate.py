@@ -13,7 +13,7 @@ from pyworkflow.testing.simulation._checks import Broken
 from pyworkflow.testing.simulation._cluster import Cluster, Ended
 from pyworkflow.testing.simulation._faults import PROFILES, Fault, Plan, make_plan
 from pyworkflow.testing.simulation._processes import Job
-from pyworkflow.testing.simulation._programs import make_program
+from pyworkflow.testing.simulation._programs import FAR, make_program
 from pyworkflow.testing.simulation._verdict import judge
 
 __all__ = ["MakeStore", "Report", "jobs_of", "simulate"]
@@ -69,6 +69,8 @@ def jobs_of(plan: Plan) -> list[Job]:
             job.callers = random.choice((1, 1, 1, 2))
             if random.random() < 0.2:
                 job.cancel_after = random.choice((0.0, 0.005, 0.05, 0.4, random.random() * 3))
+            if random.random() < 0.2:
+                job.max_duration = random.choice((FAR, FAR, 0.02, 0.3, random.random() * 3))
         jobs.append(job)
     return jobs
 

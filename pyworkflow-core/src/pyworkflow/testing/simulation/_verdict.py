@@ -49,10 +49,11 @@ async def _judge(ended: Ended, version: str, expected: Sequence[object] | None) 
         for item in await store.list_work(run_id):
             if item.kind is not ItemKind.DELIVER:
                 raise Broken("I8", run_id, f"the run has ended, and owns {item.item_id}")
-        _cancelled(job, run, events)
+        cut_short = _interrupted(ended, job, run, events, version)
         value = decode(str(run.result)) if run.status is RunStatus.COMPLETED else str(run.status)
         results.append(value)
-        _results(ended, job, run, events, value, None if expected is None else expected[number])
+        wanted = None if expected is None else expected[number]
+        _results(ended, job, run, events, value, wanted, cut_short=cut_short)
     unknown = set(ended.checks.runs()) - owners
     if unknown:
         raise Broken("idempotency", min(unknown), "a run that nobody was told of")
@@ -102,23 +103,56 @@ def _history(run: Run, events: list[Event], version: str) -> None:
         replay.close()
 
 
-def _cancelled(job: Job, run: Run, events: list[Event]) -> None:
+def _interrupted(ended: Ended, job: Job, run: Run, events: list[Event], version: str) -> bool:
+    """Whether a cancel or a deadline came while the code ran; then that is how the run ended."""
     if run.status is RunStatus.CANCELLED and not job.cancel_asked:
         raise Broken("result", run.run_id, "cancelled, and nobody asked for it")
+    first = next((e for e in events if e.type in ("cancel.requested", "workflow.deadline")), None)
     asked = any(e.type == "cancel.requested" for e in events)
     if job.cancel_accepted and run.status is not RunStatus.CANCELLED and not asked:
         raise Broken("lost", run.run_id, "a cancel was answered, and is nowhere")
+    if first is None:
+        return run.status is RunStatus.CANCELLED  # closed before its code began
+    workflow = VERSIONS[version]
+    assert workflow is not None
+    replay = Replay(workflow, run.run_id)
+    try:
+        if version != "1":
+            replay.acknowledge(run.seen_seq)
+        replay.know_markers(events)
+        replay.feed(events[: first.seq - 1])
+        if replay.outcome is not None:
+            return False  # it had come to its end before
+    finally:
+        replay.close()
+    if first.type == "cancel.requested":
+        ended.seen["code cancelled"] += 1
+        if run.status is not RunStatus.CANCELLED:
+            raise Broken("interrupted", run.run_id, f"cancelled while it ran, and {run.status}")
+    else:
+        ended.seen["code out of time"] += 1
+        kind = "" if run.error is None else run.error.type.rpartition(":")[2]
+        if run.status is not RunStatus.CANCELLED and kind != "WorkflowTimeout":
+            raise Broken("interrupted", run.run_id, f"out of time, and {run.status} {kind}")
+    return True
 
 
 def _results(
-    ended: Ended, job: Job, run: Run, events: list[Event], value: object, expected: object
+    ended: Ended,
+    job: Job,
+    run: Run,
+    events: list[Event],
+    value: object,
+    expected: object,
+    *,
+    cut_short: bool,
 ) -> None:
     for told in job.results:
         if run.status is RunStatus.COMPLETED and told != value:
             raise Broken("result", run.run_id, f"a caller got {told!r}, the run has {value!r}")
     if len(job.results) != job.callers:
         raise Broken("lost", run.run_id, f"callers={job.callers} answers={len(job.results)}")
-    if job.cancel_asked:
+    if cut_short:
         return
     if run.status is not RunStatus.COMPLETED:
         raise Broken("result", run.run_id, f"status={run.status}, nobody asked for that")
