@@ -55,6 +55,9 @@ class Pooler:
         self._size = servers
         self._free: list[_Server] = []
         self._clients: set[asyncio.StreamWriter] = set()
+        # asyncio knows its tasks weakly, and a connection its reader: who waits for an answer
+        # while its client is gone would be collected, and the server's connection be lost.
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._greeting = b""
         self._turn = asyncio.Condition()
         self._random = random.Random(1)
@@ -120,6 +123,7 @@ class Pooler:
         last: _Server | None = None
         answers: asyncio.Task[None] | None = None
         self._clients.add(writer)
+        self._keep(asyncio.current_task())
         try:
             if not await self._greet(reader, writer):
                 return
@@ -140,7 +144,7 @@ class Pooler:
                     held = await self._take()
                     self.switches += held is not last
                     last = held
-                    answers = asyncio.create_task(self._answer(held, writer))
+                    answers = self._keep(asyncio.create_task(self._answer(held, writer)))
                 held.writer.write(waiting)
                 waiting = b""
         except (OSError, asyncio.IncompleteReadError):
@@ -154,6 +158,11 @@ class Pooler:
                 held.writer.transport.abort()
                 with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                     await self._give(await self._connect())
+
+    def _keep(self, task: Any) -> Any:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _answer(self, server: _Server, writer: asyncio.StreamWriter) -> None:
         """Pass answers on until the server is out of any transaction."""

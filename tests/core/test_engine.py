@@ -20,6 +20,7 @@ from pyworkflow import (
     StepError,
     WorkflowTimeout,
     deprecate_patch,
+    logger,
     now,
     patched,
     sleep,
@@ -1308,6 +1309,52 @@ def test_drain_lets_steps_end_and_gives_back_what_does_not() -> None:
             await b.work()
             assert await b.result(run_id) == ["ended", "stayed"]
             assert seen == {"ended": 1, "stays": 2}
+
+    asyncio.run(main())
+
+
+def test_what_the_code_asked_for_during_a_drain_is_asked_again_by_the_next_worker() -> None:
+    # A log line and a patch are recorded with the inputs that led to them. A draining worker
+    # begins nothing more and forgets what was asked: it must not call these inputs seen.
+    async def main() -> None:
+        first, other = asyncio.Event(), asyncio.Event()
+
+        @step
+        async def te_first() -> None:
+            await first.wait()
+
+        @step
+        async def te_other() -> None:
+            await other.wait()
+
+        @step
+        async def te_then() -> str:
+            return "new"
+
+        @workflow
+        async def te_drained() -> list[Any]:
+            async def branch() -> str:
+                await te_first()
+                logger.info("first is over")
+                return await te_then() if patched("then") else "old"
+
+            return list(await asyncio.gather(branch(), te_other()))
+
+        async with bench() as b:
+            run_id = await b.start(te_drained)
+            worker = b.worker
+            assert worker is not None
+            await eventually(lambda: worker.leases.held())
+            draining = asyncio.create_task(worker.drain(15))
+            await asyncio.sleep(0)
+            first.set()
+            await b.has(run_id, "step.completed")
+            other.set()
+            await draining
+            await b.restart()
+            assert await b.result(run_id) == ["new", None]
+            assert len(await b.events(run_id, "log.info")) == 1
+            assert len(await b.events(run_id, "version.marked")) == 1
 
     asyncio.run(main())
 

@@ -134,9 +134,10 @@ class Session(Straight):
         for warning in replay.take_warnings():
             _log.warning("%s run_id=%s", warning, self._run.run_id)
         commands = replay.take()
-        if self._worker.is_stopping and replay.outcome is None:
+        if self._forgetful or (self._worker.is_stopping and replay.outcome is None):
             # What runs is recorded; nothing new begins here. The coroutine goes, and with it
-            # what it asked for: whoever claims the turn next asks again.
+            # what it asked for: whoever claims the turn next asks again, of the same inputs.
+            self._forgetful = self._forgetful or bool(commands)
             if not self._running and not self._ended:
                 await self._worker.storage.release(self._ref)
                 return False
@@ -145,7 +146,7 @@ class Session(Straight):
         if len(self._events) > self._most:
             await self._commit_part(self._most)
             return None
-        if replay.outcome is not None:
+        if replay.outcome is not None and not self._forgetful:
             return await self._finish()
         if self._is_straight(FLUSH):
             left = await self._go_straight()

@@ -80,6 +80,8 @@ class Turn:
         self._running: dict[str, InPlace] = {}
         self._handing: list[InPlace] = []
         self._ended: list[InPlace] = []
+        self._forgetful = False
+        """What the code asked for was forgotten: the inputs that led to it were not seen."""
         self._control: Control | None = None
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
@@ -174,7 +176,7 @@ class Turn:
             run_id=self._run.run_id,
             key=f"{self._ref.token}:{self._changes}",
             claim=self._ref,
-            seen=self._replay.seen or None if seen else None,
+            seen=self._replay.seen or None if seen and not self._forgetful else None,
             events=events,
             settle=settle,
             put=self._puts,
