@@ -125,12 +125,29 @@ def test_the_command_runs_one_seed_with_its_trace(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--seeds", "a"], ["--profile", "x"], ["--backend", "nowhere:x"]]
+    ("wrong", "told"),
+    [
+        (["--seeds", "a"], "FIRST:END"),
+        (["--seeds", "10:5"], "FIRST:END"),
+        (["--seeds", "-3"], "FIRST:END"),
+        (["--profile", "x"], "there are calm"),
+        (["--jobs", "-1"], "jobs=-1"),
+        (["--backend", "nowhere:x"], "backend=nowhere:x"),
+        (["--backend", "os:getcwd"], "empty store"),
+        (["--backend", "json:dumps"], "empty store"),
+        (["--seeds", "1", "--profile", "crash", "--keep", "99"], "this plan has"),
+        (["--seeds", "1", "--profile", "crash", "--keep", "x"], "this plan has"),
+        (["--seeds", "0:9", "--trace"], "one seed"),
+        (["--seeds", "1", "--profile", "each", "--trace"], "one seed"),
+    ],
 )
-def test_the_command_refuses_what_it_cannot_use(wrong: list[str]) -> None:
+def test_the_command_refuses_what_it_cannot_use(
+    wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(wrong)
     assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def store_behind_a_line() -> StorageBackend:

@@ -12,8 +12,14 @@ from collections.abc import Sequence
 
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.testing.simulation._coverage import ENOUGH, missing, table
-from pyworkflow.testing.simulation._faults import PROFILES, make_plan
-from pyworkflow.testing.simulation._many import Total, backend_of, run_many, shrink
+from pyworkflow.testing.simulation._faults import PROFILES, Fault, make_plan
+from pyworkflow.testing.simulation._many import (
+    Total,
+    backend_of,
+    check_backend,
+    run_many,
+    shrink,
+)
 from pyworkflow.testing.simulation._simulate import Report, simulate
 
 __all__ = ["main"]
@@ -50,11 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigurationError(
                     f"no such profile: profile={profile}; there are {', '.join(PROFILES)} and each"
                 )
-        backend_of(options.backend)
+        if options.jobs < 0:
+            raise ConfigurationError(f"no such number of processes: jobs={options.jobs}")
+        check_backend(options.backend)
+        alone = options.keep is not None or options.trace
+        if alone and (len(seeds) > 1 or len(profiles) > 1):
+            raise ConfigurationError("--keep and --trace show one seed of one profile: name them")
+        kept = _kept(options.keep, seeds[0], profiles[0])
     except ConfigurationError as exc:
         parser.error(str(exc))
-    if options.keep is not None or options.trace:
-        return _one(seeds[0], profiles[0], options)
+    if alone:
+        return _one(seeds[0], profiles[0], kept, options)
     jobs = options.jobs or os.cpu_count() or 1
     good = [_profile(seeds, profile, jobs, options.backend) for profile in profiles]
     return 0 if all(good) else 1
@@ -63,9 +75,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _seeds(text: str) -> range:
     first, colon, end = text.partition(":")
     try:
-        return range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
+        seeds = range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
     except ValueError:
-        raise ConfigurationError(f"no seeds: seeds={text}; give FIRST:END, or one") from None
+        seeds = range(0)
+    if not seeds or seeds[0] < 0:
+        raise ConfigurationError(
+            f"no seeds: seeds={text}; give FIRST:END with 0 <= FIRST < END, or one"
+        )
+    return seeds
+
+
+def _kept(text: str | None, seed: int, profile: str) -> tuple[Fault, ...] | None:
+    """The faults of a seed's plan that ``--keep`` names; None for all."""
+    if text is None:
+        return None
+    planned = make_plan(seed, profile).faults
+    try:
+        return () if text == "none" else tuple(planned[_number(each)] for each in text.split(","))
+    except (ValueError, IndexError):
+        raise ConfigurationError(
+            f"no such faults: keep={text}; this plan has {len(planned)}: give their numbers from "
+            "0, with commas, or none"
+        ) from None
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
 
 
 def _profile(seeds: range, profile: str, jobs: int, backend: str) -> bool:
@@ -87,6 +125,8 @@ def _profile(seeds: range, profile: str, jobs: int, backend: str) -> bool:
         f"callbacks={total.steps:,} virtual hours={total.seconds / 3600:,.1f}"
     )
     print(table(profile, total.seen))
+    if total.seeds < ENOUGH:
+        print(f"  (paths that were never taken count from {ENOUGH} seeds on)")
     never = [] if total.failed else missing(profile, total.seeds, total.seen)
     if never:
         print(
@@ -123,12 +163,10 @@ def _explain(report: Report, kept: list[int], backend: str) -> None:
     print(f"again: {command} --keep {','.join(map(str, kept)) or 'none'} --trace")
 
 
-def _one(seed: int, profile: str, options: argparse.Namespace) -> int:
+def _one(
+    seed: int, profile: str, kept: tuple[Fault, ...] | None, options: argparse.Namespace
+) -> int:
     """Run one seed, and say all that happens."""
-    planned = make_plan(seed, profile).faults
-    kept = None
-    if options.keep is not None:
-        kept = tuple(planned[int(n)] for n in options.keep.split(",") if n.strip().isdigit())
     report = simulate(
         seed,
         profile,

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import ConfigurationError
+from pyworkflow.spi.storage import StorageBackend
 from pyworkflow.testing.simulation._faults import Fault, make_plan
 from pyworkflow.testing.simulation._simulate import MakeStore, Report, simulate
 
-__all__ = ["Total", "backend_of", "run_many", "shrink"]
+__all__ = ["Total", "backend_of", "check_backend", "run_many", "shrink"]
 
 _CHUNK = 40
 _COLLECT = 20
@@ -65,6 +66,23 @@ def backend_of(name: str) -> MakeStore:
     return found  # type: ignore[return-value]  # what it makes is seen when it is made
 
 
+def check_backend(name: str) -> None:
+    """Whether a name makes a store.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    try:
+        made: object = backend_of(name)()
+    except TypeError as exc:
+        made = exc
+    if not isinstance(made, StorageBackend):
+        raise ConfigurationError(
+            f"the backend cannot be used: backend={name} made {made!r:.80}; name a callable "
+            "without arguments that makes an empty store"
+        )
+
+
 def _chunk(seeds: Sequence[int], profile: str, backend: str) -> Total:
     make_store = backend_of(backend)
     total = Total()
@@ -73,22 +91,19 @@ def _chunk(seeds: Sequence[int], profile: str, backend: str) -> Total:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for number, seed in enumerate(seeds):
-            _count(total, simulate(seed, profile, make_store=make_store))
-            if number % _COLLECT == _COLLECT - 1:
-                _collect()
-        _collect()
+        with warnings.catch_warnings():
+            # Coroutines of processes that were killed.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            for number, seed in enumerate(seeds):
+                _count(total, simulate(seed, profile, make_store=make_store))
+                if number % _COLLECT == _COLLECT - 1:
+                    gc.collect()
+            gc.collect()
     finally:
         if enabled:
             gc.enable()
         gc.unfreeze()
     return total
-
-
-def _collect() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # coroutines of processes that were killed
-        gc.collect()
 
 
 def _count(total: Total, report: Report) -> None:
