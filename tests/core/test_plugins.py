@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyworkflow import _config, _plugins
+from pyworkflow import Client, _config, _plugins
 from pyworkflow._plugins import (
     around,
     ask,
@@ -27,7 +27,7 @@ from pyworkflow._plugins import (
     unregister,
 )
 from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound
-from pyworkflow.spi import StorageBackend, hookimpl
+from pyworkflow.spi import ExecutorCapabilities, StorageBackend, hookimpl
 
 #: A storage plugin whose backend records what its factory was given.
 STORAGE = """
@@ -517,3 +517,39 @@ def test_a_manager_that_fails_leaves_the_body_alone():
         log.append("body")
     assert log == ["+a:n", "body", "-a"]
     assert {plugin for plugin, _ in observer_errors} == {"a", "nonsense"}
+
+
+class _Far:
+    """Stands for an executor whose workers are other processes."""
+
+    name = "far"
+    capabilities = ExecutorCapabilities(distributed=True)
+
+    async def open(self, config): ...
+    async def ring(self, bells): ...
+    def serve(self, runtime, queues): ...
+    async def close(self): ...
+
+
+def test_workers_elsewhere_and_a_store_of_this_process_do_not_go_together():
+    async def main():
+        async with Client(storage="memory://", executor=_Far()):
+            pass
+
+    with pytest.raises(ConfigurationError, match=r"memory.*set PYWORKFLOW_STORAGE"):
+        asyncio.run(main())
+
+
+def test_the_default_store_beside_workers_elsewhere_is_warned_of(monkeypatch, tmp_path, caplog):
+    async def main(storage):
+        async with Client(storage=storage, executor=_Far()) as client:
+            await client.list_runs()
+
+    monkeypatch.delenv("PYWORKFLOW_STORAGE", raising=False)
+    with caplog.at_level(logging.WARNING, "pyworkflow"):
+        asyncio.run(main(f"file://{tmp_path}/.pyworkflow"))
+        assert "no storage is set" not in caplog.text
+        asyncio.run(main(None))
+    assert (
+        f"no storage is set, so runs are kept here: storage={tmp_path}/.pyworkflow" in caplog.text
+    )

@@ -22,4 +22,8 @@ def __getattr__(name: str) -> object:
         from pyworkflow_celery._attach import attach
 
         return attach
+    if name == "celery":  # what `celery -A pyworkflow.celery` looks for
+        from pyworkflow_celery.app import app
+
+        return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,7 +105,11 @@ class DoorbellRequest(_celery.TaskRequest):  # type: ignore[misc]  # Celery has 
         # With 0 it has ended of itself, after a drain.
         level = logging.DEBUG if "exitcode 0" in str(problem) else logging.WARNING
         _log.log(
-            level, "a pool child died at work, which is done again: %s: %s", self.name, problem
+            level,
+            "a pool child died at work, which is done again: %s run_id=%s: %s",
+            self.name,
+            self.kwargs.get("run_id"),
+            problem,
         )
         # It may have died before it claimed the item: then nothing frees it, and nobody rings.
         hops = self.request_dict.get("pyworkflow_hops") or 0

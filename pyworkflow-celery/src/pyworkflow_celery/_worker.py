@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Coroutine
 from functools import partial
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]  # untyped
-from pathlib import Path
 from typing import Any
 
 from pyworkflow.errors import (
@@ -287,7 +286,7 @@ def _say_what_there_is(worker: Any, info: StorageInfo) -> None:
             "the store is on this machine only: storage=%s; workers and clients elsewhere do not "
             "see it%s",
             info.location,
-            "" if config.storage != f"file://{Path.cwd()}/.pyworkflow" else ": no storage is set",
+            ": no storage is set" if config.storage_is_default else "",
         )
     executor = config.executor
     if isinstance(executor, str) and executor.partition(":")[0].lower() != "celery":

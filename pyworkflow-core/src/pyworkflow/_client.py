@@ -13,7 +13,13 @@ from typing import Any, ParamSpec, Self, TypeVar
 from pyworkflow._config import settings
 from pyworkflow._definitions import RunOptions, Workflow, set_starter
 from pyworkflow._engine.worker import Worker
-from pyworkflow._local import EmbeddedHost, configured_executor, host, refuse_in_host
+from pyworkflow._local import (
+    EmbeddedHost,
+    check_shared,
+    configured_executor,
+    host,
+    refuse_in_host,
+)
 from pyworkflow._operations import Operations
 from pyworkflow._plugins import make_storage
 from pyworkflow._replay.context import current_run
@@ -345,6 +351,9 @@ class Client:
             executor = configured_executor(wanted)
         try:
             await storage.open()
+            if executor.capabilities.distributed:
+                is_default = self._storage is None and config.storage_is_default
+                check_shared(storage, executor, is_default=is_default)
         except BaseException:
             await self.close()
             raise

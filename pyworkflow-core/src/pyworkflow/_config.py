@@ -73,6 +73,8 @@ class Settings:
 
     storage: str | StorageBackend = field(default="file:.pyworkflow", repr=False)
     """URL with an absolute path, or the object that ``configure`` was given."""
+    storage_is_default: bool = False
+    """Nobody said where runs are kept. No setting of its own."""
     executor: str | Executor = field(default="local://", repr=False)
     """URL, or the object that ``configure`` was given."""
     namespace: str = "default"
@@ -293,6 +295,7 @@ def _read(configured: Mapping[str, object], environ: Mapping[str, str]) -> Setti
     values.update(configured)
     if "storage" not in values:
         values["storage"] = _parse("storage", "file:.pyworkflow", "the default", _HERE)
+        values["storage_is_default"] = True
     _check_together(values)
     if "lease" in values and "renew_every" not in values:
         values["renew_every"] = cast("timedelta", values["lease"]) / 3
@@ -470,7 +473,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "codec_max_size": _bytes,
 }
 _MAY_BE_EMPTY = frozenset({"modules", "disable_plugins", "codecs"})
-assert set(_PARSERS) | {"threads"} == {f.name for f in fields(Settings)}
+assert set(_PARSERS) | {"storage_is_default", "threads"} == {f.name for f in fields(Settings)}
 
 
 def _shown(name: str, value: object) -> str:

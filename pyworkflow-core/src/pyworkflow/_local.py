@@ -18,7 +18,7 @@ from pyworkflow._duration import format_duration
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._plugins import make_executor, make_storage
-from pyworkflow.errors import StorageError, WorkflowContextError
+from pyworkflow.errors import ConfigurationError, StorageError, WorkflowContextError
 from pyworkflow.runs import Run, RunStatus
 from pyworkflow.spi.capabilities import ExecutorCapabilities
 from pyworkflow.spi.executor import Doorbell, Executor, Runtime
@@ -27,6 +27,7 @@ from pyworkflow.spi.storage import StorageBackend
 __all__ = [
     "EmbeddedHost",
     "LocalExecutor",
+    "check_shared",
     "configured_executor",
     "configured_storage",
     "host",
@@ -74,6 +75,30 @@ def configured_executor(config: Settings) -> Executor:
     return config.executor
 
 
+def check_shared(storage: StorageBackend, executor: Executor, *, is_default: bool) -> None:
+    """Refuse a store that the workers of a distributed executor can never see.
+
+    Warns of the default one, which they see only when they run in the same directory.
+
+    Raises:
+        ConfigurationError: the store exists in this process only.
+    """
+    info = storage.info()
+    if not info.capabilities.multi_process:
+        raise ConfigurationError(
+            f"the store exists in this process only: storage={info.location} "
+            f"executor={executor.name}; its workers would never see a run: set PYWORKFLOW_STORAGE "
+            "to postgresql://…, redis://…, or on one machine sqlite:////PATH or file:///PATH"
+        )
+    if is_default:
+        _log.warning(
+            "no storage is set, so runs are kept here: storage=%s; workers of %s elsewhere, or in "
+            "another directory, do not see them: set PYWORKFLOW_STORAGE for both",
+            info.location,
+            executor.name,
+        )
+
+
 class EmbeddedHost:
     """A daemon thread with an event loop, the configured store, and a worker when local."""
 
@@ -114,6 +139,8 @@ class EmbeddedHost:
     async def _open(self) -> None:
         await self.storage.open()
         if self.executor.capabilities.distributed:
+            is_default = self.config.storage_is_default
+            check_shared(self.storage, self.executor, is_default=is_default)
             await self.executor.open({})
             return
         self.worker = Worker(self.storage, self.config)

@@ -332,3 +332,12 @@ except ConfigurationError as exc:
     printed = python(code, **env)
     assert said in printed
     assert "hidden" not in printed
+
+
+def test_the_short_name_of_the_application_is_found():
+    from celery.app.utils import find_app
+
+    from pyworkflow_celery.app import app
+
+    assert find_app("pyworkflow.celery") is app
+    assert find_app("pyworkflow.celery.app") is app
