@@ -45,7 +45,32 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--from-json", metavar="FILES", help="measure nothing: show and plot these, by comma"
     )
-    return parser.parse_args()
+    told = parser.parse_args()
+    try:
+        _check(told)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    return told
+
+
+def _check(told: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before anything is set up. Raises ``ValueError``."""
+    told.only = ",".join(name.upper() for name in _words(told.only))
+    stores = [store for name in PEERS for store in _module(name).STORES]
+    for what, given, known in (
+        ("peer", told.peers, PEERS),
+        ("workload", told.only, [each.name for each in WORKLOADS]),
+        ("store", told.store, list(dict.fromkeys(stores))),
+    ):
+        if unknown := [word for word in _words(given) if word not in known]:
+            raise ValueError(f"no such {what}: {unknown[0]}; there are {', '.join(known)}")
+    if told.rounds is not None and told.rounds < 1:
+        raise ValueError(f"no such number of rounds: {told.rounds}; give 1 or more")
+    files = [Path(word) for word in _words(told.from_json or "")]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"no such file: {missing[0]}")
+    if not told.dir.is_dir():
+        raise ValueError(f"no such directory: {told.dir}")
 
 
 def _words(text: str) -> list[str]:
@@ -68,8 +93,6 @@ class Comparison:
         self.commands = {report.OURS: self.ours.setup(told.cache)}
         self.peers: list[Peer] = []
         for name in _words(told.peers):
-            if name not in PEERS:
-                sys.exit(f"no such peer: {name}; there are {', '.join(PEERS)}")
             self._say(f"setting up {name}")
             peer = _module(name)
             try:
@@ -86,9 +109,7 @@ class Comparison:
     def run(self) -> None:
         """All rounds."""
         told = self.told
-        names = [name.upper() for name in _words(told.only)]
-        if unknown := set(names) - {w.name for w in WORKLOADS}:
-            sys.exit(f"no such workload: {', '.join(sorted(unknown))}; there are W1 to W7 and W6B")
+        names = _words(told.only)
         rounds = told.rounds or (2 if told.quick else 5)
         for number in range(rounds):
             for workload in WORKLOADS:

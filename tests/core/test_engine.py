@@ -1467,6 +1467,42 @@ def test_a_worker_that_lost_its_claim_stops_and_writes_nothing() -> None:
     asyncio.run(main())
 
 
+def test_f14_a_late_result_is_refused_while_the_run_goes_on_elsewhere() -> None:
+    async def main() -> None:
+        gates = [asyncio.Event(), asyncio.Event()]
+        calls = itertools.count()
+
+        @step
+        async def te_twice() -> str:
+            number = next(calls)
+            await gates[number].wait()
+            return ("late", "fresh")[number]
+
+        @workflow
+        async def te_goes_on() -> str:
+            return await te_twice()
+
+        store = MemoryStorageBackend()
+        async with bench(store) as first, bench(store.twin(), work=False) as second:
+            run_id = await first.start(te_goes_on)
+            await first.has(run_id, "step.scheduled")
+            paused = first.worker
+            assert paused is not None
+            paused._stopping = True  # it is paused, and comes back too late
+            paused.leases.close()
+            await first.pass_time("31s")
+            await second.work()
+            await second.has(run_id, "step.started", 2)
+            gates[0].set()
+            await eventually(lambda: not paused.is_busy)
+            assert await second.events(run_id, "step.completed") == []
+            gates[1].set()
+            assert await second.result(run_id) == "fresh"
+            assert len(await second.events(run_id, "step.completed")) == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("sessions", [0, 1, 1000])
 def test_coroutines_kept_or_not_make_no_difference(sessions: int) -> None:
     async def main() -> None:

@@ -307,3 +307,37 @@ def deadline_comes_early(put: Any) -> None:
 
     due_timers = Replay.due_timers
     put(Replay, "due_timers", lambda self, now: due_timers(self, now + 10_000))
+
+
+@_bite("crash", 100, "I6", "result", "at most once")
+def free_ends_the_leases_of_all(put: Any) -> None:
+    free = reference.ReferenceStore.free
+
+    def frees(self: Any, owner: str, *, now: Any) -> Any:
+        owners = {item.lease.owner for item in self._leased(now)}
+        return [free(self, each, now=now) for each in sorted(owners | {owner})][-1]
+
+    put(reference.ReferenceStore, "free", frees)
+
+
+@_bite("crash", 60, "I6")
+def turn_is_taken_from_its_holder(put: Any) -> None:
+    def takes(self: Any, held: Any) -> None:
+        turn = self._item("turn")
+        if turn is not None and turn.due_at <= self.now and not self.paused:
+            self.items["turn"] = _plan.altered(
+                turn, lease=self._lease(held), claims=turn.claims + 1
+            )
+            self.born.append("turn")
+
+    put(_plan.Plan, "_take_turn", takes)
+
+
+@_bite("crash", 400, "I6")
+def lease_of_somebody_else_is_renewed(put: Any) -> None:
+    def anybody(self: Any, ref: Any) -> Any:
+        run = self._runs.get(ref.run_id)
+        item = None if run is None else run.items.get(ref.item_id)
+        return item if item is not None and item.lease is not None else None
+
+    put(reference.ReferenceStore, "_held", anybody)

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pyworkflow import _plugins
 from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
-from pyworkflow.spi import StorageBackend
+from pyworkflow.spi import StorageBackend, hookimpl
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing.simulation import PROFILES, simulate
 from pyworkflow.testing.simulation._cli import main
@@ -122,6 +124,24 @@ def test_the_command_runs_one_seed_with_its_trace(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "body of" in told
     assert "everything held" in told
+
+
+def test_plugins_of_the_process_change_nothing_in_a_simulation() -> None:
+    class Listener:
+        @staticmethod
+        @hookimpl
+        def pyworkflow_events_committed(run_id: str, events: Any) -> None:
+            heard.append(run_id)
+
+    heard: list[str] = []
+    alone = simulate(3, "crash", tracing=True)
+    listener = Listener()
+    _plugins.register(listener, "listener")
+    try:
+        beside = simulate(3, "crash", tracing=True)
+    finally:
+        _plugins.unregister(listener)
+    assert (beside.trace, heard) == (alone.trace, [])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import logging
 import sqlite3
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -16,8 +17,10 @@ import measure
 from pyworkflow import Client, configure, sleep, step, workflow
 from pyworkflow._plugins import make_storage
 from pyworkflow.spi import RunQuery
+from pyworkflow_storage_sql._sqlite_schema import connect
 
 LEASE = 5.0
+_PRAGMAS = ("journal_mode", "synchronous")
 
 
 @step
@@ -112,11 +115,14 @@ class Ours:
 
     def facts(self) -> dict[str, str]:
         version = importlib.metadata.version("pyworkflow-core")
-        durable = f"WAL, synchronous=FULL (SQLite {sqlite3.sqlite_version})"
-        return {
-            "version": f"pyworkflow {version}",
-            "durability": durable if self._url.startswith("sqlite") else "the server's",
-        }
+        durable = "the server's"
+        if self._url.startswith("sqlite"):
+            conn = connect(Path(self._url.removeprefix("sqlite:///")))  # as the store has it
+            mode, level = (conn.execute(f"pragma {p}").fetchone()[0] for p in _PRAGMAS)
+            conn.close()
+            level = {1: "NORMAL", 2: "FULL", 3: "EXTRA"}.get(level, str(level))
+            durable = f"{mode.upper()}, synchronous={level} (SQLite {sqlite3.sqlite_version})"
+        return {"version": f"pyworkflow {version}", "durability": durable}
 
 
 if __name__ == "__main__":

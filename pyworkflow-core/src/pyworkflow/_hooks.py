@@ -220,6 +220,13 @@ def table() -> HookTable:
     return _table
 
 
+def replace_table(other: HookTable) -> HookTable:
+    """Have another table stand, for a simulation; the one that stood."""
+    global _table
+    standing, _table = _table, other
+    return standing
+
+
 def _reset_for_tests() -> None:  # pyright: ignore[reportUnusedFunction] - by tests
     global _table
     _table = HookTable()

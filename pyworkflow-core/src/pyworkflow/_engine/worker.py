@@ -33,6 +33,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
+from pyworkflow._engine.waits import Awaited
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
 from pyworkflow.events import Event
@@ -122,8 +123,7 @@ class Worker:
         self._stopping = False
         self._claimed_at = monotonic()
         self._looked_for_gone = 0.0
-        self._missed = 0
-        """Looks in a row that found something all but due."""
+        self._awaited = Awaited()
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Worker:
             self._wake.clear()
             try:
                 if took := await self.claim_due():
-                    self._missed = 0
+                    self._awaited.came()
                 timeout = 0.0 if took else await self._until_due()
                 pause = 0.05
             except StorageError as exc:
@@ -264,10 +264,7 @@ class Worker:
         left = (to_micros(due) - self.clock.micros()) / 1_000_000
         if left <= 0 and not (self.room() and self._steps.room()):
             left = 0.25  # what is due waits for room here, which wakes us, or is for others
-        # Due by the storage and not claimed: somebody was faster, or the clock is a little behind.
-        # It may stand still, too, for as long as the machine's was set back.
-        self._missed = min(self._missed + 1, 8) if left < 0.01 else 0
-        return min(max(left, 0.0005 * (1 << self._missed)), 1.0)
+        return self._awaited.seconds(due, left)
 
     async def _idle(self, timeout: float) -> None:
         """Until woken, until the store may hold news, or for ``timeout`` seconds."""

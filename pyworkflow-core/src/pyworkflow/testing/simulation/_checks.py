@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pyworkflow.errors import Refusal
 from pyworkflow.events import Event
-from pyworkflow.runs import ItemKind, Run, WorkItem
+from pyworkflow.runs import ItemKind, Lease, Run, WorkItem
 from pyworkflow.spi.storage import TURN, Change, Claimed, Committed, StorageBackend
 
 __all__ = ["Broken", "Checks"]
 
+_WRITES = frozenset(
+    {"commit", "commit_many", "claim", "renew", "release", "free", "announce", "purge"}
+)
 _ENDS = frozenset({"step.completed", "step.failed"})
 
 
@@ -49,10 +52,54 @@ class _Known:
     """seq of the last input."""
     seen: int = 0
     final: str | None = None
-    leases: dict[str, tuple[str, datetime]] = field(default_factory=dict[str, tuple[str, datetime]])
-    """Item → the token that it carries, and until when."""
+    leases: dict[str, Lease] = field(default_factory=dict[str, Lease])
+    """Item → who holds it, or held it last."""
     changes: set[str] = field(default_factory=set[str])
     """Keys of changes that were accepted."""
+
+
+@dataclass(slots=True)
+class _Allowed:
+    """What one call may do to leases that have not ended: who else loses one was robbed."""
+
+    tokens: set[str] = field(default_factory=set[str])
+    """Claims that the caller has."""
+    renewed: set[str] = field(default_factory=set[str])
+    items: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    """Steps that the holder of a turn gives up."""
+    runs: set[str] = field(default_factory=set[str])
+    """Runs that end."""
+    owner: str | None = None
+    """A process that is gone."""
+
+    @classmethod
+    def by(cls, method: str, args: tuple[Any, ...]) -> _Allowed:
+        """By a call."""
+        allowed = cls()
+        if method in ("commit", "commit_many"):
+            changes: list[Change] = [args[0]] if method == "commit" else args[0]
+            for change in changes:
+                if change.claim is not None:
+                    allowed.tokens.add(change.claim.token)
+                    allowed.items |= {(change.run_id, item_id) for item_id in change.drop}
+                if change.final is not None:
+                    allowed.runs.add(change.run_id)
+        elif method == "release":
+            allowed.tokens.add(args[0].token)
+        elif method == "renew":
+            allowed.renewed |= {ref.token for ref in args[0]}
+        elif method == "free":
+            allowed.owner = args[0]
+        return allowed
+
+    def ends(self, run_id: str, item_id: str, lease: Lease) -> bool:
+        """Whether the call may end this lease."""
+        return (
+            lease.token in self.tokens
+            or (run_id, item_id) in self.items
+            or run_id in self.runs
+            or lease.owner == self.owner
+        )
 
 
 class Checks:
@@ -65,6 +112,9 @@ class Checks:
         self._tokens: dict[str, tuple[str, str]] = {}
         self._gone: set[str] = set()
         """Tokens that were followed by others."""
+        self._allowed = _Allowed()
+        self._now = datetime.min.replace(tzinfo=UTC)
+        """The store's clock at the call that is looked at."""
         self.on_commit: Callable[[str, str, Change, Committed], None] | None = None
         """Called with who sent a change that was accepted."""
         self.on_announce: Callable[[list[WorkItem]], None] | None = None
@@ -86,6 +136,10 @@ class Checks:
 
     async def after(self, who: str, method: str, args: tuple[Any, ...], result: Any) -> None:
         """A call was carried out. Raises ``Broken``."""
+        if method not in _WRITES:
+            return
+        self._allowed = _Allowed.by(method, args)
+        self._now = await self._store.now()
         if method == "commit_many":
             if isinstance(result, list):
                 answers: list[Any] = [*result]  # pyright: ignore[reportUnknownArgumentType] - a list of whatever it is
@@ -117,7 +171,7 @@ class Checks:
         if item.due_at > now:
             raise Broken("claims", item.run_id, f"claimed before its time: {item.item_id}")
         if standing is not None:
-            if standing[1] > now:
+            if standing.until > now:
                 raise Broken("I6", item.run_id, f"a held item was claimed: {item.item_id}")
             self._saw("lease takeover")
 
@@ -132,7 +186,7 @@ class Checks:
             await self._committed(who, change, answer, held.get(change.run_id, {}))
 
     async def _committed(
-        self, who: str, change: Change, answer: Any, held: dict[str, tuple[str, datetime]]
+        self, who: str, change: Change, answer: Any, held: dict[str, Lease]
     ) -> None:
         run_id = change.run_id
         if not isinstance(answer, Committed):
@@ -151,13 +205,13 @@ class Checks:
             run.changes.add(change.key)
             if change.claim is not None:
                 standing = held.get(change.claim.item_id)
-                if standing is None or standing[0] != change.claim.token:
+                if standing is None or standing.token != change.claim.token:
                     raise Broken(
                         "I4", run_id,
                         f"a change under a lost claim was taken: item={change.claim.item_id} "
-                        f"token={change.claim.token} the item's token={standing and standing[0]}",
+                        f"token={change.claim.token} the item's token={standing and standing.token}",
                     )  # fmt: skip
-                if standing[1] <= answer.now:
+                if standing.until <= answer.now:
                     self._saw("commit under an expired lease")
             if change.final is not None and change.control is None and change.claim is not None:
                 seen = max(change.seen or 0, run.seen)
@@ -238,7 +292,7 @@ class Checks:
             raise Broken("I8", run_id, f"ended {known.final}, and now {run.status}")
         elif known.inputs > run.seen_seq and not any(item.item_id == TURN for item in items):
             raise Broken("I5", run_id, f"no turn is owed for the input seq={known.inputs}")
-        leases: dict[str, tuple[str, datetime]] = {}
+        leases: dict[str, Lease] = {}
         for item in items:
             if item.item_id in known.cancelled:
                 raise Broken("given up", run_id, f"was given up, and is still owed: {item.item_id}")
@@ -249,12 +303,27 @@ class Checks:
             if self._tokens.setdefault(lease.token, place) != place:
                 raise Broken("I4", run_id, f"a token was issued twice: {lease.token}")
             before = known.leases.get(item.item_id)
-            leases[item.item_id] = (lease.token, lease.until)
-            if before is not None and before[0] != lease.token and lease.token in self._gone:
+            leases[item.item_id] = lease
+            if before is not None and before.token != lease.token and lease.token in self._gone:
                 raise Broken("I4", run_id, f"a token came back: {lease.token}")
-            if before is not None and before[0] != lease.token:
-                self._gone.add(before[0])
+            if before is not None and before.token != lease.token:
+                self._gone.add(before.token)
+        self._held(run_id, known.leases, leases)
         known.leases = leases
+
+    def _held(self, run_id: str, before: dict[str, Lease], after: dict[str, Lease]) -> None:
+        """Nobody's lease ends or grows but by its holder, the holder of the turn, or the run's end."""
+        for item_id, was in before.items():
+            lease = after.get(item_id)
+            same = lease is not None and lease.token == was.token
+            if lease is not None and same and lease.until > was.until:
+                if was.token not in self._allowed.renewed:
+                    raise Broken("I6", run_id, f"a lease grew that nobody renewed: {item_id}")
+                continue
+            stands = lease is not None and same and lease.until == was.until
+            live = was.until > self._now
+            if live and not stands and not self._allowed.ends(run_id, item_id, was):
+                raise Broken("I6", run_id, f"a lease was taken from its holder: {item_id}")
 
 
 _REFUSED = {

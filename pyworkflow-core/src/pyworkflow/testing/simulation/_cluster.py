@@ -385,7 +385,7 @@ class Cluster:
         """Calls of the store are bounded by what happens, and by time that passes."""
         calls, events, seconds = self.server.calls, self.checks.length, self.clockwork.now
         bound = 600 + 60 * (events + seconds * len(self._workers))
-        if calls > bound and not self.checks.clock_went_back:
+        if calls > bound:
             what = f"{calls} calls of the store in {seconds:.1f} s, for {events} events"
             self.broke(Broken("work", "-", what))
 
@@ -515,6 +515,13 @@ class _Carried(Faults):
                 if worker is not None:
                     cluster.saw("worker killed")
                     cluster.kill(index, again_after=fault.seconds)
+            case "drain" if worker is not None and fault.choice >= 8:
+                # It is told to end while it stands still, and has lost what it gives back.
+                cluster.losses += 1
+                cluster.saw("worker told to end past its lease")
+                worker.loop.stop_running()
+                cluster.drain(index, 0.0, again_after=fault.seconds, version=None)
+                cluster.server.loop.call_later(LEASE * 1.5, worker.loop.go_on)
             case "drain":
                 cluster.drain(
                     index,

@@ -20,7 +20,7 @@ from random import Random
 from types import ModuleType
 from typing import Any, Protocol
 
-from pyworkflow import _clock, _config, _definitions, _memory, _operations
+from pyworkflow import _clock, _config, _definitions, _hooks, _memory, _operations
 from pyworkflow._config import Settings
 from pyworkflow._definitions import Step, Workflow
 from pyworkflow._engine import guard, owner
@@ -166,6 +166,8 @@ def in_world(world: World) -> Generator[None]:
     standing_replays = set(replay._alive)
     collects = gc.isenabled()
     gc.disable()  # a collector closes coroutines when it likes
+    # What a plugin listens to changes which way the engine goes.
+    plugins = _hooks.replace_table(_hooks.HookTable())
     _world = world
     outer = events._get_running_loop()
     events._set_running_loop(None)
@@ -188,6 +190,7 @@ def in_world(world: World) -> Generator[None]:
         log.setLevel(level)
         log.propagate, log.handlers = propagate, handlers
         _world = None
+        _hooks.replace_table(plugins)
         if collects:
             gc.enable()
 
