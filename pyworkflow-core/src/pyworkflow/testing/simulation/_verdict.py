@@ -111,8 +111,8 @@ def _interrupted(ended: Ended, job: Job, run: Run, events: list[Event], version:
     asked = any(e.type == "cancel.requested" for e in events)
     if job.cancel_accepted and run.status is not RunStatus.CANCELLED and not asked:
         raise Broken("lost", run.run_id, "a cancel was answered, and is nowhere")
-    if first is None:
-        return run.status is RunStatus.CANCELLED  # closed before its code began
+    if first is None or any(e.data.get("kind") == "control" for e in events if e.klass == "C"):
+        return run.status is RunStatus.CANCELLED  # closed before its code began, or without it
     workflow = VERSIONS[version]
     assert workflow is not None
     replay = Replay(workflow, run.run_id)
