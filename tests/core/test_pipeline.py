@@ -7,15 +7,31 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from pyworkflow import Client, step, workflow
+from pyworkflow._engine import leases, pipeline
 from pyworkflow._engine.pipeline import DIVISIBLE, Pipeline, StorageClock
+from pyworkflow._engine.waits import answered
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.events import Event
-from pyworkflow.spi import Answer, Change, Committed, NewRun, StorageInfo, fsck
+from pyworkflow.runs import ItemKind
+from pyworkflow.spi import (
+    Answer,
+    Change,
+    Claimed,
+    ClaimRequest,
+    Committed,
+    Held,
+    NewRun,
+    Put,
+    StorageInfo,
+    fsck,
+)
+from pyworkflow.spi.storage import TURN
 from pyworkflow.storage.memory import MemoryStorageBackend
 
 
@@ -268,3 +284,88 @@ def test_runs_end_as_they_do_with_one_batch(batches: int) -> None:
     assert results == [9] * 60
     assert report == []
     assert most == batches
+
+
+class Watch:
+    """A clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(module, "monotonic", lambda: self.now)
+
+
+LEASE = timedelta(seconds=10)
+
+
+async def taken_over(storage: MemoryStorageBackend) -> None:
+    """All leases run out, and another worker takes what was held."""
+    await storage.shift_clock(2 * LEASE)
+    assert (await storage.claim(ClaimRequest(owner="other", lease=LEASE))).claims
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_of_a_late_answer_only_claims_that_stand_are_told(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    watch = Watch(monkeypatch, pipeline)
+
+    class Late(MemoryStorageBackend):
+        async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+            answers = await super().commit_many(changes)
+            if not watch.now:
+                watch.now = 6.0
+                if lost:
+                    await taken_over(self)
+            return answers
+
+    async def main() -> None:
+        way = Pipeline(Late(), StorageClock(), LEASE.total_seconds())
+        turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=Held("me", LEASE))
+        answer = await way.commit(replace(created("a"), put=[turn]))
+        assert answer.duplicate
+        assert [item.item_id for item in answer.claims] == ([] if lost else [TURN])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_of_a_late_claim_what_others_took_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    watch = Watch(monkeypatch, leases)
+
+    class Late(MemoryStorageBackend):
+        async def claim(self, request: ClaimRequest) -> Claimed:
+            claimed = await super().claim(request)
+            if request.owner == "me":
+                watch.now = 6.0
+                if lost:
+                    await taken_over(self)
+            return claimed
+
+    async def main() -> None:
+        storage = Late()
+        await storage.commit(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
+        claimed = await leases.claim(storage, ClaimRequest(owner="me", lease=LEASE))
+        assert len(claimed.claims) == (not lost)
+
+    asyncio.run(main())
+
+
+def test_a_read_is_asked_again_while_the_storage_is_unavailable() -> None:
+    async def main() -> None:
+        asked: list[int] = []
+
+        async def answer(number: int, *, fails: int) -> int:
+            asked.append(number)
+            if len(asked) <= fails:
+                raise StorageUnavailable("not now; try again")
+            return number
+
+        assert await answered(timedelta(seconds=60), answer, 7, fails=2) == 7
+        assert asked == [7, 7, 7]
+        with pytest.raises(StorageUnavailable):
+            await answered(timedelta(0), answer, 7, fails=9)
+        assert len(asked) == 4
+
+    asyncio.run(main())

@@ -6,9 +6,12 @@ import asyncio
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from pyworkflow._definitions import RunOptions
+from pyworkflow._operations import Operations
 from pyworkflow.conformance.faults import Fault, FaultPlan, FaultyStorage
 from pyworkflow.spi import StorageBackend
 from tests.e2e import _fault_program
@@ -71,6 +74,19 @@ def test_f02_a_start_whose_outcome_is_unknown_is_one_run(stage: Stage, fault: Fa
 
     ids = stage.ask(main)
     assert [run.run_id for run in stage.runs()] == list(ids)
+    stage.check()
+
+
+def test_f02_a_start_without_a_key_whose_answer_is_lost_is_one_run(stage: Stage) -> None:
+    async def main(storage: StorageBackend) -> list[str]:
+        plan = FaultPlan(rate=0.5, seed=2, kinds=[Fault.AFTER], methods=["commit", "commit_many"])
+        operations = Operations(FaultyStorage(storage, plan), None, None)
+        workflow: Any = _fault_program.fault_pair
+        found = [await operations.start(workflow, (7,), {}, RunOptions()) for _ in range(6)]
+        assert plan.done[Fault.AFTER] > 1
+        return found
+
+    assert sorted(stage.ask(main)) == sorted(run.run_id for run in stage.runs())
     stage.check()
 
 

@@ -6,11 +6,21 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pyworkflow._engine import bells, dispatched, leases, pipeline, session, steps, turn, worker
-from pyworkflow.errors import Fenced
+from pyworkflow._engine import (
+    bells,
+    dispatched,
+    leases,
+    pipeline,
+    session,
+    steps,
+    turn,
+    waits,
+    worker,
+)
+from pyworkflow.errors import Fenced, RunExists, StorageError
 from pyworkflow.spi import _decide, _due, _plan, _state, reference
 from pyworkflow.spi.storage import Settle
 from pyworkflow.testing.simulation import _simulate
@@ -242,7 +252,7 @@ def inputs_of_others_are_not_delivered(put: Any) -> None:
     )
 
 
-@_bite("calm", 60, "exactly once", "result")
+@_bite("calm", 60, "exactly once", "result", "late", "takeover", "again")
 def leases_are_not_renewed(put: Any) -> None:
     async def sleeps(self: Any, storage: Any) -> None:
         return None
@@ -341,3 +351,78 @@ def lease_of_somebody_else_is_renewed(put: Any) -> None:
         return item if item is not None and item.lease is not None else None
 
     put(reference.ReferenceStore, "_held", anybody)
+
+
+# --- found by nothing until starts without keys, pauses and the claims of items were looked at ------
+
+
+@_bite("network", 60, "takeover")
+def repeated_change_is_answered_without_its_claims(put: Any) -> None:
+    again = _decide._answer_again
+    put(_decide, "_answer_again", lambda *args: replace(again(*args), claims=()))
+
+
+@_bite("network", 20, "takeover")
+def lost_answer_counts_as_a_failure(put: Any) -> None:
+    async def once(self: Any, changes: Any) -> Any:
+        try:
+            return list(await self._storage.commit_many(changes))
+        except StorageError as exc:
+            return [exc] * len(changes)
+
+    put(pipeline.Pipeline, "_deliver", once)
+
+
+@_bite("network", 200, "again")
+def claims_of_a_late_answer_are_believed(put: Any) -> None:
+    put(pipeline, "_gave", lambda answers: False)
+
+
+@_bite("crash", 150, "claims")
+def progress_does_not_forgive_claims(put: Any) -> None:
+    settle = _plan.Plan._settle
+
+    def counts(self: Any, item_id: str, what: Any) -> None:
+        before = self._item(item_id)
+        settle(self, item_id, what)
+        after = self._item(item_id)
+        if after is not None and after.lease is not None:
+            self.items[item_id] = _plan.altered(after, lease=after.lease, claims=before.claims)
+
+    put(_plan.Plan, "_settle", counts)
+
+
+@_bite("crash", 60, "liveness")
+def run_that_was_paused_never_goes_on(put: Any) -> None:
+    apply = reference.ReferenceStore._place
+
+    def hides(self: Any, run: Any, item: Any) -> None:
+        if (run.run_id, item.item_id) not in self._parked:
+            apply(self, run, item)
+
+    put(reference.ReferenceStore, "_place", hides)
+
+
+@_bite("network", 60, "loop")
+def repeated_start_meets_its_own_run(put: Any) -> None:
+    decide = reference.decide
+
+    def refuses(run: Any, change: Any, **known: Any) -> Any:
+        if change.create is not None and run is not None:
+            raise RunExists(change.run_id)
+        return decide(run, change, **known)
+
+    put(reference, "decide", refuses)
+
+
+@_bite("calm", 20, "early")
+def retry_does_not_wait(put: Any) -> None:
+    def at_once(*, again_at: Any = None, **other: Any) -> Settle:
+        return Settle(again_at=again_at and datetime(2020, 1, 1, tzinfo=UTC), **other)
+
+    put(dispatched, "Settle", at_once)
+
+
+@_bite("calm", 40, "late")
+def timers_are_looked_at_now_and_then(put: Any) -> None:
+    put(waits.Awaited, "seconds", lambda self, due, left: 5.0)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 
@@ -34,12 +35,18 @@ _log = logging.getLogger("pyworkflow.engine")
 
 
 async def claim(storage: StorageBackend, request: ClaimRequest) -> Claimed:
-    """Claim what is due."""
+    """Claim what is due; of a late answer, what is still held."""
     if failpoints.active:
         failpoints.hit("claim.before")
+    asked = monotonic()
     claimed = await storage.claim(request)
     if failpoints.active:
         failpoints.hit("claim.after")
+    if claimed.claims and monotonic() - asked > request.lease.total_seconds() / 2:
+        # The answer was long under way: somebody else may have it all by now.
+        kept = await storage.renew([claim.ref for claim in claimed.claims], request.lease)
+        standing = [c for c, ok in zip(claimed.claims, kept, strict=True) if ok]
+        return replace(claimed, claims=standing)
     return claimed
 
 

@@ -16,7 +16,7 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from time import monotonic
@@ -256,13 +256,19 @@ class Pipeline:
         """Send a batch, again while the storage is unavailable: changes carry their keys."""
         end = monotonic() + self._patience
         pause = 0.05
+        was_late = False
         while True:
             try:
                 if failpoints.active:
                     failpoints.hit("pipeline.before_send")
+                sent = monotonic()
                 answers = await self._storage.commit_many(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
+                if not was_late and monotonic() - sent > self._patience / 2 and _gave(answers):
+                    # What was claimed may be others' by now: asked again, only what stands is told.
+                    was_late = True
+                    continue
                 return list(answers)
             except StorageError as exc:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
@@ -282,3 +288,7 @@ class Pipeline:
                 return [StorageError(f"unexpected: {exc!r}")]
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
+
+
+def _gave(answers: Sequence[Answer]) -> bool:
+    return any(isinstance(answer, Committed) and answer.claims for answer in answers)

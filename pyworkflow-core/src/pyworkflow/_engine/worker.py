@@ -33,7 +33,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
-from pyworkflow._engine.waits import Awaited
+from pyworkflow._engine.waits import Awaited, answered
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
 from pyworkflow.events import Event
@@ -473,7 +473,8 @@ class Worker:
         session = Session(self, live, run, claim.item, resumed=resumed and run.seen_seq > 0)
         if claim.cut or live.replay.fed < claim.after:
             try:
-                events = await self.storage.get_events(run.run_id, after=live.replay.fed)
+                fed, ask = live.replay.fed, self.storage.get_events
+                events = await answered(self.settings.lease, ask, run.run_id, after=fed)
             except StorageDamaged as damage:
                 await session.stall_for(damage)
                 return False
@@ -517,7 +518,7 @@ class Worker:
 
     async def continue_turn(self, item: WorkItem, answer: Committed, own: Sequence[Event]) -> None:
         """Drive the turn that came with the answer to a step's result."""
-        run = await self.storage.get_run(item.run_id)
+        run = await answered(self.settings.lease, self.storage.get_run, item.run_id)
         if run is None:
             return
         live = self._kept.get(item.run_id)
@@ -525,7 +526,8 @@ class Worker:
         events: Sequence[Event] = sorted([*own, *answer.others], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:
             after = 0 if live is None else live.replay.fed
-            events = await self.storage.get_events(item.run_id, after=after)
+            ask = self.storage.get_events
+            events = await answered(self.settings.lease, ask, item.run_id, after=after)
         claim = Claim(item=item, run=run, events=events, after=after)
         self.begin_turn(claim, resumed=False)
 

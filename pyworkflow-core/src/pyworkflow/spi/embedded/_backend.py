@@ -117,7 +117,7 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout.total_seconds()
         while True:
-            news: asyncio.Future[None] = loop.create_future()
+            news: asyncio.Future[bool] = loop.create_future()
             # Before the check, or news in between are missed.
             watchers.add(run_id, after, news)
             try:
@@ -133,6 +133,8 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
                 if left <= 0:
                     return False
                 await asyncio.wait([news], timeout=left)
+                if run_id is not None and news.done() and news.result():
+                    return True  # told, and not only to be asked for
             finally:
                 watchers.drop(run_id, news)
 

@@ -26,7 +26,7 @@ class Watchers:
         self._loop = loop
         self._look = look
         # By run, what waits for an event after a seq, or for the end; None: what waits for work.
-        self._futures: dict[str | None, dict[asyncio.Future[None], int]] = {}
+        self._futures: dict[str | None, dict[asyncio.Future[bool], int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _POLL_FIRST
         self._looked_at = 0.0
@@ -44,17 +44,17 @@ class Watchers:
         """The runs that somebody waits for."""
         return [run_id for run_id in self._futures if run_id is not None]
 
-    def add(self, run_id: str | None, after: int, future: asyncio.Future[None]) -> None:
-        """Have ``future`` done when the run has an event after ``after``, or ends.
+    def add(self, run_id: str | None, after: int, future: asyncio.Future[bool]) -> None:
+        """Have ``future`` True when the run has an event after ``after``, or ends.
 
-        With None, when there may be work.
+        With None, when there may be work. False: the store has to be asked.
         """
         self._futures.setdefault(run_id, {})[future] = after
         self._pause = _POLL_FIRST
         if self._timer is None:
             self._timer = self._loop.call_later(_POLL_FIRST, self._poll)
 
-    def drop(self, run_id: str | None, future: asyncio.Future[None]) -> None:
+    def drop(self, run_id: str | None, future: asyncio.Future[bool]) -> None:
         """Take a future back."""
         futures = self._futures.get(run_id)
         if futures is not None:
@@ -115,13 +115,13 @@ class Watchers:
             return
         if look.exception() is not None:
             for futures in self._futures.values():  # who waits shall ask, and learn of the error
-                self._wake(futures)
+                self._wake(futures, told=False)
         if self._futures and self._timer is None:
             self._timer = self._loop.call_later(self._pause, self._poll)
             self._pause = min(self._pause * 1.5, _POLL_LAST)
 
-    def _wake(self, futures: Iterable[asyncio.Future[None]]) -> None:
+    def _wake(self, futures: Iterable[asyncio.Future[bool]], *, told: bool = True) -> None:
         for future in futures:
             if not future.done():
-                future.set_result(None)
+                future.set_result(told)
                 self._pause = _POLL_FIRST

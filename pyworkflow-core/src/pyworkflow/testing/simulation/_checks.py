@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pyworkflow.errors import Refusal
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Lease, Run, WorkItem
-from pyworkflow.spi.storage import TURN, Change, Claimed, Committed, StorageBackend
+from pyworkflow.spi.storage import (
+    TURN,
+    Change,
+    Claimed,
+    Committed,
+    ControlKind,
+    StorageBackend,
+)
 
 __all__ = ["Broken", "Checks"]
 
@@ -52,8 +59,14 @@ class _Known:
     """seq of the last input."""
     seen: int = 0
     final: str | None = None
+    paused: bool = False
+    items: dict[str, WorkItem] = field(default_factory=dict[str, WorkItem])
     leases: dict[str, Lease] = field(default_factory=dict[str, Lease])
     """Item → who holds it, or held it last."""
+    claimed: Counter[str] = field(default_factory=Counter[str])
+    """Item → how often it was claimed."""
+    begun: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
+    """(op, try) → how often its body began."""
     changes: set[str] = field(default_factory=set[str])
     """Keys of changes that were accepted."""
 
@@ -119,12 +132,14 @@ class Checks:
         """Called with who sent a change that was accepted."""
         self.on_announce: Callable[[list[WorkItem]], None] | None = None
         """Called with what a sweep was told of."""
+        self.losses = 0
+        """What went wrong so far that may have cost somebody a claim."""
+        self.longest_wait: timedelta | None = None
+        """How long an item may be due before somebody claims it."""
         self.clock_went_back = False
         """Time as workers reckon it may be ahead of the store's from then on."""
         self.length = 0
         """Events of all runs."""
-        self.open = 0
-        """Runs that have not ended."""
 
     def known(self, run_id: str) -> list[Event]:
         """The run's history as it was seen to grow."""
@@ -133,6 +148,20 @@ class Checks:
     def runs(self) -> list[str]:
         """Every run that was seen."""
         return list(self._runs)
+
+    def begins(self, owner: str, run_id: str, op: str, attempt: int) -> None:
+        """The body of a try begins in a worker's process. Raises ``Broken``."""
+        run = self._runs.get(run_id)
+        if run is None:
+            raise Broken("lost", run_id, f"a body begins, and there is no run: op={op}")
+        step = f"step:{op}"
+        held = [run.leases[item] for item in (TURN, step) if item in run.leases]
+        if run.ended[op] and any(h.owner == owner and h.until > self._now for h in held):
+            raise Broken("again", run_id, f"its result is recorded, and it begins: op={op}")
+        run.begun[op, attempt] += 1
+        times, claims = run.begun[op, attempt], run.claimed[TURN] + run.claimed[step]
+        if times > claims:
+            raise Broken("again", run_id, f"begun {times} times in {claims} claims: op={op}")
 
     async def after(self, who: str, method: str, args: tuple[Any, ...], result: Any) -> None:
         """A call was carried out. Raises ``Broken``."""
@@ -168,11 +197,19 @@ class Checks:
         assert lease is not None
         run = self._runs.get(item.run_id)
         standing = None if run is None else run.leases.get(item.item_id)
+        if run is not None and run.paused and item.kind is not ItemKind.DELIVER:
+            raise Broken(
+                "paused", item.run_id, f"an item of a paused run was claimed: {item.item_id}"
+            )
         if item.due_at > now:
             raise Broken("claims", item.run_id, f"claimed before its time: {item.item_id}")
+        if self.longest_wait is not None and now - item.due_at > self.longest_wait:
+            raise Broken("late", item.run_id, f"due since {now - item.due_at}: {item.item_id}")
         if standing is not None:
             if standing.until > now:
                 raise Broken("I6", item.run_id, f"a held item was claimed: {item.item_id}")
+            if not self.losses:
+                raise Broken("takeover", item.run_id, f"left without any reason: {item.item_id}")
             self._saw("lease takeover")
 
     async def _all_committed(self, who: str, changes: list[Change], answers: list[Any]) -> None:
@@ -196,13 +233,14 @@ class Checks:
         run = self._runs.get(run_id)
         if run is None:
             run = self._runs[run_id] = _Known()
-            self.open += 1
         if answer.duplicate:
             self._saw("duplicate change answered")
         else:
-            if change.key in run.changes:
-                raise Broken("I1", run_id, f"the change was applied twice: key={change.key}")
-            run.changes.add(change.key)
+            if change.control is None or _PAUSES.get(change.control.kind) != run.paused:
+                # Else there was nothing to do, and so nothing to remember.
+                if change.key in run.changes:
+                    raise Broken("I1", run_id, f"the change was applied twice: key={change.key}")
+                run.changes.add(change.key)
             if change.claim is not None:
                 standing = held.get(change.claim.item_id)
                 if standing is None or standing.token != change.claim.token:
@@ -219,14 +257,33 @@ class Checks:
                     raise Broken("final", run_id, f"ended with an unseen input: seq={run.inputs}")
             if answer.skipped:
                 self._saw("second result skipped")
+        seen = run.seen
         await self._look(run_id, run)
         if not answer.duplicate:
+            self._item_of(change, answer, run, (change.seen or 0) > seen)
             for seq, event in zip(answer.seqs, change.events, strict=True):
                 stored = run.events[seq - 1] if 0 < seq <= len(run.events) else None
                 if stored is None or (stored.type, stored.op) != (event.type, event.op):
                     raise Broken("I3", run_id, f"an acknowledged event is not there: seq={seq}")
             if self.on_commit is not None:
                 self.on_commit(who, run_id, change, answer)
+
+    def _item_of(self, change: Change, answer: Committed, run: _Known, moved: bool) -> None:
+        """Progress forgives the claims before it; a try that failed is not made before its time."""
+        claim = change.claim
+        item = None if claim is None else run.items.get(claim.item_id)
+        new = (e for i, e in enumerate(change.events) if i not in answer.skipped)
+        moved = moved or any(event.klass != "O" for event in new)
+        lease = None if claim is None or item is None else item.lease
+        if moved and claim and item and lease and lease.token == claim.token and item.claims != 1:
+            found = f"claims={item.claims} after progress: item={item.item_id}"
+            raise Broken("claims", change.run_id, found)
+        for event in change.events:
+            retried = run.items.get(f"step:{event.op}")
+            if event.type == "step.retrying" and retried is not None:
+                until = datetime.fromisoformat(str(event.data["retry_at"]))
+                if retried.due_at < until:
+                    raise Broken("early", change.run_id, f"tried again too soon: op={event.op}")
 
     async def _look_at(self, run_ids: Iterable[str]) -> None:
         for run_id in list(run_ids):
@@ -242,6 +299,7 @@ class Checks:
         if run.history_length != len(known.events):
             new = await self._store.get_events(run_id, after=len(known.events))
             self._history(run, known, new)
+        known.paused = run.paused
         if run.seen_seq != known.seen:
             if not known.seen < run.seen_seq <= len(known.events):
                 raise Broken("seen", run_id, f"seen_seq went from {known.seen} to {run.seen_seq}")
@@ -282,7 +340,6 @@ class Checks:
         if run.status.is_terminal:
             if known.final is None:
                 known.final = str(run.status)
-                self.open -= 1
             elif known.final != run.status:
                 raise Broken("I8", run_id, f"ended {known.final}, and now {run.status}")
             for item in items:
@@ -293,6 +350,7 @@ class Checks:
         elif known.inputs > run.seen_seq and not any(item.item_id == TURN for item in items):
             raise Broken("I5", run_id, f"no turn is owed for the input seq={known.inputs}")
         leases: dict[str, Lease] = {}
+        known.items = {item.item_id: item for item in items}
         for item in items:
             if item.item_id in known.cancelled:
                 raise Broken("given up", run_id, f"was given up, and is still owed: {item.item_id}")
@@ -304,6 +362,7 @@ class Checks:
                 raise Broken("I4", run_id, f"a token was issued twice: {lease.token}")
             before = known.leases.get(item.item_id)
             leases[item.item_id] = lease
+            known.claimed[item.item_id] += before is None or before.token != lease.token
             if before is not None and before.token != lease.token and lease.token in self._gone:
                 raise Broken("I4", run_id, f"a token came back: {lease.token}")
             if before is not None and before.token != lease.token:
@@ -326,6 +385,7 @@ class Checks:
                 raise Broken("I6", run_id, f"a lease was taken from its holder: {item_id}")
 
 
+_PAUSES = {ControlKind.PAUSE: True, ControlKind.UNPAUSE: False}
 _REFUSED = {
     "Fenced": "fenced commit",
     "UnseenInput": "unseen input",

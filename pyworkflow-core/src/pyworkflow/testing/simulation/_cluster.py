@@ -32,6 +32,8 @@ __all__ = ["Cluster", "Ended"]
 _MOST_STEPS = 200_000
 _PATIENCE = 150.0
 """Seconds of virtual time from the last fault in which everything must have ended."""
+_PROMPT = timedelta(seconds=1.5)
+"""As long as an item waits at most while nothing goes wrong and everybody has room."""
 _NAME = "sim_program"
 
 
@@ -104,7 +106,6 @@ class Cluster:
         self.rings = "bells" in plan.setup.workers
         self.broker: Any = _Broker(self) if self.rings else None
         self.jumped = 0.0
-        self.losses = 0
         self.evicted: set[tuple[str, str]] = set()
         """(process, run) whose coroutine was put aside."""
         self.lost_bells: set[tuple[str, str]] = set()
@@ -176,8 +177,12 @@ class Cluster:
     def body(self, run_id: str, op: str, attempt: int, name: str) -> None:
         """The body of a step begins."""
         self.bodies[run_id, op, attempt, name] += 1
+        loop: Any = events._get_running_loop()
+        try:
+            self.checks.begins(loop.process.owner, run_id, op, attempt)
+        except Broken as problem:
+            self.broke(problem)
         if self.tracing:
-            loop: Any = events._get_running_loop()
             self.trace(loop.name, f"body of {name} begins: run={run_id} op={op} try={attempt}")
 
     @property
@@ -269,7 +274,7 @@ class Cluster:
         if self.tracing:
             self.trace("operator", f"{worker.loop.name} dies")
         self._workers[index] = None
-        self.losses += 1
+        self.checks.losses += 1
         worker.kill()
         self.server.loop.call_later(again_after, self.boot, index, version or worker.version)
 
@@ -320,13 +325,15 @@ class Cluster:
             calls=self.server.calls,
             steps=self.clockwork.steps,
             seconds=self.clockwork.now,
-            losses=self.losses,
+            losses=self.checks.losses,
             trace=self.lines,
         )
 
     def _begin(self) -> None:
         self.server = Server(self, self._make_store())
         self.checks = Checks(self.server.inner.twin(), self.saw)
+        if self.plan.profile == "calm" and self.settings.concurrency == 100:
+            self.checks.longest_wait = _PROMPT
         self.checks.on_commit = self._committed
         self.checks.on_announce = self._announced
         setup = self.plan.setup
@@ -485,7 +492,7 @@ class _Carried(Faults):
         self._did(found)
         self._cluster.saw(f"call: {found.kind}")
         if method == "claim" or found.seconds > LEASE / 2:
-            self._cluster.losses += 1
+            self._cluster.checks.losses += 1
         return found
 
     def of_bell(self, number: int) -> Fault | None:
@@ -517,7 +524,7 @@ class _Carried(Faults):
                     cluster.kill(index, again_after=fault.seconds)
             case "drain" if worker is not None and fault.choice >= 8:
                 # It is told to end while it stands still, and has lost what it gives back.
-                cluster.losses += 1
+                cluster.checks.losses += 1
                 cluster.saw("worker told to end past its lease")
                 worker.loop.stop_running()
                 cluster.drain(index, 0.0, again_after=fault.seconds, version=None)
@@ -536,7 +543,7 @@ class _Carried(Faults):
                         if fault.seconds > LEASE
                         else "worker stopped"
                     )
-                    cluster.losses += fault.seconds > LEASE
+                    cluster.checks.losses += fault.seconds > LEASE
                     worker.loop.stop_running()
                     cluster.server.loop.call_later(fault.seconds, worker.loop.go_on)
             case "evict":
@@ -550,12 +557,12 @@ class _Carried(Faults):
                 clients[fault.target % len(clients)].cancel_caller(fault.choice)
             case "outage":
                 cluster.saw("outage")
-                cluster.losses += 1
+                cluster.checks.losses += 1
                 cluster.server.down = True
                 cluster.server.loop.call_later(fault.seconds, self._up)
             case "jump":
                 cluster.saw("clock forward" if fault.seconds > 0 else "clock back")
-                cluster.losses += 1
+                cluster.checks.losses += 1
                 cluster.checks.clock_went_back |= fault.seconds < 0
                 cluster.jumped += fault.seconds
             case "deploy":

@@ -34,6 +34,10 @@ _CRASH = (
     "code cancelled",
     "deadline passed",
     "code out of time",
+    "control: pause",
+    "control: unpause",
+    "control: terminate",
+    "started without a key",
 )
 _CALLS = (
     "answer lost",

@@ -14,7 +14,10 @@ from pyworkflow._engine.worker import Worker
 from pyworkflow._operations import Operations
 from pyworkflow._replay.replay import Replay
 from pyworkflow.errors import RunClosed, StorageError
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.runs import RunStatus
 from pyworkflow.spi.executor import Doorbell, Outcome
+from pyworkflow.spi.storage import Change, Control, ControlKind
 from pyworkflow.testing.simulation._loop import make_loop
 from pyworkflow.testing.simulation._network import SimulatedStorage
 from pyworkflow.testing.simulation._programs import VERSIONS
@@ -202,7 +205,8 @@ class WorkerProcess:
 class Job:
     """A run that clients want."""
 
-    key: str
+    key: str | None
+    """None: the run is started without an idempotency key, by one caller."""
     program: list[Any]
     at: float
     """Seconds after the beginning."""
@@ -211,14 +215,22 @@ class Job:
     callers: int = 1
     """How many ask for it, all with the same key."""
     cancel_after: float | None = None
+    pause_after: float | None = None
+    paused_for: float = 0.0
+    terminate_after: float | None = None
     max_duration: float | None = None
     """Seconds that the run may take: far more than it needs, or too few."""
     ids: set[str] = field(default_factory=set[str])
     """The ids that callers were given."""
     results: list[object] = field(default_factory=list[object])
     """What callers were given in the end."""
+    unanswered: int = 0
+    """Starts of which no caller knows what came of them."""
     cancel_asked: bool = False
     cancel_accepted: bool = False
+    paused_by: Client | None = None
+    terminate_asked: bool = False
+    terminated: bool = False
 
 
 class Client:
@@ -256,12 +268,12 @@ class Client:
 
     async def _want(self, job: Job, after: float) -> None:
         await asyncio.sleep(after)
-        run_id = await self._started(job)
-        job.ids.add(run_id)
-        if job.cancel_after is not None and not job.cancel_asked:
-            job.cancel_asked = True
-            await asyncio.sleep(job.cancel_after)
-            await self._cancel(job, run_id)
+        if job.key is None and job.ids:
+            (run_id,) = job.ids
+        else:
+            run_id = await self._started(job)
+            job.ids.add(run_id)
+        await self._interfere(job, run_id)
         while True:
             try:
                 job.results.append(await self._operations.result(run_id, 5.0))
@@ -274,17 +286,64 @@ class Client:
                 job.results.append(f"{type(exc).__name__}: {exc}")
                 return
 
+    async def _interfere(self, job: Job, run_id: str) -> None:
+        """What the job's caller does to the run; whoever began to pause it ends that, too."""
+        pauses = job.pause_after is not None and job.paused_by in (None, self)
+        if pauses and job.pause_after is not None:
+            job.paused_by = self
+            await asyncio.sleep(job.pause_after)
+            await self._control(run_id, ControlKind.PAUSE)
+            await asyncio.sleep(job.paused_for)
+        if job.cancel_after is not None and not job.cancel_asked:
+            job.cancel_asked = True
+            await asyncio.sleep(job.cancel_after)
+            await self._cancel(job, run_id)
+        if job.terminate_after is not None and not job.terminate_asked:
+            job.terminate_asked = True
+            await asyncio.sleep(job.terminate_after)
+            job.terminated = await self._control(run_id, ControlKind.TERMINATE)
+        if pauses:
+            await self._control(run_id, ControlKind.UNPAUSE)
+            job.pause_after = None
+
     async def _started(self, job: Job) -> str:
+        if job.key is None:
+            self._cluster.saw("started without a key")
         process = None if job.via is None else self._cluster.worker(job.via)
         if process is not None and not process.draining:
+            job.unanswered += 1
             found = await self._in_worker(process, job)
             if found is not None:
+                job.unanswered -= 1
                 return found
         while True:
+            job.unanswered += 1
             try:
-                return await _start(self._operations, job)
+                found = await _start(self._operations, job)
             except StorageError:
                 await asyncio.sleep(0.3)
+            else:
+                job.unanswered -= 1
+                return found
+
+    async def _control(self, run_id: str, kind: ControlKind) -> bool:
+        """Change the run's condition, as an operator does; whether it was still open."""
+        change = Change(
+            run_id=run_id,
+            key=f"{kind}:{self._cluster.random.getrandbits(64):016x}",
+            control=Control(kind, "simulated"),
+            final=RunStatus.TERMINATED if kind is ControlKind.TERMINATE else None,
+            events=[_TERMINATED] if kind is ControlKind.TERMINATE else (),
+        )
+        while True:
+            try:
+                await self._operations.storage.commit(change)
+                self._cluster.saw(f"control: {kind}")
+                return True
+            except RunClosed:
+                return False
+            except StorageError:
+                await asyncio.sleep(0.2)
 
     async def _in_worker(self, process: WorkerProcess, job: Job) -> str | None:
         """Ask a worker's process to start the run; None when it does not answer."""
@@ -335,3 +394,8 @@ async def _start(operations: Operations, job: Job) -> str:
     workflow: Any = VERSIONS["1"]
     options = RunOptions(idempotency_key=job.key, max_duration=job.max_duration)
     return await operations.start(workflow, (job.program,), {}, options)
+
+
+_TERMINATED = Event(
+    EventType.WORKFLOW_TERMINATED, EventClass.COMMAND, {"reason": "simulated", "kind": "control"}
+)

@@ -56,6 +56,7 @@ def programs_of(seed: int, runs: int, size: int) -> list[list[object]]:
 def jobs_of(plan: Plan) -> list[Job]:
     """What the clients of a seed want."""
     random = Random(f"jobs {plan.profile} {plan.seed}")
+    others = Random(f"controls {plan.profile} {plan.seed}")
     setup = plan.setup
     jobs: list[Job] = []
     for number, program in enumerate(programs_of(plan.seed, setup.runs, setup.size)):
@@ -71,6 +72,13 @@ def jobs_of(plan: Plan) -> list[Job]:
                 job.cancel_after = random.choice((0.0, 0.005, 0.05, 0.4, random.random() * 3))
             if random.random() < 0.2:
                 job.max_duration = random.choice((FAR, FAR, 0.02, 0.3, random.random() * 3))
+            if others.random() < 0.25:
+                job.pause_after = others.choice((0.0, 0.005, 0.05, others.random() * 3))
+                job.paused_for = others.choice((0.0, 0.05, 0.7, 3.0))
+            elif others.random() < 0.06:
+                job.terminate_after = others.choice((0.0, 0.05, others.random() * 3))
+        if job.callers == 1 and others.random() < 0.3:
+            job.key = None
         jobs.append(job)
     return jobs
 

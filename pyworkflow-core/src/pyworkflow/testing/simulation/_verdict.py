@@ -55,7 +55,8 @@ async def _judge(ended: Ended, version: str, expected: Sequence[object] | None) 
         wanted = None if expected is None else expected[number]
         _results(ended, job, run, events, value, wanted, cut_short=cut_short)
     unknown = set(ended.checks.runs()) - owners
-    if unknown:
+    # Without a key, a start of which nobody heard may have made a run.
+    if len(unknown) > sum(job.unanswered for job in ended.jobs if job.key is None):
         raise Broken("idempotency", min(unknown), "a run that nobody was told of")
     _bodies(ended)
     problems = await fsck(store)
@@ -105,6 +106,12 @@ def _history(run: Run, events: list[Event], version: str) -> None:
 
 def _interrupted(ended: Ended, job: Job, run: Run, events: list[Event], version: str) -> bool:
     """Whether a cancel or a deadline came while the code ran; then that is how the run ended."""
+    if run.status is RunStatus.TERMINATED and not job.terminate_asked:
+        raise Broken("result", run.run_id, "terminated, and nobody asked for it")
+    if job.terminated and run.status is not RunStatus.TERMINATED:
+        raise Broken("lost", run.run_id, f"a termination was answered, and it is {run.status}")
+    if run.status is RunStatus.TERMINATED:
+        return True
     if run.status is RunStatus.CANCELLED and not job.cancel_asked:
         raise Broken("result", run.run_id, "cancelled, and nobody asked for it")
     first = next((e for e in events if e.type in ("cancel.requested", "workflow.deadline")), None)
