@@ -15,7 +15,7 @@ from pyworkflow import _plugins
 from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
 from pyworkflow.spi import StorageBackend, hookimpl
 from pyworkflow.storage.memory import MemoryStorageBackend
-from pyworkflow.testing.simulation import PROFILES, simulate
+from pyworkflow.testing.simulation import PROFILES, _cli, simulate
 from pyworkflow.testing.simulation._cli import main
 from pyworkflow.testing.simulation._coverage import missing
 from pyworkflow.testing.simulation._many import run_many, shrink
@@ -124,6 +124,33 @@ def test_the_command_runs_one_seed_with_its_trace(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "body of" in told
     assert "everything held" in told
+
+
+def test_the_command_ends_quietly_when_nobody_reads_on() -> None:
+    command = ["--seeds", "4", "--profile", "crash", "--trace"]
+    ended = subprocess.Popen(
+        [sys.executable, "-m", "pyworkflow.testing.simulation", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert ended.stdout is not None
+    assert ended.stderr is not None
+    with ended, ended.stderr:
+        ended.stdout.close()
+        assert ended.stderr.read() == ""
+    assert ended.returncode == 0
+
+
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_cli, "run_many", interrupt)
+    assert main(["--seeds", "0:5"]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_plugins_of_the_process_change_nothing_in_a_simulation() -> None:

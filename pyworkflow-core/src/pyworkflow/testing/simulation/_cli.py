@@ -30,6 +30,20 @@ _SHOWN = 60
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 when everything held and every path was taken."""
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`). The exit's own flush must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="pyworkflow-sim",
         description="Simulate clusters: every seed is one, with its own programs and faults.",

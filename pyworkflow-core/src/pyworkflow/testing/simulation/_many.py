@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -143,7 +144,9 @@ def _parts(seeds: list[int], profile: str, jobs: int, backend: str) -> Iterator[
             yield _chunk(chunk, profile, backend)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    # Ctrl-C reaches all of them, and is for the one that prints.
+    deaf = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(jobs, context, signal.signal, deaf) as pool:
         ahead = [pool.submit(_chunk, chunk, profile, backend) for chunk in chunks]
         try:
             for future in ahead:
