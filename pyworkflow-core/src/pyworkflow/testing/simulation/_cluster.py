@@ -24,7 +24,7 @@ from pyworkflow.testing.simulation._faults import LEASE, Fault, Faults, Plan
 from pyworkflow.testing.simulation._loop import Clockwork, ProcessLoop
 from pyworkflow.testing.simulation._network import Server
 from pyworkflow.testing.simulation._processes import Client, Job, WorkerProcess
-from pyworkflow.testing.simulation._programs import STEPS
+from pyworkflow.testing.simulation._programs import STEPS, kinds_of
 from pyworkflow.testing.simulation._reality import in_world
 
 __all__ = ["Cluster", "Ended"]
@@ -102,6 +102,8 @@ class Cluster:
         )
         self.faults = _Carried(self, plan.faults)
         self.seen: Counter[str] = Counter()
+        for job in jobs:
+            self.seen.update(f"program: {kind}" for kind in kinds_of(job.program))
         self.bodies: Counter[tuple[str, str, int, str]] = Counter()
         self.rings = "bells" in plan.setup.workers
         self.broker: Any = _Broker(self) if self.rings else None

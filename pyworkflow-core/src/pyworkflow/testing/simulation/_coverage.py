@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from pyworkflow.testing.simulation._programs import KINDS
+
 __all__ = ["ENOUGH", "SOMETIMES", "missing", "table"]
 
 ENOUGH = 400
@@ -16,6 +18,7 @@ _ALWAYS = (
     "step retried",
     "dispatched step cancelled",
     "run resumed from its history",
+    *(f"program: {kind}" for kind in sorted(KINDS)),
 )
 _CRASH = (
     "worker killed",

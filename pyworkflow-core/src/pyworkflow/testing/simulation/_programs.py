@@ -20,7 +20,7 @@ from pyworkflow.errors import StepInterrupted
 from pyworkflow.events import Json
 from pyworkflow.testing.simulation import _reality
 
-__all__ = ["FAR", "STEPS", "VERSIONS", "make_program"]
+__all__ = ["FAR", "KINDS", "STEPS", "VERSIONS", "kinds_of", "make_program"]
 
 _DAY = 86_400.0
 FAR = _DAY
@@ -328,6 +328,15 @@ VERSIONS: dict[str, Workflow[Any, Any] | None] = {
     "missing": None,
 }
 """What a worker may have under the one name."""
+
+KINDS = frozenset(name.removeprefix("do_") for name in vars(Interpreter) if name[:3] == "do_")
+"""What programs are made of."""
+
+
+def kinds_of(program: list[Any]) -> list[str]:
+    """What occurs in a program."""
+    text = repr(program)
+    return [kind for kind in sorted(KINDS) if f"['{kind}'" in text]
 
 
 # --- made up ------------------------------------------------------------------------------------
