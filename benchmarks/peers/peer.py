@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from tests.servers import GivenServer, PostgresServer
 
+#: The line of a traceback that names the exception; some say more after it.
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Warning)\b.*:")
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -185,7 +188,9 @@ class Program:
     def failure(self) -> str:
         """The last words of a program that failed."""
         words = self._log.read_text(errors="replace").strip().splitlines()
-        return words[-1][:300] if words else f"status={self._process.returncode}"
+        raised = [line for line in words if _RAISED.match(line)]
+        said = (raised or words or [f"status={self._process.returncode}"])[-1]
+        return said[:300]
 
 
 def ours(program: str = "run_ours.py") -> list[str]:

@@ -269,6 +269,17 @@ def dump(file: Path, report: dict[str, object]) -> None:
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def check(files: Iterable[Path]) -> None:
+    """Whether ``dump`` wrote these; ``ValueError`` for one that it did not write."""
+    for file in files:
+        try:
+            known = "figures" in json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"no readings: {file}; give what --json wrote")
+
+
 def load(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[Figure]]:
     """Reports that ``dump`` wrote, and their figures: a later report's are further rounds."""
     reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]

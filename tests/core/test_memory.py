@@ -169,3 +169,21 @@ def test_a_settled_run_owes_nothing():
         assert await store.holders() == []
 
     asyncio.run(main())
+
+
+def test_the_twin_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
+    class Named(MemoryStorageBackend):
+        name = ""
+
+    async def main():
+        store = Named(namespace="n")
+        store.name = "mine"
+        await store.commit(create())
+        twin = store.twin()
+        await store.close()
+        assert type(twin) is Named
+        assert twin.name == "mine"
+        assert twin.info() == store.info()
+        assert (await twin.get_run("run")).run_id == "run"
+
+    asyncio.run(main())

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 from benchmarks.peers import environments, report, workloads
+from benchmarks.peers.peer import Program
 from benchmarks.peers.report import Figure, Metric
 from tests.repo.clone import ROOT
 
@@ -126,6 +127,36 @@ def test_the_command_explains_itself() -> None:
     assert done.returncode == 0, done.stderr
     for option in ("--peers", "--only", "--store", "--rounds", "--quick", "--plot", "--json"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--from-json", "README.md"], "no readings: README.md"),
+        (["--from-json", "nowhere.json"], "no such file: nowhere.json"),
+        (["--json", "nowhere/x.json"], "no such directory: nowhere"),
+        (["--plot", "nowhere/x.png"], "no such directory: nowhere"),
+        (["--cache", "README.md/x"], "no cache can be there"),
+        (["--peers", "x"], "no such peer: x"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use(wrong: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peers", *wrong],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+
+
+def test_the_last_words_of_a_peer_are_the_exception(tmp_path: Path) -> None:
+    raised = (
+        "Traceback\n  File x\nsqlalchemy.exc.IntegrityError: NOT NULL\n(Background: https://x)\n"
+    )
+    log = tmp_path / "log"
+    program = f"import sys; sys.stderr.write({raised!r}); sys.exit(1)"
+    with pytest.raises(RuntimeError, match="IntegrityError: NOT NULL"):
+        Program([sys.executable, "-c", program], {}, log, own=True).wait(60)
 
 
 def test_saved_readings_give_the_same_figures(tmp_path: Path) -> None:

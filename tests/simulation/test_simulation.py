@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 
 from pyworkflow import _plugins
 from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
-from pyworkflow.spi import StorageBackend, hookimpl
+from pyworkflow.runs import Run
+from pyworkflow.spi import ClaimRef, Page, RunQuery, StorageBackend, hookimpl
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing.simulation import PROFILES, _cli, simulate
 from pyworkflow.testing.simulation._cli import main
@@ -182,6 +186,11 @@ def test_plugins_of_the_process_change_nothing_in_a_simulation() -> None:
         (["--backend", "nowhere:x"], "backend=nowhere:x"),
         (["--backend", "os:getcwd"], "empty store"),
         (["--backend", "json:dumps"], "empty store"),
+        (["--backend", f"{__name__}:Threaded"], "wait for something else"),
+        (["--backend", f"{__name__}:OwnClock"], "its clock is not the simulation's"),
+        (["--backend", f"{__name__}:OtherTwin"], "twin() of OtherTwin makes a MemoryStorage"),
+        (["--backend", f"{__name__}:Failing"], "it failed: OSError"),
+        (["--backend", f"{__name__}:Used"], "not empty"),
         (["--seeds", "1", "--profile", "crash", "--keep", "99"], "this plan has"),
         (["--seeds", "1", "--profile", "crash", "--keep", "x"], "this plan has"),
         (["--seeds", "0:9", "--trace"], "one seed"),
@@ -195,6 +204,41 @@ def test_the_command_refuses_what_it_cannot_use(
         main(wrong)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+class Threaded(MemoryStorageBackend):
+    async def now(self) -> datetime:
+        await asyncio.get_running_loop().create_future()  # a thread would answer, and never does
+        return await super().now()
+
+
+class OwnClock(MemoryStorageBackend):
+    async def now(self) -> datetime:
+        return datetime(2030, 1, 1, tzinfo=UTC)
+
+
+class OtherTwin(MemoryStorageBackend):
+    def twin(self) -> Any:
+        return MemoryStorageBackend()
+
+
+class Failing(MemoryStorageBackend):
+    async def open(self) -> None:
+        raise OSError("no disk")
+
+
+class Used(MemoryStorageBackend):
+    async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
+        return Page(items=[Run.__new__(Run)])
+
+
+class Forgetful(MemoryStorageBackend):
+    async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+        return [True for _ in refs]
+
+
+def test_a_subclass_of_the_memory_backend_is_simulated_with_its_faults() -> None:
+    assert any(simulate(seed, "calm", make_store=Forgetful).broken for seed in range(60))
 
 
 def store_behind_a_line() -> StorageBackend:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import count
+from typing import Self
 
 from pyworkflow._clock import utcnow
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
@@ -136,10 +138,11 @@ class MemoryStorageBackend(StorageBackend):
         self._closed = False
         self._looked = 0
 
-    def twin(self) -> MemoryStorageBackend:
-        """Another object on the same data."""
-        other = MemoryStorageBackend(namespace=self._namespace)
-        other._shared = self._shared
+    def twin(self) -> Self:
+        """Another object on the same data; of a subclass, with all that this one has."""
+        other = copy.copy(self)
+        other._closed = False
+        other._looked = 0
         return other
 
     async def open(self) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.testing.simulation._coverage import ENOUGH, missing, table
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _main(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has seen enough (`| head`). The exit's own flush must not complain again.
@@ -62,6 +63,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--keep", help="of the plan's faults only these, by number: 0,3")
     parser.add_argument("--trace", action="store_true", help="print all that happens")
     options = parser.parse_args(arguments)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # where the backend may be
     try:
         seeds = _seeds(options.seeds)
         profiles = list(PROFILES) if options.profile == "each" else options.profile.split(",")
@@ -123,21 +127,33 @@ def _number(text: str) -> int:
 def _profile(seeds: range, profile: str, jobs: int, backend: str) -> bool:
     """Run all seeds of a profile; whether everything held."""
     began = time.perf_counter()
+    total = Total()
+    told = 0
 
-    def progress(total: Total) -> None:
-        if sys.stderr.isatty():
+    def progress(so_far: Total) -> None:
+        nonlocal total, told
+        total = so_far
+        for seed, rule, _ in total.failed[told:]:
+            print(f"{clear}failed: seed={seed} profile={profile}: {rule}", file=sys.stderr)
+        told = len(total.failed)
+        if clear:
             rate = total.seeds / (time.perf_counter() - began)
-            print(f"\r{profile}: {total.seeds:,} seeds, {rate:,.0f}/s", end="", file=sys.stderr)
+            print(
+                f"{clear}{profile}: {total.seeds:,} seeds, {rate:,.0f}/s", end="", file=sys.stderr
+            )
 
-    total = run_many(seeds, profile, jobs=jobs, backend=backend, on_progress=progress)
-    took = time.perf_counter() - began
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(
-        f"profile={profile} seeds={total.seeds:,} failed={len(total.failed)} "
-        f"seeds/s={total.seeds / took:,.1f} store calls={total.calls:,} "
-        f"callbacks={total.steps:,} virtual hours={total.seconds / 3600:,.1f}"
-    )
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    try:
+        run_many(seeds, profile, jobs=jobs, backend=backend, on_progress=progress)
+    finally:  # of an interrupt, too
+        print(end=clear, file=sys.stderr)
+        took = time.perf_counter() - began
+        print(
+            f"profile={profile} seeds={total.seeds:,} failed={len(total.failed)} "
+            f"seeds/s={total.seeds / took:,.1f} store calls={total.calls:,} "
+            f"callbacks={total.steps:,} virtual hours={total.seconds / 3600:,.1f}",
+            flush=True,
+        )
     print(table(profile, total.seen))
     if total.seeds < ENOUGH:
         print(f"  (paths that were never taken count from {ENOUGH} seeds on)")

@@ -331,8 +331,12 @@ class Cluster:
             trace=self.lines,
         )
 
+    def begin_server(self, store: StorageBackend) -> None:
+        """Have a server for this store."""
+        self.server = Server(self, store)
+
     def _begin(self) -> None:
-        self.server = Server(self, self._make_store())
+        self.begin_server(self._make_store())
         self.checks = Checks(self.server.inner.twin(), self.saw)
         if self.plan.profile == "calm" and self.settings.concurrency == 100:
             self.checks.longest_wait = _PROMPT

@@ -16,6 +16,7 @@ from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.storage import StorageBackend
 from pyworkflow.testing.simulation._faults import Fault, make_plan
+from pyworkflow.testing.simulation._probe import probe
 from pyworkflow.testing.simulation._simulate import MakeStore, Report, simulate
 
 __all__ = ["Total", "backend_of", "check_backend", "run_many", "shrink"]
@@ -62,13 +63,14 @@ def backend_of(name: str) -> MakeStore:
         found: Callable[[], object] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as exc:
         raise ConfigurationError(
-            f"the backend cannot be used: backend={name}: {exc}; give memory, or module:callable"
+            f"the backend cannot be used: backend={name}: {exc}; give memory, or module:callable "
+            "of a module that is installed or in this folder"
         ) from exc
     return found  # type: ignore[return-value]  # what it makes is seen when it is made
 
 
 def check_backend(name: str) -> None:
-    """Whether a name makes a store.
+    """Whether a name makes a store that can be simulated.
 
     Raises:
         ConfigurationError: It does not.
@@ -82,6 +84,7 @@ def check_backend(name: str) -> None:
             f"the backend cannot be used: backend={name} made {made!r:.80}; name a callable "
             "without arguments that makes an empty store"
         )
+    probe(made, name)
 
 
 def _chunk(seeds: Sequence[int], profile: str, backend: str) -> Total:

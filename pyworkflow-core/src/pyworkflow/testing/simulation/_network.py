@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.errors import ConfigurationError, StorageError, StorageUnavailable
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
 from pyworkflow.spi.capabilities import StorageInfo
@@ -73,7 +73,13 @@ class Server:
         """Commits and claims among them."""
         self.down = False
         """Whether no call gets through."""
-        self._direct = isinstance(inner, MemoryStorageBackend)
+        other = type(inner.twin())
+        if other is not type(inner):
+            raise ConfigurationError(
+                f"the backend cannot be simulated: twin() of {type(inner).__name__} makes a "
+                f"{other.__name__}, and every process has a twin; let it make one of its own kind"
+            )
+        self._direct = type(inner) is MemoryStorageBackend
         if isinstance(inner, MemoryStorageBackend):
             # A set of them is walked by address, which no seed decides.
             inner._shared.waiters = _Waiters()
