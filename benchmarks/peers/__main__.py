@@ -70,6 +70,12 @@ def _check(told: argparse.Namespace) -> None:
     ):
         if unknown := [word for word in _words(given) if word not in known]:
             raise ValueError(f"no such {what}: {unknown[0]}; there are {', '.join(known)}")
+    for name in _words(told.peers):
+        if told.store and not {*_words(told.store)} & {*_module(name).STORES}:
+            raise ValueError(
+                f"{name} has none of these stores; it has {', '.join(_module(name).STORES)}"
+            )
+    told.cache, told.dir = told.cache.absolute(), told.dir.absolute()
     if told.rounds is not None and told.rounds < 1:
         raise ValueError(f"no such number of rounds: {told.rounds}; give 1 or more")
     files = [Path(word) for word in _words(told.from_json or "")]

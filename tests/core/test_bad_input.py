@@ -32,9 +32,11 @@ from pyworkflow import (
     StorageDamaged,
     StorageError,
     WorkflowContextError,
+    deprecate_patch,
     get_run,
     logger,
     now,
+    patched,
     random,
     run,
     sleep,
@@ -894,3 +896,19 @@ def test_a_store_that_fails_while_runs_go_on_loses_nothing() -> None:
 
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("wrong", ["", 3, None, "x" * 201])
+@pytest.mark.parametrize("ask", [patched, deprecate_patch])
+def test_the_id_of_a_patch_is_short_text(ask: Callable[[Any], object], wrong: Any) -> None:
+    @workflow
+    async def bi_patches() -> str:
+        with pytest.raises(ArgumentError, match="the id of a patch is text of 1 to 200 characters"):
+            ask(wrong)
+        return "refused"
+
+    async def main() -> None:
+        async with bench() as b:
+            assert await b.run(bi_patches) == "refused"
+
+    asyncio.run(main())

@@ -103,6 +103,17 @@ def test_the_plugin_of_the_guide_is_found_by_its_scheme(followed: Path) -> None:
     assert python(followed, "program.py", PYWORKFLOW_STORAGE=place) == "hello you\n"
 
 
+def test_the_backend_of_the_guide_is_simulated(followed: Path) -> None:
+    (followed / "made.py").write_text(
+        "import tempfile\n"
+        f"from {PACKAGE}._backend import AcmeStorageBackend\n"
+        "def make_store():\n"
+        "    return AcmeStorageBackend(tempfile.mkdtemp(dir='.'))\n"
+    )
+    command = ("--backend", "made:make_store", "--profile", "calm", "--seeds", "0:6")
+    assert "failed=0" in python(followed, "-m", "pyworkflow.testing.simulation", *command)
+
+
 def test_excerpts_are_what_the_example_has() -> None:
     quoted = [block for block in found() if block.mark.startswith("not run: from ")]
     assert quoted

@@ -16,13 +16,14 @@ import pytest
 
 from pyworkflow import _plugins
 from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
+from pyworkflow.errors import ConfigurationError
 from pyworkflow.runs import Run
-from pyworkflow.spi import ClaimRef, Page, RunQuery, StorageBackend, hookimpl
+from pyworkflow.spi import ClaimRef, Page, RunQuery, StorageBackend, hookimpl, utcnow
 from pyworkflow.storage.memory import MemoryStorageBackend
-from pyworkflow.testing.simulation import PROFILES, _cli, simulate
+from pyworkflow.testing.simulation import PROFILES, _cli, assert_holds, simulate
 from pyworkflow.testing.simulation._cli import main
 from pyworkflow.testing.simulation._coverage import missing
-from pyworkflow.testing.simulation._many import run_many, shrink
+from pyworkflow.testing.simulation._many import check_backend, run_many, shrink
 from tests.simulation.bites import BITES, planted
 
 FULL = os.environ.get("PYWORKFLOW_FULL") == "1"
@@ -89,6 +90,24 @@ def test_without_faults_no_step_runs_twice() -> None:
         assert "body begun again" not in report.seen
 
 
+def test_what_cannot_be_simulated_is_refused() -> None:
+    def fails() -> StorageBackend:
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        simulate(1, "calm", make_store=fails)
+    with pytest.raises(ConfigurationError, match="make_store made None"):
+        simulate(1, "calm", make_store=lambda: None)  # type: ignore[arg-type,return-value]  # wrong on purpose
+    with pytest.raises(ValueError, match="seed=-1"):
+        simulate(-1)
+
+    async def inside() -> None:
+        simulate(1)
+
+    with pytest.raises(RuntimeError, match="where none is running"):
+        asyncio.run(inside())
+
+
 def test_an_unknown_profile_is_refused() -> None:
     with pytest.raises(ValueError, match="calm, crash"):
         simulate(1, "stormy")
@@ -143,7 +162,7 @@ def test_the_command_ends_quietly_when_nobody_reads_on() -> None:
     with ended, ended.stderr:
         ended.stdout.close()
         assert ended.stderr.read() == ""
-    assert ended.returncode == 0
+    assert ended.returncode == 141
 
 
 def test_an_interrupted_command_says_so(
@@ -238,7 +257,20 @@ class Forgetful(MemoryStorageBackend):
 
 
 def test_a_subclass_of_the_memory_backend_is_simulated_with_its_faults() -> None:
-    assert any(simulate(seed, "calm", make_store=Forgetful).broken for seed in range(60))
+    seed = next(s for s in range(60) if simulate(s, "calm", make_store=Forgetful).broken)
+    with pytest.raises(AssertionError, match=f"--seeds {seed} .*:Forgetful --keep none --trace"):
+        assert_holds(seed, "calm", make_store=Forgetful)
+
+
+class OnTheMachinesClock(MemoryStorageBackend):
+    """Its clock is the machine's, taken from where plugins take it."""
+
+    async def now(self) -> datetime:
+        return utcnow()
+
+
+def test_a_store_that_takes_the_time_from_the_contract_is_simulated() -> None:
+    check_backend(f"{__name__}:OnTheMachinesClock")
 
 
 def store_behind_a_line() -> StorageBackend:

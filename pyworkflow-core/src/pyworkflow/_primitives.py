@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime, timedelta
 from random import Random
+from typing import Any
 from uuid import UUID
 
 from pyworkflow._clock import from_micros, to_micros
 from pyworkflow._context import StepContext, running_step
 from pyworkflow._duration import resolve_instant
 from pyworkflow._replay.context import RunContext, current_run
-from pyworkflow.errors import WorkflowContextError
+from pyworkflow.errors import ArgumentError, WorkflowContextError
 
 __all__ = [
     "deprecate_patch",
@@ -24,6 +25,8 @@ __all__ = [
     "step_context",
     "uuid4",
 ]
+
+_LONGEST_PATCH = 200
 
 
 def _run(what: str, remedy: str) -> RunContext:
@@ -79,8 +82,12 @@ def patched(id: str) -> bool:
     True for runs that reach this line for the first time now, False for those that passed it
     before the change. The first call decides for the run and is remembered: True is recorded, and
     from then on the run needs code that asks; without, it stalls. See ``deprecate_patch``.
+
+    Raises:
+        ArgumentError: The id is not text of 1 to 200 characters.
     """
-    return _run("patched()", "it decides between versions of workflow code").patched(id)
+    run = _run("patched()", "it decides between versions of workflow code")
+    return run.patched(_patch_id(id))
 
 
 def deprecate_patch(id: str) -> None:
@@ -89,7 +96,15 @@ def deprecate_patch(id: str) -> None:
     Records nothing. Put it there when no run is open that began before the change, with the new
     branch alone; remove it when no run is open that recorded the patch. The idea is Temporal's.
     """
-    _run("deprecate_patch()", "it belongs to workflow code").deprecate_patch(id)
+    _run("deprecate_patch()", "it belongs to workflow code").deprecate_patch(_patch_id(id))
+
+
+def _patch_id(id: Any) -> str:
+    if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_PATCH:
+        raise ArgumentError(
+            f"the id of a patch is text of 1 to {_LONGEST_PATCH} characters: id={id!r:.80}"
+        )
+    return id
 
 
 def is_replaying() -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from pyworkflow.spi import (
     StorageInfo,
     WorkItem,
     check_change,
+    utcnow,
 )
 from pyworkflow_storage_lmdb import _rules
 from pyworkflow_storage_lmdb._environment import MAX_SIZE, Environment
@@ -141,7 +142,7 @@ class LmdbStorageBackend(StorageBackend):
             self._environment = Environment.acquire(self.path / self.namespace)
 
         def inside(txn: lmdb.Transaction) -> T:
-            return work(Tables(txn, datetime.now(UTC)))
+            return work(Tables(txn, utcnow()))
 
         return self._environment.run(inside, write=write, max_size=self.max_size or MAX_SIZE)
 

@@ -43,6 +43,7 @@ from pyworkflow.runs import (
     WorkItem,
     derive_status,
 )
+from pyworkflow.spi._time import utcnow
 from pyworkflow.spi.capabilities import (
     CONTRACT_VERSION,
     Capabilities,
@@ -144,9 +145,10 @@ __all__ = [
     "ExecutorCapabilities",
     "Outcome",
     "Runtime",
-    # instants as integers
+    # instants
     "from_micros",
     "to_micros",
+    "utcnow",
     # on first use
     "CliGroup",
     "Codec",

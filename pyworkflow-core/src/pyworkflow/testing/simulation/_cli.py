@@ -18,15 +18,16 @@ from pyworkflow.testing.simulation._many import (
     Total,
     backend_of,
     check_backend,
+    explain,
     run_many,
     shrink,
 )
-from pyworkflow.testing.simulation._simulate import Report, simulate
+from pyworkflow.testing.simulation._simulate import simulate
 
 __all__ = ["main"]
 
-_SHOWN = 60
-"""Lines of a failing run that are printed."""
+_NAMED = 10
+"""Failing seeds that are named at the end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has seen enough (`| head`). The exit's own flush must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as if the signal had ended it: not everything was told
     return status
 
 
@@ -163,34 +164,18 @@ def _profile(seeds: range, profile: str, jobs: int, backend: str) -> bool:
             f"FAILED: paths that {ENOUGH} seeds of profile={profile} should take were never taken: "
             + ", ".join(never)
         )
-    for seed, _, found in total.failed[:10]:
+    for seed, _, found in total.failed[:_NAMED]:
         print(f"FAILED: seed={seed} profile={profile}: {found}")
+    if len(total.failed) > _NAMED:
+        print(f"  … and {len(total.failed) - _NAMED} more")
+    if total.seeds < len(seeds):
+        print(
+            f"stopped after {len(total.failed)} failures: {len(seeds) - total.seeds:,} seeds left"
+        )
     if total.failed:
         report, kept = shrink(total.failed[0][0], profile, make_store=backend_of(backend))
-        _explain(report, kept, backend)
+        print("\n" + explain(report, kept, backend))
     return not total.failed and not never
-
-
-def _explain(report: Report, kept: list[int], backend: str) -> None:
-    """What is left of a failing seed, and how to see it again."""
-    command = f"pyworkflow-sim --seeds {report.seed} --profile {report.profile}"
-    if backend != "memory":
-        command += f" --backend {backend}"
-    print(f"\nseed={report.seed} profile={report.profile}, as small as it gets:")
-    print(f"  broken: {report.broken}")
-    for number, fault in zip(kept, report.faults, strict=True):
-        print(f"  fault {number}: {fault}")
-    lines = report.trace
-    run_id = report.broken.run_id if report.broken is not None else "-"
-    if run_id != "-":
-        lines = tuple(
-            line for line in lines if run_id in line or " fault: " in line or " operator: " in line
-        )
-    if len(lines) > _SHOWN:
-        print(f"  … {len(lines) - _SHOWN} lines before")
-    for line in lines[-_SHOWN:]:
-        print(f"  {line[:240]}")
-    print(f"again: {command} --keep {','.join(map(str, kept)) or 'none'} --trace")
 
 
 def _one(

@@ -15,6 +15,7 @@ from typing import Any
 from pyworkflow._config import Settings
 from pyworkflow._definitions import Step, Workflow, find_step, find_workflow
 from pyworkflow._memory import MemoryStorageBackend
+from pyworkflow.errors import ConfigurationError
 from pyworkflow.runs import WorkItem
 from pyworkflow.spi.capabilities import ExecutorCapabilities
 from pyworkflow.spi.executor import Doorbell
@@ -307,6 +308,7 @@ class Cluster:
     def run(self) -> Ended:
         """From the first start until everything has ended and stays so."""
         with in_world(self):
+            self.begin_server(self._make_store())
             try:
                 self._begin()
                 self._until_ended()
@@ -331,12 +333,13 @@ class Cluster:
             trace=self.lines,
         )
 
-    def begin_server(self, store: StorageBackend) -> None:
-        """Have a server for this store."""
+    def begin_server(self, store: object) -> None:
+        """Have a server for this store, which a callable of anybody's has made."""
+        if not isinstance(store, StorageBackend):
+            raise ConfigurationError(f"make_store made {store!r:.80}; let it make an empty store")
         self.server = Server(self, store)
 
     def _begin(self) -> None:
-        self.begin_server(self._make_store())
         self.checks = Checks(self.server.inner.twin(), self.saw)
         if self.plan.profile == "calm" and self.settings.concurrency == 100:
             self.checks.longest_wait = _PROMPT

@@ -19,10 +19,20 @@ from pyworkflow.testing.simulation._faults import Fault, make_plan
 from pyworkflow.testing.simulation._probe import probe
 from pyworkflow.testing.simulation._simulate import MakeStore, Report, simulate
 
-__all__ = ["Total", "backend_of", "check_backend", "run_many", "shrink"]
+__all__ = [
+    "Total",
+    "assert_holds",
+    "backend_of",
+    "check_backend",
+    "explain",
+    "run_many",
+    "shrink",
+]
 
 _CHUNK = 40
 _COLLECT = 20
+_SHOWN = 60
+"""Lines of a failing run that are shown."""
 
 
 @dataclass(slots=True)
@@ -190,3 +200,44 @@ def shrink(
             if found is not None and found.rule == rule:
                 left, smaller = fewer, True
     return attempt(left, tracing=True), left
+
+
+def explain(report: Report, kept: list[int], backend: str = "memory") -> str:
+    """What is left of a failing seed, and how to see it again."""
+    command = f"pyworkflow-sim --seeds {report.seed} --profile {report.profile}"
+    if backend != "memory":
+        command += f" --backend {backend}"
+    said = [f"seed={report.seed} profile={report.profile}, as small as it gets:"]
+    said.append(f"  broken: {report.broken}")
+    said += [
+        f"  fault {number}: {fault}" for number, fault in zip(kept, report.faults, strict=True)
+    ]
+    lines = report.trace
+    run_id = report.broken.run_id if report.broken is not None else "-"
+    if run_id != "-":
+        lines = tuple(
+            line for line in lines if run_id in line or " fault: " in line or " operator: " in line
+        )
+    if len(lines) > _SHOWN:
+        said.append(f"  … {len(lines) - _SHOWN} lines before")
+    said += [f"  {line[:240]}" for line in lines[-_SHOWN:]]
+    said.append(f"again: {command} --keep {','.join(map(str, kept)) or 'none'} --trace")
+    return "\n".join(said)
+
+
+def assert_holds(
+    seed: int, profile: str = "all", *, make_store: MakeStore = MemoryStorageBackend
+) -> None:
+    """Run a seed; for tests.
+
+    Raises:
+        AssertionError: Something does not hold. It says what is left of the seed when it is made
+            as small as it gets, and the trace of the run concerned.
+        ValueError, ConfigurationError, RuntimeError: As ``simulate``.
+    """
+    if simulate(seed, profile, make_store=make_store).broken is not None:
+        name = f"{make_store.__module__}:{make_store.__qualname__}"
+        report, kept = shrink(seed, profile, make_store=make_store)
+        raise AssertionError(
+            explain(report, kept, "memory" if make_store is MemoryStorageBackend else name)
+        )

@@ -227,6 +227,8 @@ def _said(method: str, args: tuple[Any, ...]) -> str:
         return f" [{_change(args[0])}]"
     if method == "claim" and args[0].items is not None:
         return "".join(f" {run}/{item}" for run, item in args[0].items)
+    if method == "renew":
+        return "".join(f" {ref.run_id}/{ref.item_id} token={ref.token}" for ref in args[0])
     if method in ("get_run", "get_events", "list_work", "release", "find_run"):
         return f" {args[0]}"
     return ""

@@ -58,5 +58,8 @@ def _found(store: StorageBackend) -> str | None:
             cluster.server.loop.kill()
     passed, is_used = task.result()
     if abs(passed.total_seconds() - _WHILE) > 1:
-        return f"its clock is not the simulation's: {passed} passed in {_WHILE:g} s"
+        return (
+            f"its clock is not the simulation's: {passed} passed in {_WHILE:g} s; take the time "
+            "from pyworkflow.spi.utcnow()"
+        )
     return "the store that it makes is not empty" if is_used else None

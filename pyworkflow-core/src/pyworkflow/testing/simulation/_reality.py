@@ -139,7 +139,7 @@ def _places() -> list[tuple[ModuleType, str, Any]]:
     return [
         (module, name, meaning)
         for where, module in sorted(sys.modules.items())
-        if where in (_memory.__name__, _operations.__name__)
+        if where in (_memory.__name__, _operations.__name__, _clock.__name__)
         or where.startswith("pyworkflow._engine.")
         for name, value in vars(module).items()
         for real, meaning in meanings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import events
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -103,10 +104,16 @@ def simulate(
         on_trace: Called with each line of the trace as it comes.
 
     Raises:
-        ValueError: No such profile.
+        ValueError: No such profile, or no such seed.
+        ConfigurationError: ``make_store`` makes no store that can be simulated.
+        RuntimeError: An event loop is running, or another simulation.
     """
     if profile not in PROFILES:
         raise ValueError(f"no such profile: profile={profile!r}; there are {', '.join(PROFILES)}")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"no such seed: seed={seed!r}; give 0 or more")
+    if events._get_running_loop() is not None:
+        raise RuntimeError("simulate() brings its own event loops; call it where none is running")
     plan = make_plan(seed, profile)
     if faults is not None:
         plan = Plan(seed, profile, plan.setup, faults)
