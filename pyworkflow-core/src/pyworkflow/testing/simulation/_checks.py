@@ -125,6 +125,8 @@ class Checks:
         self._tokens: dict[str, tuple[str, str]] = {}
         self._gone: set[str] = set()
         """Tokens that were followed by others."""
+        self._freed: set[str] = set()
+        """Tokens whose lease was ended before its time, as is done with what is gone."""
         self._allowed = _Allowed()
         self._now = datetime.min.replace(tzinfo=UTC)
         """The store's clock at the call that is looked at."""
@@ -208,7 +210,7 @@ class Checks:
         if standing is not None:
             if standing.until > now:
                 raise Broken("I6", item.run_id, f"a held item was claimed: {item.item_id}")
-            if not self.losses:
+            if not self.losses and standing.token not in self._freed:
                 raise Broken("takeover", item.run_id, f"left without any reason: {item.item_id}")
             self._saw("lease takeover")
 
@@ -379,6 +381,8 @@ class Checks:
                 if was.token not in self._allowed.renewed:
                     raise Broken("I6", run_id, f"a lease grew that nobody renewed: {item_id}")
                 continue
+            if lease is not None and same and lease.until < was.until:
+                self._freed.add(was.token)
             stands = lease is not None and same and lease.until == was.until
             live = was.until > self._now
             if live and not stands and not self._allowed.ends(run_id, item_id, was):
