@@ -23,6 +23,7 @@ from pyworkflow.spi import (
     Answer,
     Change,
     Claimed,
+    ClaimRef,
     ClaimRequest,
     Committed,
     Held,
@@ -328,9 +329,9 @@ def test_of_a_late_answer_only_claims_that_stand_are_told(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize(("lost", "unavailable"), [(True, False), (False, False), (True, True)])
 def test_of_a_late_claim_what_others_took_is_not_begun(
-    monkeypatch: pytest.MonkeyPatch, lost: bool
+    monkeypatch: pytest.MonkeyPatch, lost: bool, unavailable: bool
 ) -> None:
     watch = Watch(monkeypatch, leases)
 
@@ -343,11 +344,16 @@ def test_of_a_late_claim_what_others_took_is_not_begun(
                     await taken_over(self)
             return claimed
 
+        async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+            if unavailable:
+                raise StorageUnavailable("not now; try again")
+            return await super().renew(refs, lease)
+
     async def main() -> None:
         storage = Late()
         await storage.commit(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
         claimed = await leases.claim(storage, ClaimRequest(owner="me", lease=LEASE))
-        assert len(claimed.claims) == (not lost)
+        assert len(claimed.claims) == (not lost or unavailable)
 
     asyncio.run(main())
 

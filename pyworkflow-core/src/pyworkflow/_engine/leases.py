@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 
-from pyworkflow.errors import StorageUnavailable
+from pyworkflow.errors import StorageError, StorageUnavailable
 from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Claimed, ClaimRef, ClaimRequest, StorageBackend
 
@@ -44,7 +44,10 @@ async def claim(storage: StorageBackend, request: ClaimRequest) -> Claimed:
         failpoints.hit("claim.after")
     if claimed.claims and monotonic() - asked > request.lease.total_seconds() / 2:
         # The answer was long under way: somebody else may have it all by now.
-        kept = await storage.renew([claim.ref for claim in claimed.claims], request.lease)
+        try:
+            kept = await storage.renew([claim.ref for claim in claimed.claims], request.lease)
+        except StorageError:
+            return claimed  # nobody can tell: what is lost is refused when it is committed
         standing = [c for c, ok in zip(claimed.claims, kept, strict=True) if ok]
         return replace(claimed, claims=standing)
     return claimed

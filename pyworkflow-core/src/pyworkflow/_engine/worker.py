@@ -518,7 +518,8 @@ class Worker:
 
     async def continue_turn(self, item: WorkItem, answer: Committed, own: Sequence[Event]) -> None:
         """Drive the turn that came with the answer to a step's result."""
-        run = await answered(self.settings.lease, self.storage.get_run, item.run_id)
+        patience = self.settings.lease / 2  # nobody renews the claim yet
+        run = await answered(patience, self.storage.get_run, item.run_id)
         if run is None:
             return
         live = self._kept.get(item.run_id)
@@ -526,8 +527,7 @@ class Worker:
         events: Sequence[Event] = sorted([*own, *answer.others], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:
             after = 0 if live is None else live.replay.fed
-            ask = self.storage.get_events
-            events = await answered(self.settings.lease, ask, item.run_id, after=after)
+            events = await answered(patience, self.storage.get_events, item.run_id, after=after)
         claim = Claim(item=item, run=run, events=events, after=after)
         self.begin_turn(claim, resumed=False)
 
