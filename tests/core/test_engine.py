@@ -31,7 +31,7 @@ from pyworkflow import (
 from pyworkflow._engine.deliver import event_payload, run_payload
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow.errors import StorageUnavailable
-from pyworkflow.runs import ItemKind, ParentRef
+from pyworkflow.runs import ItemKind, ParentRef, Run
 from pyworkflow.spi import (
     Change,
     ClaimRequest,
@@ -1651,6 +1651,27 @@ def test_terminate_ends_a_run_whatever_it_does() -> None:
                 await b.result(run_id)
             # The step's claim is over: renewal finds out, and ends it.
             await asyncio.wait_for(ended.wait(), 10)
+
+    asyncio.run(main())
+
+
+def test_the_result_of_a_run_that_is_worked_on_here_is_read_once() -> None:
+    class Counting(MemoryStorageBackend):
+        reads = 0
+
+        async def get_run(self, run_id: str) -> Run | None:
+            self.reads += 1
+            return await super().get_run(run_id)
+
+        async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
+            self.reads += run_id is not None
+            return await super().watch(run_id, after=after, timeout=timeout)
+
+    async def main() -> None:
+        storage = Counting()
+        async with bench(storage) as b:
+            assert await b.run(te_sender) == "sent"
+            assert storage.reads == 1
 
     asyncio.run(main())
 
