@@ -136,6 +136,8 @@ class Checks:
         """Called with what a sweep was told of."""
         self.losses = 0
         """What went wrong so far that may have cost somebody a claim."""
+        self.stood_still = False
+        """A worker was stopped, or the clock jumped over its leases."""
         self.longest_wait: timedelta | None = None
         """How long an item may be due before somebody claims it."""
         self.clock_went_back = False
@@ -157,7 +159,9 @@ class Checks:
         if run is None:
             raise Broken("lost", run_id, f"a body begins, and there is no run: op={op}")
         step = f"step:{op}"
-        held = [run.leases[item] for item in (TURN, step) if item in run.leases]
+        # Who stood still may have lost the step, have the turn all the same, and begin late.
+        items = (TURN, step) if not self.stood_still else (step if run.claimed[step] else TURN,)
+        held = [run.leases[item] for item in items if item in run.leases]
         if run.ended[op] and any(h.owner == owner and h.until > self._now for h in held):
             raise Broken("again", run_id, f"its result is recorded, and it begins: op={op}")
         run.begun[op, attempt] += 1

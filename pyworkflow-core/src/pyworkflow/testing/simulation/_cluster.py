@@ -89,6 +89,8 @@ class Cluster:
         # for ever: that is how it should be.
         endless = any("forever" in repr(job.program) for job in jobs)
         slots = 100 if endless else plan.setup.concurrency
+        self.bell_slots = 100 if endless else 4
+        """Doorbells that a worker process handles at once."""
         self.settings = Settings(
             lease=timedelta(seconds=LEASE),
             renew_every=timedelta(seconds=LEASE / 3),
@@ -534,6 +536,7 @@ class _Carried(Faults):
             case "drain" if worker is not None and fault.choice >= 8:
                 # It is told to end while it stands still, and has lost what it gives back.
                 cluster.checks.losses += 1
+                cluster.checks.stood_still = True
                 cluster.saw("worker told to end past its lease")
                 worker.loop.stop_running()
                 cluster.drain(index, 0.0, again_after=fault.seconds, version=None)
@@ -553,6 +556,7 @@ class _Carried(Faults):
                         else "worker stopped"
                     )
                     cluster.checks.losses += fault.seconds > LEASE
+                    cluster.checks.stood_still = True
                     worker.loop.stop_running()
                     cluster.server.loop.call_later(fault.seconds, worker.loop.go_on)
             case "evict":
@@ -572,6 +576,7 @@ class _Carried(Faults):
             case "jump":
                 cluster.saw("clock forward" if fault.seconds > 0 else "clock back")
                 cluster.checks.losses += 1
+                cluster.checks.stood_still = True
                 cluster.checks.clock_went_back |= fault.seconds < 0
                 cluster.jumped += fault.seconds
             case "deploy":

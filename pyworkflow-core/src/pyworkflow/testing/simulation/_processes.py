@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "Job", "WorkerProcess"]
 
-_SLOTS = 4
-"""Doorbells that a worker process handles at once."""
 _LONGEST = 1.0
 """Seconds between looks of a sweeper."""
 
@@ -163,7 +161,7 @@ class WorkerProcess:
         if self.loop.is_dead or self.draining:
             return
         self._bells.append(bell)
-        if self._handling < _SLOTS:
+        if self._handling < self.cluster.bell_slots:
             self._handling += 1
             self.loop.create_task(self._handle())
 
