@@ -16,7 +16,7 @@ from pyworkflow import Client, step, workflow
 from pyworkflow._engine import leases, pipeline
 from pyworkflow._engine.pipeline import DIVISIBLE, Pipeline, StorageClock
 from pyworkflow._engine.waits import answered
-from pyworkflow.errors import StorageUnavailable
+from pyworkflow.errors import StorageError, StorageUnavailable
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind
 from pyworkflow.spi import (
@@ -354,6 +354,28 @@ def test_of_a_late_claim_what_others_took_is_not_begun(
         await storage.commit(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
         claimed = await leases.claim(storage, ClaimRequest(owner="me", lease=LEASE))
         assert len(claimed.claims) == (not lost or unavailable)
+
+    asyncio.run(main())
+
+
+def test_a_late_answer_that_cannot_be_asked_for_again_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = Watch(monkeypatch, pipeline)
+
+    class Late(MemoryStorageBackend):
+        async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+            if watch.now:
+                raise StorageError("no more")
+            watch.now = 6.0
+            return await super().commit_many(changes)
+
+    async def main() -> None:
+        way = Pipeline(Late(), StorageClock(), LEASE.total_seconds())
+        turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=Held("me", LEASE))
+        answer = await way.commit(replace(created("a"), put=[turn]))
+        assert not answer.duplicate
+        assert [item.item_id for item in answer.claims] == [TURN]
 
     asyncio.run(main())
 

@@ -256,7 +256,6 @@ class Pipeline:
         """Send a batch, again while the storage is unavailable: changes carry their keys."""
         end = monotonic() + self._patience
         pause = 0.05
-        was_late = False
         while True:
             try:
                 if failpoints.active:
@@ -265,10 +264,8 @@ class Pipeline:
                 answers = await self._storage.commit_many(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
-                if not was_late and monotonic() - sent > self._patience / 2 and _gave(answers):
-                    # What was claimed may be others' by now: asked again, only what stands is told.
-                    was_late = True
-                    continue
+                if monotonic() - sent > self._patience / 2 and _gave(answers):
+                    return await self._ask_again(changes, answers)
                 return list(answers)
             except StorageError as exc:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
@@ -288,6 +285,16 @@ class Pipeline:
                 return [StorageError(f"unexpected: {exc!r}")]
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
+
+    async def _ask_again(
+        self, changes: list[Change], late: Sequence[Answer]
+    ) -> list[Answer | Exception]:
+        """What was claimed may be others' by now: asked again, only what stands is told."""
+        try:
+            return list(await self._storage.commit_many(changes))
+        except Exception as exc:  # noqa: BLE001 - what was answered stands, whatever this is
+            _log.warning("the storage cannot say which claims stand: %s", exc)
+            return list(late)
 
 
 def _gave(answers: Sequence[Answer]) -> bool:
