@@ -301,30 +301,52 @@ LEASE = timedelta(seconds=10)
 async def taken_over(storage: MemoryStorageBackend) -> None:
     """All leases run out, and another worker takes what was held."""
     await storage.shift_clock(2 * LEASE)
-    assert (await storage.claim(ClaimRequest(owner="other", lease=LEASE))).claims
+    assert (await storage.claim(ClaimRequest(owner="other", lease=LEASE, limit=9))).claims
 
 
-@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize(("lost", "silent"), [(True, False), (False, False), (True, True)])
 def test_of_a_late_answer_only_claims_that_stand_are_told(
-    monkeypatch: pytest.MonkeyPatch, lost: bool
+    monkeypatch: pytest.MonkeyPatch, lost: bool, silent: bool
 ) -> None:
     watch = Watch(monkeypatch, pipeline)
 
     class Late(MemoryStorageBackend):
         async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+            assert not watch.now, "what is answered is not asked again"
             answers = await super().commit_many(changes)
-            if not watch.now:
-                watch.now = 6.0
-                if lost:
-                    await taken_over(self)
+            watch.now = 6.0
+            if lost:
+                await taken_over(self)
             return answers
 
+        async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+            if silent:
+                raise StorageError("no more")
+            return await super().renew(refs, lease)
+
     async def main() -> None:
-        way = Pipeline(Late(), StorageClock(), LEASE.total_seconds())
+        storage = Late()
+        way = Pipeline(storage, StorageClock(), LEASE.total_seconds())
         turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=Held("me", LEASE))
-        answer = await way.commit(replace(created("a"), put=[turn]))
-        assert answer.duplicate
-        assert [item.item_id for item in answer.claims] == ([] if lost else [TURN])
+        plain, claiming = await asyncio.gather(
+            way.commit(created("b")), way.commit(replace(created("a"), put=[turn]))
+        )
+        assert not plain.claims
+        assert [item.item_id for item in claiming.claims] == ([TURN] if silent or not lost else [])
+
+    asyncio.run(main())
+
+
+def test_the_answer_to_an_old_change_does_not_set_the_clock_back() -> None:
+    async def main() -> None:
+        storage, clock = MemoryStorageBackend(), StorageClock()
+        way = Pipeline(storage, clock, 60.0)
+        await way.commit(created("a"))
+        await storage.shift_clock(timedelta(hours=1))
+        clock.update(await storage.now())
+        before = clock.micros()
+        assert (await way.commit(created("a"))).duplicate
+        assert clock.micros() >= before
 
     asyncio.run(main())
 
@@ -354,28 +376,6 @@ def test_of_a_late_claim_what_others_took_is_not_begun(
         await storage.commit(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
         claimed = await leases.claim(storage, ClaimRequest(owner="me", lease=LEASE))
         assert len(claimed.claims) == (not lost or unavailable)
-
-    asyncio.run(main())
-
-
-def test_a_late_answer_that_cannot_be_asked_for_again_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    watch = Watch(monkeypatch, pipeline)
-
-    class Late(MemoryStorageBackend):
-        async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-            if watch.now:
-                raise StorageError("no more")
-            watch.now = 6.0
-            return await super().commit_many(changes)
-
-    async def main() -> None:
-        way = Pipeline(Late(), StorageClock(), LEASE.total_seconds())
-        turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=Held("me", LEASE))
-        answer = await way.commit(replace(created("a"), put=[turn]))
-        assert not answer.duplicate
-        assert [item.item_id for item in answer.claims] == [TURN]
 
     asyncio.run(main())
 

@@ -20,8 +20,10 @@ from pyworkflow import (
     IdempotencyConflict,
     RunCancelled,
     SerializationError,
+    StorageError,
     WorkflowContextError,
     WorkflowTimeout,
+    _operations,
     cancel,
     get_run,
     list_runs,
@@ -40,7 +42,7 @@ from pyworkflow._serialization import decode
 from pyworkflow._tagged import MARK
 from pyworkflow.spi import RunQuery
 from pyworkflow.storage.memory import MemoryStorageBackend
-from tests.core._driving import Bench, bench
+from tests.core._driving import Bench, bench, eventually
 
 # --- far instants ---------------------------------------------------------------------------------
 
@@ -313,6 +315,27 @@ def test_a_name_that_is_no_text_or_empty_is_refused_when_decorated(
 async def rd_child() -> str:
     """Started, or wrongly called, by others."""
     return "child"
+
+
+@workflow
+async def rd_waits() -> None:
+    await sleep("1d")
+
+
+@pytest.mark.parametrize("storage", ["memory", "file"])
+def test_who_waits_for_a_result_learns_at_once_that_the_client_was_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str
+) -> None:
+    monkeypatch.setattr(_operations, "_POLL", timedelta(days=1))
+
+    async def main() -> None:
+        async with Client(storage="memory:" if storage == "memory" else f"file:{tmp_path}") as own:
+            waiter = asyncio.create_task(own.result(await own.start(rd_waits)))
+            await eventually(lambda: own._own is not None and own._own._watches)
+        with pytest.raises(StorageError, match="closed"):
+            await waiter
+
+    asyncio.run(main())
 
 
 async def _client() -> object:

@@ -375,7 +375,7 @@ def lost_answer_counts_as_a_failure(put: Any) -> None:
 
 @_bite("network", 200, "again")
 def claims_of_a_late_answer_are_believed(put: Any) -> None:
-    put(pipeline, "_gave", lambda answers: False)
+    put(pipeline, "_claims", lambda answer: ())
 
 
 @_bite("crash", 150, "claims")

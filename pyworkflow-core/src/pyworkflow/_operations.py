@@ -95,6 +95,7 @@ class Operations:
             self._pipeline = worker.pipeline
         else:
             self._pipeline = Pipeline(storage, StorageClock(), 10.0)
+        self._watches: set[asyncio.Future[bool]] = set()
 
     async def start(
         self,
@@ -274,7 +275,23 @@ class Operations:
                 )
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
-            await self.storage.watch(run_id, after=_NEVER, timeout=min(wait, _POLL))
+            await self._watch(run_id, min(wait, _POLL))
+
+    async def _watch(self, run_id: str, timeout: timedelta) -> None:
+        watch = asyncio.ensure_future(self.storage.watch(run_id, after=_NEVER, timeout=timeout))
+        self._watches.add(watch)
+        try:
+            await asyncio.wait([watch])
+            if not watch.cancelled():
+                watch.result()
+        finally:
+            watch.cancel()
+            self._watches.discard(watch)
+
+    def close(self) -> None:
+        """The storage is closed: who waits for a result asks it, and learns that."""
+        for watch in self._watches:
+            watch.cancel()
 
     async def list_runs(
         self,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pyworkflow._clock import from_micros, utcnow
 from pyworkflow._codecs import opened_text
 from pyworkflow._definitions import Step, find_step
+from pyworkflow._engine.leases import ref_of
 from pyworkflow._engine.records import end_events, started_event
 from pyworkflow._engine.session import FLUSH
 from pyworkflow._engine.steps import StepEnd, StepTry, took_too_long
@@ -87,7 +88,7 @@ class DispatchedSteps:
         self, what: StepTry, item: WorkItem, task: asyncio.Task[None] | None, end: StepEnd | None
     ) -> None:
         """Go on with a step that a session handed off."""
-        ref = _ref(item)
+        ref = ref_of(item)
         worker = self._worker
         self._workflows[ref] = what.workflow
         worker.leases.add(ref)
@@ -221,7 +222,7 @@ class DispatchedSteps:
             failpoints.hit("step.before_start")
         sent = monotonic()
         what.began = utcnow()
-        payload = dict(item.payload) | {"begun": _ref(item).token}
+        payload = dict(item.payload) | {"begun": ref_of(item).token}
         await self._commit(
             item,
             [started_event(what, self._worker.owner, dispatched=True)],
@@ -323,7 +324,7 @@ class DispatchedSteps:
         settle: Settle | None = None,
         take_turn: Held | None = None,
     ) -> Committed:
-        ref = _ref(item)
+        ref = ref_of(item)
         if settle is not None and not settle.keep:
             self._ending.add(ref.token)
         number = self._changes[ref] = self._changes.get(ref, 0) + 1
@@ -339,11 +340,6 @@ class DispatchedSteps:
         )
         self._worker.committed(ref.run_id, self._workflows.get(ref, ""), events, answer)
         return answer
-
-
-def _ref(item: WorkItem) -> ClaimRef:
-    assert item.lease is not None
-    return ClaimRef(item.run_id, item.item_id, item.lease.token)
 
 
 def _try_of(claim: Claim, step: Step[..., Any], payload: dict[str, Any]) -> StepTry:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 
-from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.errors import StorageUnavailable
+from pyworkflow.runs import WorkItem
 from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Claimed, ClaimRef, ClaimRequest, StorageBackend
 
-__all__ = ["LeaseKeeper", "claim", "give_back"]
+__all__ = ["LeaseKeeper", "claim", "give_back", "ref_of", "still_held"]
 
 failpoints.register(
     __name__,
@@ -43,14 +44,30 @@ async def claim(storage: StorageBackend, request: ClaimRequest) -> Claimed:
     if failpoints.active:
         failpoints.hit("claim.after")
     if claimed.claims and monotonic() - asked > request.lease.total_seconds() / 2:
-        # The answer was long under way: somebody else may have it all by now.
-        try:
-            kept = await storage.renew([claim.ref for claim in claimed.claims], request.lease)
-        except StorageError:
-            return claimed  # nobody can tell: what is lost is refused when it is committed
-        standing = [c for c, ok in zip(claimed.claims, kept, strict=True) if ok]
-        return replace(claimed, claims=standing)
+        kept = await still_held(storage, [claim.ref for claim in claimed.claims], request.lease)
+        return replace(claimed, claims=[claim for claim in claimed.claims if claim.ref in kept])
     return claimed
+
+
+def ref_of(item: WorkItem) -> ClaimRef:
+    """How the holder of an item names its claim in changes."""
+    assert item.lease is not None
+    return ClaimRef(item.run_id, item.item_id, item.lease.token)
+
+
+async def still_held(
+    storage: StorageBackend, refs: Sequence[ClaimRef], lease: timedelta
+) -> set[ClaimRef]:
+    """Of claims whose answer was long under way, those that others have not taken, renewed.
+
+    All of them when the storage cannot tell: under a lost claim nothing can be committed.
+    """
+    try:
+        kept = await storage.renew(refs, lease)
+    except Exception as exc:  # noqa: BLE001 - the answer counts, whatever this is
+        _log.warning("the storage cannot say which claims stand: %r", exc)
+        return set(refs)
+    return {ref for ref, ok in zip(refs, kept, strict=True) if ok}
 
 
 async def give_back(storage: StorageBackend, ref: ClaimRef) -> None:

@@ -18,12 +18,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
 from time import monotonic
 
 from pyworkflow import _plugins
 from pyworkflow._clock import to_micros, utcnow
 from pyworkflow._codecs import Writer
+from pyworkflow._engine.leases import ref_of, still_held
 from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
@@ -31,6 +33,7 @@ from pyworkflow.errors import (
     StorageFull,
     StorageUnavailable,
 )
+from pyworkflow.runs import WorkItem
 from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
 
@@ -244,8 +247,10 @@ class Pipeline:
         finally:
             self._looking += 1
             self._under_way -= runs
-        if answers and isinstance(answers[-1], Committed):
-            self._clock.update(answers[-1].now, asked)
+        for answer in reversed(answers):
+            if isinstance(answer, Committed) and not answer.duplicate:  # that one's ``now`` is old
+                self._clock.update(answer.now, asked)
+                break
         for (change, done), answer in zip(batch, answers, strict=True):
             try:
                 done(answer)
@@ -264,8 +269,9 @@ class Pipeline:
                 answers = await self._storage.commit_many(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
-                if monotonic() - sent > self._patience / 2 and _gave(answers):
-                    return await self._ask_again(changes, answers)
+                if monotonic() - sent > self._patience / 2 and any(map(_claims, answers)):
+                    # The answer was long under way: others may have all of it by now.
+                    return await self._standing(answers)
                 return list(answers)
             except StorageError as exc:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
@@ -286,16 +292,17 @@ class Pipeline:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
 
-    async def _ask_again(
-        self, changes: list[Change], late: Sequence[Answer]
-    ) -> list[Answer | Exception]:
-        """What was claimed may be others' by now: asked again, only what stands is told."""
-        try:
-            return list(await self._storage.commit_many(changes))
-        except Exception as exc:  # noqa: BLE001 - what was answered stands, whatever this is
-            _log.warning("the storage cannot say which claims stand: %s", exc)
-            return list(late)
+    async def _standing(self, answers: Sequence[Answer]) -> list[Answer | Exception]:
+        """The answers, with those claims alone that others have not taken meanwhile."""
+        given = [ref_of(item) for answer in answers for item in _claims(answer)]
+        kept = await still_held(self._storage, given, timedelta(seconds=self._patience))
+        return [
+            replace(answer, claims=[item for item in claims if ref_of(item) in kept])
+            if isinstance(answer, Committed) and (claims := answer.claims)
+            else answer
+            for answer in answers
+        ]
 
 
-def _gave(answers: Sequence[Answer]) -> bool:
-    return any(isinstance(answer, Committed) and answer.claims for answer in answers)
+def _claims(answer: Answer) -> Sequence[WorkItem]:
+    return answer.claims if isinstance(answer, Committed) else ()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyworkflow._clock import from_micros
 from pyworkflow._codecs import opened_events
+from pyworkflow._engine.leases import ref_of
 from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
     OBSERVATION,
@@ -29,7 +30,6 @@ from pyworkflow.spi import failpoints
 from pyworkflow.spi._plan import stamped
 from pyworkflow.spi.storage import (
     Change,
-    ClaimRef,
     Committed,
     Control,
     ControlKind,
@@ -88,8 +88,7 @@ class Turn:
             self._events.append(Event(EventType.WORKFLOW_UNSTALLED, OBSERVATION, {}))
 
     def _hold(self, item: WorkItem) -> None:
-        assert item.lease is not None
-        self._ref = ClaimRef(item.run_id, item.item_id, item.lease.token)
+        self._ref = ref_of(item)
         self._claims = item.claims
         self._changes = 0
         self._worker.leases.add(self._ref)

@@ -256,12 +256,11 @@ def _answered(result: Any) -> str:
         return f"{type(result).__name__}: {result}"
     if isinstance(result, Claimed):
         return " ".join(
-            f"{c.item.run_id}/{c.item.item_id} token={c.ref.token} claims={c.item.claims}"
-            for c in result.claims
+            f"{c.item.run_id}/{_holding(c.item)} claims={c.item.claims}" for c in result.claims
         )
     if isinstance(result, Committed):
         again = " again" if result.duplicate else ""
-        taken = "".join(f" holds {i.item_id}" for i in result.claims)
+        taken = "".join(f" holds {_holding(item)}" for item in result.claims)
         return f"last_seq={result.last_seq}{again} others={len(result.others)}{taken}"
     if isinstance(result, Run):
         return str(result.status)
@@ -273,6 +272,11 @@ def _answered(result: Any) -> str:
     if isinstance(result, WorkItem):
         return f"{result.run_id}/{result.item_id}"
     return str(result)
+
+
+def _holding(item: WorkItem) -> str:
+    lease = item.lease
+    return item.item_id + (f" token={lease.token} until={lease.until:%T.%f}" if lease else "")
 
 
 class SimulatedStorage(StorageBackend):
