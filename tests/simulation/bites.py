@@ -373,9 +373,17 @@ def lost_answer_counts_as_a_failure(put: Any) -> None:
     put(pipeline.Pipeline, "_deliver", once)
 
 
-@_bite("network", 200, "again")
+@_bite("storage", 150, "told late", "again")
 def claims_of_a_late_answer_are_believed(put: Any) -> None:
     put(pipeline, "_claims", lambda answer: ())
+
+
+@_bite("network", 150, "told late", "again")
+def a_late_claim_is_believed(put: Any) -> None:
+    async def believed(storage: Any, refs: Any, lease: Any) -> Any:
+        return set(refs)
+
+    put(leases, "still_held", believed)
 
 
 @_bite("crash", 150, "claims")

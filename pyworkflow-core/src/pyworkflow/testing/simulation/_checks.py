@@ -7,7 +7,7 @@ so that looking after every single change costs about as much as the change.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from pyworkflow.spi.storage import (
     TURN,
     Change,
     Claimed,
+    ClaimRef,
     Committed,
     ControlKind,
     StorageBackend,
@@ -127,6 +128,9 @@ class Checks:
         """Tokens that were followed by others."""
         self._freed: set[str] = set()
         """Tokens whose lease was ended before its time, as is done with what is gone."""
+        self._late: dict[tuple[str, str, str], str] = {}
+        """(holder, run, item) → the token, when the answer that gave it was long under way and its
+        holder has not asked since whether it stands."""
         self._allowed = _Allowed()
         self._now = datetime.min.replace(tzinfo=UTC)
         """The store's clock at the call that is looked at."""
@@ -168,6 +172,25 @@ class Checks:
         times, claims = run.begun[op, attempt], run.claimed[TURN] + run.claimed[step]
         if times > claims:
             raise Broken("again", run_id, f"begun {times} times in {claims} claims: op={op}")
+
+        item = step if run.claimed[step] else TURN
+        if (owner, run_id, item) in self._late:
+            raise Broken("told late", run_id, f"begun under a claim not asked for again: op={op}")
+
+    def told(self, items: Iterable[WorkItem], *, late: bool) -> None:
+        """The answer with these claims has reached their holder."""
+        for item in items:
+            if item.lease is not None:
+                place = (item.lease.owner, item.run_id, item.item_id)
+                self._late.pop(place, None)
+                if late:
+                    self._late[place] = item.lease.token
+
+    def asks_again(self, refs: Sequence[ClaimRef]) -> None:
+        """Somebody asks whether these claims stand."""
+        if self._late:
+            tokens = {ref.token for ref in refs}
+            self._late = {place: t for place, t in self._late.items() if t not in tokens}
 
     async def after(self, who: str, method: str, args: tuple[Any, ...], result: Any) -> None:
         """A call was carried out. Raises ``Broken``."""

@@ -48,6 +48,7 @@ _CALLS = (
     "call: hangs_before",
     "call: hangs_after",
     "duplicate change answered",
+    "claims in a late answer",
 )
 
 #: Profile → what must have happened at least once in a run of ``ENOUGH`` seeds.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,8 @@ class Server:
         cluster = self._cluster
         if cluster.tracing:
             cluster.trace(sender.name, f"calls {method}{_said(method, args)}")
+        if method == "renew":
+            cluster.checks.asks_again(args[0])
         write = 0
         if method in _COUNTED:
             self._writes += 1
@@ -111,74 +114,55 @@ class Server:
         delay = cluster.latency()
         if fault is not None and fault.hangs_before:
             delay += fault.seconds
-        self.loop.call_later(
-            delay, self._arrived, sender, inner, answer, method, args, named, fault
-        )
+        call = _Call(sender, method, args, named, answer, fault, self._clockwork.now)
+        self.loop.call_later(delay, self._arrived, call, inner)
         return answer
 
-    def _arrived(
-        self,
-        sender: ProcessLoop,
-        inner: StorageBackend,
-        answer: asyncio.Future[Any],
-        method: str,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        fault: Any,
-    ) -> None:
-        cluster = self._cluster
+    def _arrived(self, call: _Call, inner: StorageBackend) -> None:
+        cluster, fault = self._cluster, call.fault
         if self.down or (fault is not None and fault.fails_before):
             cluster.saw("call failed before" if not self.down else "call during an outage")
-            lost = StorageUnavailable("simulated: the store was not reached")
-            self._answer(sender, answer, method, lost, fault)
+            self._answer(call, StorageUnavailable("simulated: the store was not reached"))
             return
         result: Any = None
         times = 2 if fault is not None and fault.doubles else 1
         for _ in range(times):
-            coro = getattr(inner, method)(*args, **named)
-            if method == "watch" or not self._direct:
-                self._begin(coro, sender, answer, method, args, fault)
+            coro = getattr(inner, call.method)(*call.args, **call.named)
+            if call.method == "watch" or not self._direct:
+                self._begin(coro, call)
                 return
             result = _made_at_once(coro)
-            if method in WRITES:
-                problem = _made_at_once(cluster.checks.after(sender.name, method, args, result))
+            if call.method in WRITES:
+                problem = _made_at_once(self._looks(call, result))
                 if problem is not None:
                     cluster.broke(problem)
-        self._answer(sender, answer, method, result, fault)
+        self._answer(call, result)
 
-    def _begin(
-        self,
-        coro: Any,
-        sender: ProcessLoop,
-        answer: asyncio.Future[Any],
-        method: str,
-        args: tuple[Any, ...],
-        fault: Any,
-    ) -> None:
+    def _looks(self, call: _Call, result: Any) -> Coroutine[Any, Any, None]:
+        return self._cluster.checks.after(call.sender.name, call.method, call.args, result)
+
+    def _begin(self, coro: Any, call: _Call) -> None:
         """Carry a call out that waits for something."""
 
         async def work() -> None:
-            if method == "watch":
+            if call.method == "watch":
                 result = await _made(coro)
             else:
                 # One after the other, so that what is looked at afterwards is what the call did.
                 async with self._turnstile:
                     result = await _made(coro)
-                    if method in WRITES:
-                        look = self._cluster.checks.after(sender.name, method, args, result)
-                        problem = await _made(look)
+                    if call.method in WRITES:
+                        problem = await _made(self._looks(call, result))
                         if problem is not None:
                             self._cluster.broke(problem)
-            self._answer(sender, answer, method, result, fault)
+            self._answer(call, result)
 
         task = self.loop.create_task(work())
-        if method == "watch":
-            answer.add_done_callback(lambda _: task.cancel())
+        if call.method == "watch":
+            call.answer.add_done_callback(lambda _: task.cancel())
 
-    def _answer(
-        self, sender: ProcessLoop, answer: asyncio.Future[Any], method: str, result: Any, fault: Any
-    ) -> None:
-        cluster = self._cluster
+    def _answer(self, call: _Call, result: Any) -> None:
+        cluster, fault = self._cluster, call.fault
         delay = cluster.latency()
         if fault is not None:
             if fault.fails_after:
@@ -187,8 +171,50 @@ class Server:
             if fault.hangs_after:
                 delay += fault.seconds
         if cluster.tracing:
-            cluster.trace("store", f"answers {sender.name} {method}: {_answered(result)}")
-        sender.call_later(delay, _resolve, answer, result)
+            cluster.trace("store", f"answers {call.sender.name} {call.method}: {_answered(result)}")
+        call.sender.call_later(delay, self._told, call, result)
+
+    def _told(self, call: _Call, result: Any) -> None:
+        """The answer has arrived."""
+        answer = call.answer
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+            return
+        cluster = self._cluster
+        if call.method in _COUNTED and (given := _given(result)):
+            under_way = self._clockwork.now - call.sent
+            late = under_way > cluster.settings.lease.total_seconds() / 2
+            if late:
+                cluster.saw("claims in a late answer")
+            cluster.checks.told(given, late=late)
+        answer.set_result(result)
+
+
+@dataclass(slots=True, frozen=True)
+class _Call:
+    """A message to the store."""
+
+    sender: ProcessLoop
+    method: str
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    answer: asyncio.Future[Any]
+    fault: Any
+    sent: float
+
+
+def _given(result: Any) -> list[WorkItem]:
+    """The items that an answer says are claimed now."""
+    if isinstance(result, Claimed):
+        return [claim.item for claim in result.claims]
+    if isinstance(result, Committed):
+        return [*result.claims]
+    if isinstance(result, list):
+        answers: list[Any] = [*result]  # pyright: ignore[reportUnknownArgumentType] - a list of whatever it is
+        return [item for answer in answers for item in _given(answer)]
+    return []
 
 
 def _made_at_once(coro: Coroutine[Any, Any, Any]) -> Any:
@@ -209,15 +235,6 @@ async def _made(coro: Coroutine[Any, Any, Any]) -> Any:
         return await coro
     except Exception as exc:  # noqa: BLE001 - it is the call's answer
         return exc
-
-
-def _resolve(answer: asyncio.Future[Any], result: Any) -> None:
-    if answer.done():
-        return
-    if isinstance(result, Exception):
-        answer.set_exception(result)
-    else:
-        answer.set_result(result)
 
 
 def _said(method: str, args: tuple[Any, ...]) -> str:
