@@ -116,7 +116,8 @@ class Operations:
             raise ArgumentError(
                 f"run_id={asked!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
             )
-        await self.storage.open()
+        if self._worker is None:  # whose storage is open
+            await self.storage.open()
         limit = min(self._settings.max_payload, self.storage.info().max_payload)
         if self._worker is None:
             # Made for what is written: a client that only reads needs no key to write with.
