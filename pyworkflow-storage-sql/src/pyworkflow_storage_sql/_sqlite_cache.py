@@ -14,7 +14,7 @@ from pyworkflow_storage_sql._sqlite_effects import LoadedRun, load_run
 __all__ = ["KnownRuns"]
 
 #: Beyond this many all are forgotten; what is worked on is read again at once.
-_RUNS: Final = 1024
+_RUNS: Final = 4096
 #: The same for the keys of their histories, in all.
 _KEYS: Final = 100_000
 

@@ -40,12 +40,14 @@ __all__ = [
     "LoadedRun",
     "create_run",
     "insert_events",
+    "last_input_of",
     "load_run",
     "set_fields",
     "set_last",
     "trim_answers",
     "write_delta",
     "write_items",
+    "write_new",
 ]
 
 _ROW: Final = (
@@ -74,6 +76,7 @@ class LoadedRun:
         "final",
         "id",
         "items",
+        "kept",
         "keys",
         "last_input",
         "outside",
@@ -114,6 +117,8 @@ class LoadedRun:
         self.answer_token: str | None = row[12]
         self.answer_key: str | None = row[13]
         self.answer: str | None = row[14]
+        self.kept = True
+        """Whether there may be answers under earlier claims than that of the row's own."""
         self.events = _Events(self, row[10])
         self.keys = _Keys(self)
         self.items = _Items(self)
@@ -326,6 +331,8 @@ class _Recent(_Lookup):
             if run.answer is None or run.answer_key != run.change_key:
                 return default
             return record_from_json(decode(run.answer))
+        if not run.kept:
+            return default
         row = run.conn.execute(
             "select answer from answers where run = ? and token = ?", (run.id, key)
         ).fetchone()
@@ -345,15 +352,16 @@ _PUT_ITEM: Final = (
     "token = excluded.token, lease_until = excluded.lease_until, rung_at = excluded.rung_at, "
     "payload = excluded.payload"
 )
-_STEP: Final = (
-    "update runs set last_seq = ?, last_input = ?, seen_seq = ?, updated_at = ?, "
-    "answer_token = ?, answer_key = ?, answer = ? where id = ?"
-)
+#: Columns of ``runs`` that every step changes.
+_STEP_COLUMNS: Final = (
+    "last_seq", "last_input", "seen_seq", "updated_at", "answer_token", "answer_key", "answer",
+)  # fmt: skip
+_STEP: Final = f"update runs set {', '.join(f'{c} = ?' for c in _STEP_COLUMNS)} where id = ?"  # noqa: S608 - constant columns
 _INSERT_RUN: Final = (
     "insert into runs (namespace, run_id, workflow, version, queue, priority, idempotency_key, "
     "parent_run_id, parent_op, root, created_at, updated_at, deadline, last_seq, last_input, "
     "seen_seq, paused, create_key) "
-    "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, 0, ?)"
+    "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)"
 )
 #: Names of a delta that are columns of ``runs``, in the order of a fixed update.
 _HOT: Final = (
@@ -362,17 +370,23 @@ _HOT: Final = (
     "final", "create_key",
 )  # fmt: skip
 _COLD: Final = ("args", "result", "error", "tags", "attributes")
+_AFTER_CREATE: Final = ("started_at", "finished_at", "stalled", "final", "next")
 _USUAL: Final = frozenset({"seen_seq", "updated_at"})
 
 
 def create_run(
-    conn: sqlite3.Connection, namespace: int, run_id: str, given: Mapping[str, Any]
+    conn: sqlite3.Connection,
+    namespace: int,
+    run_id: str,
+    given: Mapping[str, Any],
+    events: Sequence[Event] = (),
 ) -> int:
-    """Make the row of a run of what a delta says; the row's id."""
+    """Make the row of a run of what a delta says, with these events to come; the row's id."""
     parent: ParentRef | None = given.get("parent")
     error: ErrorInfo | None = given.get("error")
     deadline: datetime | None = given.get("deadline")
     created = to_micros(given["created_at"])
+    updated: datetime | None = given.get("updated_at")
     number = conn.execute(
         _INSERT_RUN,
         (
@@ -387,8 +401,11 @@ def create_run(
             None if parent is None else parent.op,
             given.get("root"),
             created,
-            created,
+            created if updated is None else to_micros(updated),
             None if deadline is None else to_micros(deadline),
+            len(events),
+            last_input_of(events, 0),
+            given.get("seen_seq", 0),
             given.get("create_key", ""),
         ),
     ).lastrowid
@@ -407,9 +424,14 @@ def create_run(
     return number
 
 
-def set_fields(conn: sqlite3.Connection, run: int, fields: Mapping[str, Any]) -> None:
-    """Set what a delta says of a run's row."""
-    hot: list[tuple[str, object]] = []
+def set_fields(
+    conn: sqlite3.Connection,
+    run: int,
+    fields: Mapping[str, Any],
+    others: Sequence[tuple[str, object]] = (),
+) -> None:
+    """Set what a delta says of a run's row, and these other columns with it."""
+    hot = [*others]
     for name, value in fields.items():
         if name == "parent":
             hot += [
@@ -468,74 +490,101 @@ def set_last(conn: sqlite3.Connection, run: int, last_seq: int, last_input: int)
     )
 
 
-def write_delta(
-    conn: sqlite3.Connection, namespace: int, run: LoadedRun | None, part: RunDelta
-) -> None:
-    """Write the effects of an accepted change; ``run`` is None for one that the change creates."""
-    fields = part.fields
-    if run is None:
-        number = create_run(conn, namespace, part.run_id, fields)
-        later: dict[str, object] = {name: fields[name] for name in _AFTER_CREATE if name in fields}
-        paused, workflow, length, last_input = False, str(fields["workflow"]), 0, 0
-        seen, updated = 0, cast("datetime", fields["updated_at"])
-        if later:
-            set_fields(conn, number, later)
-    else:
-        number, workflow = run.id, run.workflow
-        paused = cast("bool", fields.get("paused", run.paused))
-        length, last_input, seen = len(run.events), run.last_input, run.seen_seq
-        updated = cast("datetime", fields.get("updated_at", run.updated_at))
-        if fields.keys() - _USUAL:
-            set_fields(conn, number, {k: v for k, v in fields.items() if k not in _USUAL})
-    seen = cast("int", fields.get("seen_seq", seen))
-    events = part.events
-    if events:
-        insert_events(conn, number, events)
-        length = events[-1].seq
-        for event in events:
-            if event.klass == "I":
-                last_input = event.seq
+def last_input_of(events: Sequence[Event], before: int) -> int:
+    """The seq of the last input, which was ``before`` these events came."""
+    return next((event.seq for event in reversed(events) if event.klass == "I"), before)
+
+
+def write_new(
+    conn: sqlite3.Connection, file: str, namespace: int, change_key: str, part: RunDelta
+) -> LoadedRun:
+    """Write the effects of an accepted change that creates a run; the run as it then stands."""
+    fields, events = part.fields, part.events
+    number = create_run(conn, namespace, part.run_id, fields, events)
+    later: dict[str, object] = {name: fields[name] for name in _AFTER_CREATE if name in fields}
+    if later:
+        set_fields(conn, number, later)
+    insert_events(conn, number, events)
+    (record,) = part.records  # nobody has a claim on what is not there: it has no token
+    _remember(conn, number, record)
+    workflow, create_key = str(fields["workflow"]), str(fields["create_key"])
+    row = (
+        number, create_key, workflow, fields.get("queue", "default"), fields.get("priority", 0),
+        to_micros(cast("datetime", fields["updated_at"])), fields.get("seen_seq", 0), False,
+        fields.get("stalled"), fields.get("final"), len(events), last_input_of(events, 0),
+        None, None, None,
+    )  # fmt: skip
+    run = LoadedRun(conn, file, part.run_id, change_key, row)
+    run.kept = False
+    run.keys.known = {}
+    run.keys.add(events)
+    run.items.whole = True
+    write_items(conn, namespace, number, workflow, part.items, paused=False)
+    run.items.replace((), part.items)
+    return run
+
+
+def write_delta(conn: sqlite3.Connection, namespace: int, run: LoadedRun, part: RunDelta) -> None:
+    """Write the effects of an accepted change to a run, which is told of them."""
+    fields, events, number = part.fields, part.events, run.id
+    insert_events(conn, number, events)
+    length = events[-1].seq if events else len(run.events)
+    last_input = last_input_of(events, run.last_input)
     (record,) = part.records
-    token: str | None = record.token
-    key: str | None = record.key
-    answer: str | None = encode(record_to_json(record))
-    if token is None:
-        conn.execute(
-            "insert into answers (run, key, answer) values (?, ?, ?)", (number, key, answer)
-        )
-        token = None if run is None else run.answer_token
-        key = None if run is None else run.answer_key
-        answer = None if run is None else run.answer
-    elif run is not None and run.answer_token is not None and run.answer_token != token:
-        keep_answer(conn, number, token, run.answer_token, run.answer_key or "", run.answer or "")
+    if record.token is None:
+        _remember(conn, number, record)
+    else:
+        if run.answer_token is not None and run.answer_token != record.token:
+            keep_answer(conn, run, record.token)
+        run.answer_token, run.answer_key = record.token, record.key
+        run.answer = encode(record_to_json(record))
     if fields or events or record.token is not None:
-        conn.execute(
-            _STEP,
-            (length, last_input, seen, to_micros(updated), token, key, answer, number),
+        step = (
+            length,
+            last_input,
+            fields.get("seen_seq", run.seen_seq),
+            to_micros(cast("datetime", fields.get("updated_at", run.updated_at))),
+            run.answer_token,
+            run.answer_key,
+            run.answer,
         )
+        rare = {k: v for k, v in fields.items() if k not in _USUAL}
+        if rare:
+            set_fields(conn, number, rare, [*zip(_STEP_COLUMNS, step, strict=True)])
+        else:
+            conn.execute(_STEP, (*step, number))
     for item_id in part.gone:
         conn.execute("delete from work_items where run = ? and item_id = ?", (number, item_id))
-    if run is not None and "paused" in fields:
+    paused = cast("bool", fields.get("paused", run.paused))
+    if "paused" in fields:
         conn.execute(
             "update work_items set parked = ? where run = ? and kind <> 'deliver'", (paused, number)
         )
     if part.items:
-        write_items(conn, namespace, number, workflow, part.items, paused=paused)
-    if run is not None:
-        run.advance(part, length, last_input)
-        run.answer_token, run.answer_key, run.answer = token, key, answer
+        write_items(conn, namespace, number, run.workflow, part.items, paused=paused)
+    run.advance(part, length, last_input)
 
 
-def keep_answer(
-    conn: sqlite3.Connection, run: int, now_token: str, token: str, key: str, answer: str
-) -> None:
+def _remember(conn: sqlite3.Connection, run: int, record: Record) -> None:
+    """Keep the answer to a change without a claim as long as the run."""
+    conn.execute(
+        "insert into answers (run, key, answer) values (?, ?, ?)",
+        (run, record.key, encode(record_to_json(record))),
+    )
+
+
+def keep_answer(conn: sqlite3.Connection, run: LoadedRun, now_token: str) -> None:
     """The last answer under an earlier claim joins the others; what is too old goes."""
-    conn.execute("delete from answers where run = ? and token in (?, ?)", (run, now_token, token))
+    token = run.answer_token
+    conn.execute(
+        "delete from answers where run = ? and token in (?, ?)", (run.id, now_token, token)
+    )
     conn.execute(
         "insert into answers (run, token, key, answer) values (?, ?, ?, ?)",
-        (run, token, key, answer),
+        (run.id, token, run.answer_key or "", run.answer or ""),
     )
-    trim_answers(conn, run, spare=True)
+    run.kept = True
+    trim_answers(conn, run.id, spare=True)
 
 
 def trim_answers(conn: sqlite3.Connection, run: int, *, spare: bool) -> None:
@@ -545,6 +594,3 @@ def trim_answers(conn: sqlite3.Connection, run: int, *, spare: bool) -> None:
         "where run = ? and token is not null order by id desc limit -1 offset ?)",
         (run, KEPT_TOKENS - spare),
     )
-
-
-_AFTER_CREATE: Final = ("started_at", "finished_at", "stalled", "final", "next")

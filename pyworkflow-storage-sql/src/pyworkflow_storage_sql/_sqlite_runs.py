@@ -32,12 +32,14 @@ from pyworkflow_storage_sql._sqlite_effects import (
     LoadedRun,
     create_run,
     insert_events,
+    last_input_of,
     load_run,
     set_fields,
     set_last,
     trim_answers,
     write_delta,
     write_items,
+    write_new,
 )
 from pyworkflow_storage_sql._sqlite_rows import (
     ITEM,
@@ -90,9 +92,11 @@ def commit(change: Change, batch: Batch) -> Committed:
     if part is None:
         return committed
     batch.changes(work=_is_work(part, batch.now))
-    write_delta(batch.conn, batch.namespace, run, part)
-    if run is not None:
-        batch.runs.keep(run, len(part.events))
+    if run is None:
+        run = write_new(batch.conn, batch.file, batch.namespace, change.key, part)
+    else:
+        write_delta(batch.conn, batch.namespace, run, part)
+    batch.runs.keep(run, len(part.events))
     new = change.create
     if new is not None and new.idempotency_key is not None:
         _take_key(batch, new.idempotency_key, KeyMark(change.run_id))
@@ -327,8 +331,7 @@ def _import_part(part: RunDelta, batch: Batch) -> None:
     set_fields(conn, run.id, fields)
     insert_events(conn, run.id, events)
     if events:
-        inputs = [event.seq for event in events if event.klass == "I"]
-        set_last(conn, run.id, events[-1].seq, inputs[-1] if inputs else run.last_input)
+        set_last(conn, run.id, events[-1].seq, last_input_of(events, run.last_input))
     for item_id in part.gone:
         conn.execute("delete from work_items where run = ? and item_id = ?", (run.id, item_id))
     _import_items(part.items, batch, part.run_id)
