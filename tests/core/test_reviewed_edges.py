@@ -322,14 +322,19 @@ async def rd_waits() -> None:
     await sleep("1d")
 
 
-@pytest.mark.parametrize("storage", ["memory", "file"])
+@pytest.mark.parametrize("storage", ["memory", "file", "its own"])
 def test_who_waits_for_a_result_learns_at_once_that_the_client_was_closed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str
 ) -> None:
     monkeypatch.setattr(_operations, "_POLL", timedelta(days=1))
 
     async def main() -> None:
-        async with Client(storage="memory:" if storage == "memory" else f"file:{tmp_path}") as own:
+        stores = {
+            "memory": "memory:",
+            "file": f"file:{tmp_path}",
+            "its own": MemoryStorageBackend(),
+        }
+        async with Client(storage=stores[storage]) as own:
             waiter = asyncio.create_task(own.result(await own.start(rd_waits)))
             await eventually(lambda: own._own is not None and own._own._watches)
         with pytest.raises(StorageError, match="closed"):

@@ -316,17 +316,17 @@ class Client:
     async def close(self) -> None:
         """Drain the client's own worker, and close the store if the client opened it.
 
-        Whoever still waits for a result then gets a ``StorageError``; the runs go on elsewhere.
+        Whoever still waits for the result of a run that has not ended gets a ``StorageError``.
         """
         if self._worker is not None:
             await self._worker.drain(10)
             await self._worker.close()
+        if self._own is not None:
+            self._own.close()
         if self._ringer is not None:
             await self._ringer.close()
         if self._opened is not None:
             await self._opened.close()
-            if self._own is not None:
-                self._own.close()
         self._own = self._worker = self._opened = self._ringer = None
 
     async def _operations(self) -> Operations:

@@ -41,6 +41,7 @@ from pyworkflow.errors import (
     RunNotFound,
     RunTerminated,
     SerializationError,
+    StorageError,
     StorageUnavailable,
 )
 from pyworkflow.events import Event, EventClass, EventType
@@ -96,6 +97,7 @@ class Operations:
         else:
             self._pipeline = Pipeline(storage, StorageClock(), 10.0)
         self._watches: set[asyncio.Future[bool]] = set()
+        self._closed = False
 
     async def start(
         self,
@@ -274,6 +276,11 @@ class Operations:
                     f"the run has not ended within timeout={timeout}: run_id={run_id} "
                     f"status={found.status}; it goes on, ask again later"
                 )
+            if self._closed:
+                raise StorageError(
+                    f"the client was closed before the run had ended: run_id={run_id} "
+                    f"status={found.status}; another client can wait for it"
+                )
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
             await self._watch(run_id, min(wait, _POLL))
@@ -290,7 +297,8 @@ class Operations:
             self._watches.discard(watch)
 
     def close(self) -> None:
-        """The storage is closed: who waits for a result asks it, and learns that."""
+        """Let nobody wait for a result any longer."""
+        self._closed = True
         for watch in self._watches:
             watch.cancel()
 
