@@ -386,6 +386,25 @@ def a_late_claim_is_believed(put: Any) -> None:
     put(leases, "still_held", believed)
 
 
+@_bite("storage", 100, "told late", "at most once")
+def a_begin_that_was_recorded_late_is_believed(put: Any) -> None:
+    mark = dispatched.DispatchedSteps._mark_begun
+
+    async def believed(self: Any, what: Any, item: Any) -> bool:
+        await mark(self, what, item)
+        return True
+
+    put(dispatched.DispatchedSteps, "_mark_begun", believed)
+
+
+@_bite("all", 200, "beside itself")
+def a_worker_that_stood_still_claims_its_own_work(put: Any) -> None:
+    async def nothing(self: Any) -> None:
+        pass
+
+    put(worker.Worker, "_renew_after_pause", nothing)
+
+
 @_bite("crash", 150, "claims")
 def progress_does_not_forgive_claims(put: Any) -> None:
     settle = _plan.Plan._settle

@@ -66,6 +66,8 @@ class _Known:
     """Item → who holds it, or held it last."""
     claimed: Counter[str] = field(default_factory=Counter[str])
     """Item → how often it was claimed."""
+    claimed_by: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    """(item, owner) → how often by that one."""
     begun: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
     """(op, try) → how often its body began."""
     changes: set[str] = field(default_factory=set[str])
@@ -131,6 +133,10 @@ class Checks:
         self._late: dict[tuple[str, str, str], str] = {}
         """(holder, run, item) → the token, when the answer that gave it was long under way and its
         holder has not asked since whether it stands."""
+        self._marked_late: set[tuple[str, str, str]] = set()
+        """(holder, run, item) whose begin was recorded, and the holder told of that too late."""
+        self._bodies: dict[tuple[str, str, str], int] = {}
+        """(process, run, op) of a body that runs → the claims that others had had when it began."""
         self._allowed = _Allowed()
         self._now = datetime.min.replace(tzinfo=UTC)
         """The store's clock at the call that is looked at."""
@@ -144,6 +150,8 @@ class Checks:
         """A worker was stopped, or the clock jumped over its leases."""
         self.longest_wait: timedelta | None = None
         """How long an item may be due before somebody claims it."""
+        self._jumped = False
+        """The store's clock jumped: a worker may claim what it works on, its lease having ended."""
         self.clock_went_back = False
         """Time as workers reckon it may be ahead of the store's from then on."""
         self.length = 0
@@ -157,8 +165,11 @@ class Checks:
         """Every run that was seen."""
         return list(self._runs)
 
-    def begins(self, owner: str, run_id: str, op: str, attempt: int) -> None:
-        """The body of a try begins in a worker's process. Raises ``Broken``."""
+    def begins(self, owner: str, run_id: str, op: str, attempt: int) -> Callable[[], object]:
+        """The body of a try begins in a worker's process; what is returned tells of its end.
+
+        Raises ``Broken``.
+        """
         run = self._runs.get(run_id)
         if run is None:
             raise Broken("lost", run_id, f"a body begins, and there is no run: op={op}")
@@ -176,6 +187,25 @@ class Checks:
         item = step if run.claimed[step] else TURN
         if (owner, run_id, item) in self._late:
             raise Broken("told late", run_id, f"begun under a claim not asked for again: op={op}")
+        if (owner, run_id, item) in self._marked_late:
+            raise Broken("told late", run_id, f"begun though that was recorded late: op={op}")
+        place = (owner, run_id, op)
+        others = claims - run.claimed_by[TURN, owner] - run.claimed_by[step, owner]
+        if self._bodies.get(place) == others and not self._jumped:
+            raise Broken("beside itself", run_id, f"its body runs in this process: op={op}")
+        self._bodies[place] = others
+        return lambda: self._bodies.pop(place, None)
+
+    def marked(self, owner: str, change: Change, *, late: bool) -> None:
+        """It is recorded that a step which begins at most once begins, and its worker was told."""
+        if change.claim is not None:
+            place = (owner, change.run_id, change.claim.item_id)
+            (self._marked_late.add if late else self._marked_late.discard)(place)
+
+    def clock_jumped(self, *, back: bool) -> None:
+        """The store's clock has jumped, perhaps over leases."""
+        self.stood_still = self._jumped = True
+        self.clock_went_back = self.clock_went_back or back
 
     def told(self, items: Iterable[WorkItem], *, late: bool) -> None:
         """The answer with these claims has reached their holder."""
@@ -391,7 +421,9 @@ class Checks:
                 raise Broken("I4", run_id, f"a token was issued twice: {lease.token}")
             before = known.leases.get(item.item_id)
             leases[item.item_id] = lease
-            known.claimed[item.item_id] += before is None or before.token != lease.token
+            if before is None or before.token != lease.token:
+                known.claimed[item.item_id] += 1
+                known.claimed_by[item.item_id, lease.owner] += 1
             if before is not None and before.token != lease.token and lease.token in self._gone:
                 raise Broken("I4", run_id, f"a token came back: {lease.token}")
             if before is not None and before.token != lease.token:

@@ -179,16 +179,17 @@ class Cluster:
         if record.exc_info is not None and record.exc_info[1] is not None:
             self.broke(Broken("engine", "-", f"{record.getMessage()}: {record.exc_info[1]!r}"))
 
-    def body(self, run_id: str, op: str, attempt: int, name: str) -> None:
-        """The body of a step begins."""
+    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], object]:
+        """The body of a step begins; what is returned is called at its end."""
         self.bodies[run_id, op, attempt, name] += 1
         loop: Any = events._get_running_loop()
-        try:
-            self.checks.begins(loop.process.owner, run_id, op, attempt)
-        except Broken as problem:
-            self.broke(problem)
         if self.tracing:
             self.trace(loop.name, f"body of {name} begins: run={run_id} op={op} try={attempt}")
+        try:
+            return self.checks.begins(loop.process.owner, run_id, op, attempt)
+        except Broken as problem:
+            self.broke(problem)
+            return int
 
     @property
     def calls(self) -> int:
@@ -576,8 +577,7 @@ class _Carried(Faults):
             case "jump":
                 cluster.saw("clock forward" if fault.seconds > 0 else "clock back")
                 cluster.checks.losses += 1
-                cluster.checks.stood_still = True
-                cluster.checks.clock_went_back |= fault.seconds < 0
+                cluster.checks.clock_jumped(back=fault.seconds < 0)
                 cluster.jumped += fault.seconds
             case "deploy":
                 if self.deploys:

@@ -182,14 +182,25 @@ class Server:
         if isinstance(result, Exception):
             answer.set_exception(result)
             return
+        if call.method in _COUNTED:
+            self._gives(call, result)
+        answer.set_result(result)
+
+    def _gives(self, call: _Call, result: Any) -> None:
+        """What the sender may begin on this answer, unless it was too long under way."""
         cluster = self._cluster
-        if call.method in _COUNTED and (given := _given(result)):
-            under_way = self._clockwork.now - call.sent
-            late = under_way > cluster.settings.lease.total_seconds() / 2
+        late = self._clockwork.now - call.sent > cluster.settings.lease.total_seconds() / 2
+        if given := _given(result):
             if late:
                 cluster.saw("claims in a late answer")
             cluster.checks.told(given, late=late)
-        answer.set_result(result)
+        if call.method == "commit_many":
+            for change, one in zip(call.args[0], result, strict=True):
+                settle = change.settle
+                if isinstance(one, Committed) and settle is not None and settle.keep:
+                    if late:
+                        cluster.saw("begin recorded late")
+                    cluster.checks.marked(call.sender.process.owner, change, late=late)
 
 
 @dataclass(slots=True, frozen=True)

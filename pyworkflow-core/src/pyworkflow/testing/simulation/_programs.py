@@ -8,8 +8,8 @@ cluster, the result is that of the undisturbed run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
 from random import Random
 from typing import Any
 
@@ -27,70 +27,83 @@ FAR = _DAY
 """Seconds that pass in no run: jumps of the clock included."""
 
 
-async def _begin(n: int, name: str) -> int:
-    """The body of a step begins; which try it is."""
+@contextmanager
+def _body(name: str) -> Generator[int]:
+    """The body of a step, from here on; which try it is."""
     context = _primitives.step_context()
-    _reality.body_begins(context.run_id, context.step_id, context.attempt, name)
+    with _reality.body(context.run_id, context.step_id, context.attempt, name):
+        yield context.attempt
+
+
+async def _pause(n: int) -> None:
     for _ in range(n % 3):
         await asyncio.sleep(0)
-    return context.attempt
 
 
 async def _ok(n: int) -> int:
-    await _begin(n, "ok")
-    return n
+    with _body("ok"):
+        await _pause(n)
+        return n
 
 
 async def _fails(n: int) -> int:
-    await _begin(n, "fails")
-    raise ValueError(f"step {n}")
+    with _body("fails"):
+        await _pause(n)
+        raise ValueError(f"step {n}")
 
 
 async def _flaky(n: int) -> int:
-    if await _begin(n, "flaky") <= 1 + n % 2:
-        raise OSError(f"step {n}")
-    return n
+    with _body("flaky") as attempt:
+        await _pause(n)
+        if attempt <= 1 + n % 2:
+            raise OSError(f"step {n}")
+        return n
 
 
 async def _queued(n: int) -> int:
-    await _begin(n, "queued")
-    return n
+    with _body("queued"):
+        await _pause(n)
+        return n
 
 
 async def _slow(n: int) -> int:
-    await _begin(n, "slow")
-    await asyncio.sleep((0.12, 0.3, 0.9)[n % 3])
-    return n
+    with _body("slow"):
+        await _pause(n)
+        await asyncio.sleep((0.12, 0.3, 0.9)[n % 3])
+        return n
 
 
 async def _long(n: int) -> int:
-    await _begin(n, "long")
-    await asyncio.sleep(2.5)
-    return n
+    with _body("long"):
+        await _pause(n)
+        await asyncio.sleep(2.5)
+        return n
 
 
 async def _forever(n: int) -> int:
-    await _begin(n, "forever")
-    await asyncio.sleep(_DAY)
-    return n
+    with _body("forever"):
+        await _pause(n)
+        await asyncio.sleep(_DAY)
+        return n
 
 
 async def _timed(n: int) -> int:
-    await _begin(n, "timed")
-    await asyncio.sleep(_DAY)
-    return n
+    with _body("timed"):
+        await _pause(n)
+        await asyncio.sleep(_DAY)
+        return n
 
 
 async def _once(n: int) -> int:
-    await _begin(n, "once")
-    await asyncio.sleep((0, 0.2)[n % 2])
-    return n
+    with _body("once"):
+        await _pause(n)
+        await asyncio.sleep((0, 0.2)[n % 2])
+        return n
 
 
 def _sync(n: int) -> int:
-    context = _primitives.step_context()
-    _reality.body_begins(context.run_id, context.step_id, context.attempt, "sync")
-    return n
+    with _body("sync"):
+        return n
 
 
 _step: Any = Step

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from asyncio import events
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -27,7 +27,7 @@ from pyworkflow._engine import guard, owner
 from pyworkflow._replay import replay
 from pyworkflow._replay._cpython import Batch, prepare
 
-__all__ = ["World", "body_begins", "in_world", "utcnow"]
+__all__ = ["World", "body", "in_world", "utcnow"]
 
 _FIRST = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -67,8 +67,8 @@ class World(Protocol):
         """Whether the process that runs now can see that this one has ended."""
         ...
 
-    def body(self, run_id: str, op: str, attempt: int, name: str) -> None:
-        """The body of a step begins."""
+    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], object]:
+        """The body of a step begins; what is returned is called at its end."""
         ...
 
     def told(self, record: logging.LogRecord) -> None:
@@ -198,7 +198,15 @@ def in_world(world: World) -> Generator[None]:
 _PATCHES = _places()
 
 
-def body_begins(run_id: str, op: str, attempt: int, name: str) -> None:
-    """The body of a simulated program's step begins."""
-    if _world is not None:
-        _world.body(run_id, op, attempt, name)
+@contextmanager
+def body(run_id: str, op: str, attempt: int, name: str) -> Generator[None]:
+    """The body of a simulated program's step, from its first line to its last."""
+    world = _world
+    if world is None:
+        yield
+        return
+    ended = world.body(run_id, op, attempt, name)
+    try:
+        yield
+    finally:
+        ended()
