@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 
 from pyworkflow import Client, sleep, step, workflow
+from pyworkflow._engine import leases as leases_module
+from pyworkflow._engine import worker as worker_module
 from pyworkflow._engine.owner import is_gone, owner_of
 from pyworkflow._engine.worker import Worker
 from pyworkflow._replay import replay
@@ -25,7 +28,7 @@ from pyworkflow.errors import PayloadTooLarge, StepTimeout
 from pyworkflow.events import EventType
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi import Change, ClaimRequest
-from pyworkflow.spi.storage import Committed, Control, ControlKind
+from pyworkflow.spi.storage import Claimed, ClaimRef, Committed, Control, ControlKind
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.core._driving import bench, eventually
@@ -386,7 +389,7 @@ def test_after_a_pause_longer_than_the_lease_a_worker_keeps_its_own_running_work
                 held = worker.leases.held()
                 assert len(held) == 1
                 # As if the process had stood still: to its claims, and by its own clock.
-                worker._claimed_at -= 31
+                worker.leases.asked_at -= 31
                 await b.pass_time("31s")
                 assert await worker.claim_due() == []
                 assert worker.leases.held() == held
@@ -396,6 +399,68 @@ def test_after_a_pause_longer_than_the_lease_a_worker_keeps_its_own_running_work
             assert begun == [kind]
             (item,) = [e for e in await b.events(run_id) if e.type == "step.completed"]
             assert item.data["attempt"] == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("during", ["claim", "renew"])
+def test_a_worker_that_stands_still_while_it_asks_does_not_claim_its_own_work(
+    monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    ahead = 0.0
+    for module in (worker_module, leases_module):
+        monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + ahead)
+
+    class StandsStill(MemoryStorageBackend):
+        at = ""
+
+        async def stand_still(self) -> None:
+            nonlocal ahead
+            self.at = ""
+            ahead += 31
+            await self.shift_clock(timedelta(seconds=31))
+
+        async def claim(self, request: ClaimRequest) -> Claimed:
+            answer = await super().claim(request)
+            if self.at == "claim":
+                await self.stand_still()
+            return answer
+
+        async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+            answer = await super().renew(refs, lease)
+            if self.at == "renew":
+                await self.stand_still()
+            return answer
+
+    async def main() -> None:
+        begun: list[None] = []
+        gate = asyncio.Event()
+
+        @step
+        async def re_waits_here() -> str:
+            begun.append(None)
+            await gate.wait()
+            return "done"
+
+        @workflow
+        async def re_stands_still() -> str:
+            return await re_waits_here()
+
+        storage = StandsStill()
+        async with bench(storage) as b:
+            worker = b.worker
+            assert worker is not None
+            run_id = await b.start(re_stands_still)
+            await b.has(run_id, "step.scheduled")
+            if during == "renew":
+                worker.leases.asked_at -= 31
+            storage.at = during
+            for _ in range(3):
+                assert await worker.claim_due() == []
+            assert not storage.at
+            gate.set()
+            assert await b.result(run_id) == "done"
+            assert len(begun) == 1
 
     asyncio.run(main())
 
@@ -426,7 +491,7 @@ def test_after_a_pause_work_that_another_worker_took_is_given_up() -> None:
             other = Worker(b.storage, b.settings)
             await b.pass_time("31s")
             assert len(await other.claim_due()) == 1
-            worker._claimed_at -= 31
+            worker.leases.asked_at -= 31
             await worker.claim_due()
             assert await b.result(run_id) == "by the other"
             await eventually(lambda: calls.count("ended") == 2)

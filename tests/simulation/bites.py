@@ -399,10 +399,10 @@ def a_begin_that_was_recorded_late_is_believed(put: Any) -> None:
 
 @_bite("all", 200, "beside itself")
 def a_worker_that_stood_still_claims_its_own_work(put: Any) -> None:
-    async def nothing(self: Any) -> None:
+    async def nothing(self: Any, storage: Any) -> None:
         pass
 
-    put(worker.Worker, "_renew_after_pause", nothing)
+    put(leases.LeaseKeeper, "after_pause", nothing)
 
 
 @_bite("crash", 150, "claims")

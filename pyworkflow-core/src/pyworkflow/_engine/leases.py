@@ -98,6 +98,9 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._heard = monotonic()
+        self.asked_at = monotonic()
+        """When the worker last sent a claim that was answered. The answer says nothing: the process
+        may have stood still before it read it."""
         self._task: asyncio.Task[None] | None = None
         """Renews in place of the thread, when none can start."""
 
@@ -120,6 +123,23 @@ class LeaseKeeper:
         """What is held now."""
         with self._lock:
             return list(self._held)
+
+    async def after_pause(self, storage: StorageBackend) -> None:
+        """Keep what ran out while this process stood still, and was taken by nobody.
+
+        Otherwise it would claim its own running work again, and run it beside itself.
+        """
+        for _ in range(3):  # it may stand still while it asks
+            held = self.held()
+            if not held or monotonic() - self.asked_at < self._lease.total_seconds() / 2:
+                return
+            asked = monotonic()
+            kept = await storage.renew(held, self._lease)
+            self.asked_at = asked
+            for ref, ok in zip(held, kept, strict=True):
+                if not ok:
+                    self.discard(ref)
+                    self._on_lost(ref)
 
     def _look(self) -> None:
         self._timer = None

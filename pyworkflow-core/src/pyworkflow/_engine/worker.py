@@ -121,7 +121,6 @@ class Worker:
         self._server: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._stopping = False
-        self._claimed_at = monotonic()
         self._looked_for_gone = 0.0
         self._awaited = Awaited()
 
@@ -289,13 +288,14 @@ class Worker:
         self, items: Sequence[tuple[str, str]] | None = None, *, turns_of: str = "", most: int = 100
     ) -> list[WorkItem]:
         """Claim what is due, and begin it: just ``items``, or turns of the queue ``turns_of``."""
-        await self._renew_after_pause()
+        await self.leases.after_pause(self.storage)
         kinds = {ItemKind.DELIVER}
         if (turns := self.room()) > 0:
             kinds.add(ItemKind.TURN)
         if (steps := self._steps.room()) > 0 and not turns_of:
             kinds.add(ItemKind.STEP)
         queues = frozenset((turns_of,)) if turns_of else self._queues
+        asked = monotonic()
         claimed = await claim(
             self.storage,
             ClaimRequest(
@@ -310,24 +310,10 @@ class Worker:
             ),
         )
         self.clock.update(claimed.now)
-        self._claimed_at = monotonic()
+        self.leases.asked_at = asked
         for taken in claimed.claims:
             self._begin(taken)
         return [taken.item for taken in claimed.claims]
-
-    async def _renew_after_pause(self) -> None:
-        """Keep what ran out while this process was stopped, and was taken by nobody.
-
-        Otherwise it would claim its own running work again, and run it beside itself.
-        """
-        held = self.leases.held()
-        if not held or monotonic() - self._claimed_at < self.settings.lease.total_seconds() / 2:
-            return
-        kept = await self.storage.renew(held, self.settings.lease)
-        for ref, ok in zip(held, kept, strict=True):
-            if not ok:
-                self.leases.discard(ref)
-                self._lost(ref)
 
     def _begin(self, claim: Claim) -> None:
         match claim.item.kind:

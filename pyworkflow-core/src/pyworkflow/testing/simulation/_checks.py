@@ -193,7 +193,9 @@ class Checks:
         others = claims - run.claimed_by[TURN, owner] - run.claimed_by[step, owner]
         if self._bodies.get(place) == others and not self._jumped:
             raise Broken("beside itself", run_id, f"its body runs in this process: op={op}")
-        self._bodies[place] = others
+        if item in run.leases and run.leases[item].owner == owner:
+            self._bodies[place] = others
+        # Else it has lost the step and does not know: the next try may come here all the same.
         return lambda: self._bodies.pop(place, None)
 
     def marked(self, owner: str, change: Change, *, late: bool) -> None:
