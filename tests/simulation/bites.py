@@ -397,7 +397,7 @@ def a_begin_that_was_recorded_late_is_believed(put: Any) -> None:
     put(dispatched.DispatchedSteps, "_mark_begun", believed)
 
 
-@_bite("all", 200, "beside itself")
+@_bite("crash", 300, "beside itself")
 def a_worker_that_stood_still_claims_its_own_work(put: Any) -> None:
     async def nothing(self: Any, storage: Any) -> None:
         pass

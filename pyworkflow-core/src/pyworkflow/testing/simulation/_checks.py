@@ -150,8 +150,9 @@ class Checks:
         """A worker was stopped, or the clock jumped over its leases."""
         self.longest_wait: timedelta | None = None
         """How long an item may be due before somebody claims it."""
-        self._jumped = False
-        """The store's clock jumped: a worker may claim what it works on, its lease having ended."""
+        self.misled = False
+        """The store's clock jumped, or a call of it did not go well: a worker may claim what it
+        works on, since a lease has ended of which it knew nothing."""
         self.clock_went_back = False
         """Time as workers reckon it may be ahead of the store's from then on."""
         self.length = 0
@@ -191,7 +192,7 @@ class Checks:
             raise Broken("told late", run_id, f"begun though that was recorded late: op={op}")
         place = (owner, run_id, op)
         others = claims - run.claimed_by[TURN, owner] - run.claimed_by[step, owner]
-        if self._bodies.get(place) == others and not self._jumped:
+        if self._bodies.get(place) == others and not self.misled:
             raise Broken("beside itself", run_id, f"its body runs in this process: op={op}")
         if item in run.leases and run.leases[item].owner == owner:
             self._bodies[place] = others
@@ -206,7 +207,7 @@ class Checks:
 
     def clock_jumped(self, *, back: bool) -> None:
         """The store's clock has jumped, perhaps over leases."""
-        self.stood_still = self._jumped = True
+        self.stood_still = self.misled = True
         self.clock_went_back = self.clock_went_back or back
 
     def told(self, items: Iterable[WorkItem], *, late: bool) -> None:

@@ -111,6 +111,8 @@ class Server:
         if not self.calls % 500:
             cluster.check_work()
         fault = cluster.faults.of_call(self.calls, write, method)
+        if fault is not None or self.down:
+            cluster.checks.misled = True
         delay = cluster.latency()
         if fault is not None and fault.hangs_before:
             delay += fault.seconds
