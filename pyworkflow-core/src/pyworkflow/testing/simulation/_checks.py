@@ -151,8 +151,9 @@ class Checks:
         self.longest_wait: timedelta | None = None
         """How long an item may be due before somebody claims it."""
         self.misled = False
-        """The store's clock jumped, or a call of it did not go well: a worker may claim what it
-        works on, since a lease has ended of which it knew nothing."""
+        """The store's clock jumped, a call of it did not go well, an answer was read late, or a
+        step's end took the turn from its own worker: a worker may claim what it works on, since a
+        lease has ended of which it knew nothing."""
         self.clock_went_back = False
         """Time as workers reckon it may be ahead of the store's from then on."""
         self.length = 0
@@ -313,6 +314,9 @@ class Checks:
                     )  # fmt: skip
                 if standing.until <= answer.now:
                     self._saw("commit under an expired lease")
+            if change.claim is not None and change.claim.item_id != TURN and TURN in held:
+                took = any(item.item_id == TURN for item in answer.claims)
+                self.misled |= took and held[TURN].token not in self._freed
             if change.final is not None and change.control is None and change.claim is not None:
                 seen = max(change.seen or 0, run.seen)
                 if run.inputs > seen:

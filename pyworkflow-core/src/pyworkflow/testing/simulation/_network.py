@@ -192,6 +192,7 @@ class Server:
         """What the sender may begin on this answer, unless it was too long under way."""
         cluster = self._cluster
         late = self._clockwork.now - call.sent > cluster.settings.lease.total_seconds() / 2
+        cluster.checks.misled |= late
         if given := _given(result):
             if late:
                 cluster.saw("claims in a late answer")
