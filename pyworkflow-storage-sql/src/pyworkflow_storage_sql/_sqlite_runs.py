@@ -314,10 +314,12 @@ def _import_part(part: RunDelta, batch: Batch) -> None:
         return
     fields: Mapping[str, Any] = {k: v for k, v in part.fields.items() if k != "number"}
     if run is None:
-        given = {"created_at": from_micros(0), **fields}
-        number = create_run(conn, namespace, part.run_id, given)
-        if "updated_at" not in fields:
-            set_fields(conn, number, {"updated_at": from_micros(0)})
+        create_run(
+            conn,
+            namespace,
+            part.run_id,
+            {"created_at": from_micros(0), "updated_at": from_micros(0), **fields},
+        )
         run = load_run(conn, batch.file, namespace, part.run_id)
         assert run is not None
     length = len(run.events)

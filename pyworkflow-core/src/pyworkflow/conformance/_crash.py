@@ -274,7 +274,9 @@ class CrashChecks(Suite):
         removed = 0
         while found := await t.store.purge(before=before, limit=7):
             removed += found
-        assert left - 3 <= removed <= left, "what the killed client asked for last may be done now"
+        # Three is what the client asked for last; where the store is files, nobody goes on with it.
+        late = 0 if t.suite.files(t.namespace) else 3
+        assert left - late <= removed <= left
         assert (await t.store.stats())["runs"] == 0
 
 

@@ -167,11 +167,8 @@ class Checks:
         """Every run that was seen."""
         return list(self._runs)
 
-    def begins(self, owner: str, run_id: str, op: str, attempt: int) -> Callable[[], object]:
-        """The body of a try begins in a worker's process; what is returned tells of its end.
-
-        Raises ``Broken``.
-        """
+    def begins(self, owner: str, run_id: str, op: str, attempt: int) -> None:
+        """The body of a try begins in a worker's process. Raises ``Broken``."""
         run = self._runs.get(run_id)
         if run is None:
             raise Broken("lost", run_id, f"a body begins, and there is no run: op={op}")
@@ -185,7 +182,6 @@ class Checks:
         times, claims = run.begun[op, attempt], run.claimed[TURN] + run.claimed[step]
         if times > claims:
             raise Broken("again", run_id, f"begun {times} times in {claims} claims: op={op}")
-
         item = step if run.claimed[step] else TURN
         if (owner, run_id, item) in self._late:
             raise Broken("told late", run_id, f"begun under a claim not asked for again: op={op}")
@@ -198,13 +194,18 @@ class Checks:
         if item in run.leases and run.leases[item].owner == owner:
             self._bodies[place] = others
         # Else it has lost the step and does not know: the next try may come here all the same.
-        return lambda: self._bodies.pop(place, None)
+
+    def ends(self, owner: str, run_id: str, op: str) -> None:
+        """A body that began in that process is over."""
+        self._bodies.pop((owner, run_id, op), None)
 
     def marked(self, owner: str, change: Change, *, late: bool) -> None:
         """It is recorded that a step which begins at most once begins, and its worker was told."""
         if change.claim is not None:
             place = (owner, change.run_id, change.claim.item_id)
-            (self._marked_late.add if late else self._marked_late.discard)(place)
+            self._marked_late.discard(place)
+            if late:
+                self._marked_late.add(place)
 
     def clock_jumped(self, *, back: bool) -> None:
         """The store's clock has jumped, perhaps over leases."""

@@ -179,17 +179,18 @@ class Cluster:
         if record.exc_info is not None and record.exc_info[1] is not None:
             self.broke(Broken("engine", "-", f"{record.getMessage()}: {record.exc_info[1]!r}"))
 
-    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], object]:
+    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], None]:
         """The body of a step begins; what is returned is called at its end."""
         self.bodies[run_id, op, attempt, name] += 1
         loop: Any = events._get_running_loop()
+        owner = loop.process.owner
         if self.tracing:
             self.trace(loop.name, f"body of {name} begins: run={run_id} op={op} try={attempt}")
         try:
-            return self.checks.begins(loop.process.owner, run_id, op, attempt)
+            self.checks.begins(owner, run_id, op, attempt)
         except Broken as problem:
             self.broke(problem)
-            return int
+        return lambda: self.checks.ends(owner, run_id, op)
 
     @property
     def calls(self) -> int:

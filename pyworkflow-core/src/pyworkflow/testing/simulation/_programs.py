@@ -8,8 +8,8 @@ cluster, the result is that of the undisturbed run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from random import Random
 from typing import Any
 
@@ -27,33 +27,25 @@ FAR = _DAY
 """Seconds that pass in no run: jumps of the clock included."""
 
 
-@contextmanager
-def _body(name: str) -> Generator[int]:
-    """The body of a step, from here on; which try it is."""
-    context = _primitives.step_context()
-    with _reality.body(context.run_id, context.step_id, context.attempt, name):
-        yield context.attempt
-
-
 async def _pause(n: int) -> None:
     for _ in range(n % 3):
         await asyncio.sleep(0)
 
 
 async def _ok(n: int) -> int:
-    with _body("ok"):
+    with _reality.body("ok"):
         await _pause(n)
         return n
 
 
 async def _fails(n: int) -> int:
-    with _body("fails"):
+    with _reality.body("fails"):
         await _pause(n)
         raise ValueError(f"step {n}")
 
 
 async def _flaky(n: int) -> int:
-    with _body("flaky") as attempt:
+    with _reality.body("flaky") as attempt:
         await _pause(n)
         if attempt <= 1 + n % 2:
             raise OSError(f"step {n}")
@@ -61,48 +53,48 @@ async def _flaky(n: int) -> int:
 
 
 async def _queued(n: int) -> int:
-    with _body("queued"):
+    with _reality.body("queued"):
         await _pause(n)
         return n
 
 
 async def _slow(n: int) -> int:
-    with _body("slow"):
+    with _reality.body("slow"):
         await _pause(n)
         await asyncio.sleep((0.12, 0.3, 0.9)[n % 3])
         return n
 
 
 async def _long(n: int) -> int:
-    with _body("long"):
+    with _reality.body("long"):
         await _pause(n)
         await asyncio.sleep(2.5)
         return n
 
 
 async def _forever(n: int) -> int:
-    with _body("forever"):
+    with _reality.body("forever"):
         await _pause(n)
         await asyncio.sleep(_DAY)
         return n
 
 
 async def _timed(n: int) -> int:
-    with _body("timed"):
+    with _reality.body("timed"):
         await _pause(n)
         await asyncio.sleep(_DAY)
         return n
 
 
 async def _once(n: int) -> int:
-    with _body("once"):
+    with _reality.body("once"):
         await _pause(n)
         await asyncio.sleep((0, 0.2)[n % 2])
         return n
 
 
 def _sync(n: int) -> int:
-    with _body("sync"):
+    with _reality.body("sync"):
         return n
 
 

@@ -20,7 +20,15 @@ from random import Random
 from types import ModuleType
 from typing import Any, Protocol
 
-from pyworkflow import _clock, _config, _definitions, _hooks, _memory, _operations
+from pyworkflow import (
+    _clock,
+    _config,
+    _definitions,
+    _hooks,
+    _memory,
+    _operations,
+    _primitives,
+)
 from pyworkflow._config import Settings
 from pyworkflow._definitions import Step, Workflow
 from pyworkflow._engine import guard, owner
@@ -67,7 +75,7 @@ class World(Protocol):
         """Whether the process that runs now can see that this one has ended."""
         ...
 
-    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], object]:
+    def body(self, run_id: str, op: str, attempt: int, name: str) -> Callable[[], None]:
         """The body of a step begins; what is returned is called at its end."""
         ...
 
@@ -199,14 +207,14 @@ _PATCHES = _places()
 
 
 @contextmanager
-def body(run_id: str, op: str, attempt: int, name: str) -> Generator[None]:
-    """The body of a simulated program's step, from its first line to its last."""
-    world = _world
-    if world is None:
-        yield
+def body(name: str) -> Generator[int]:
+    """The body of a simulated program's step, from its first line to its last; which try it is."""
+    context = _primitives.step_context()
+    if _world is None:
+        yield context.attempt
         return
-    ended = world.body(run_id, op, attempt, name)
+    ended = _world.body(context.run_id, context.step_id, context.attempt, name)
     try:
-        yield
+        yield context.attempt
     finally:
         ended()
