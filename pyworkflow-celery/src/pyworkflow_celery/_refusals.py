@@ -28,6 +28,8 @@ class Refusals:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, str], tuple[Doorbell, int]] = OrderedDict()
         self._under_way = 0
+        self._done = 0
+        """How many were not refused: each that is done with may leave room."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def forget(self) -> None:
@@ -39,17 +41,22 @@ class Refusals:
     ) -> Outcome:
         """What ``handle`` answers."""
         self._under_way += 1
+        done = self._done
         try:
             outcome = await handle(bell)
         finally:
             self._under_way -= 1
         if outcome is not Outcome.BUSY:
+            self._done += 1
             self._again(handle)
-        elif self._under_way and tries < _TRIES and len(self._kept) < _MOST:
+            return outcome
+        # Whatever was done with while the store was asked has found nothing kept to begin.
+        missed = self._done != done
+        # Alone, there was room: somebody else is at it.
+        if (missed or self._under_way) and tries < _TRIES and len(self._kept) < _MOST:
             self._kept[bell.run_id, bell.item_id] = bell, tries
-        elif not self._under_way:
-            # There was room: somebody else is at it. What is kept would wait for nobody here.
-            self._again(handle)
+        if missed or not self._under_way:
+            self._again(handle)  # what is kept would wait for nobody here
         return outcome
 
     def _again(self, handle: Callable[[Doorbell], Awaitable[Outcome]]) -> None:

@@ -65,6 +65,40 @@ def test_what_is_refused_although_there_is_room_is_somebody_elses():
     asyncio.run(main())
 
 
+def test_room_that_comes_while_the_store_is_asked_why_is_not_missed():
+    class Slow(Room):
+        """Says only later that there was no room."""
+
+        async def handle(self, bell):
+            full = len(self.done) >= self.room
+            outcome = await super().handle(bell)
+            if full:
+                await said.wait()
+            return outcome
+
+    async def main():
+        nonlocal said
+        # The last one that is under way, or one of several: each ends before the refusal is heard.
+        for begun, refused in (("a", "x"), ("a", "xy"), ("ab", "x"), ("ab", "xy"), ("abc", "x")):
+            said = asyncio.Event()
+            room, refusals = Slow(len(begun)), Refusals()
+            for name in begun + refused:
+                asyncio.create_task(refusals.handle(room.handle, bell(name)))  # noqa: RUF006 - ends
+            await turn()
+            room.done["a"].set()
+            await turn()
+            said.set()
+            await turn()
+            assert list(room.done) == [*begun[1:], "x"]
+            for name in (*begun[1:], *refused):
+                room.done[name].set()
+                await turn()
+            assert not room.done
+
+    said = asyncio.Event()
+    asyncio.run(main())
+
+
 def test_it_is_not_tried_for_ever_and_keeps_no_other_from_being_tried(monkeypatch):
     monkeypatch.setattr(_refusals, "_TRIES", 3)
 
