@@ -67,7 +67,7 @@ def test_a_worker_that_its_store_refuses_ends_with_one_line(
 @pytest.mark.parametrize("url", ["http://user:hidden@nowhere/", "redis://user:hidden@nowhere:x/0"])
 def test_a_client_with_a_wrong_broker_gets_an_error_that_says_so(fleet: Fleet, url: str) -> None:
     fleet.client_broker = url
-    answer, _ = fleet.request(_program.ten.name, new_tag())
+    answer = fleet.request(_program.ten.name, new_tag())
     assert answer["error"] == "ConfigurationError"
     assert "PYWORKFLOW_BROKER_URL" in answer["message"] or "HOST:PORT" in answer["message"]
     assert "hidden" not in str(answer)
@@ -130,8 +130,8 @@ def test_messages_with_headers_that_nobody_can_read_stop_nobody(fleet: Fleet) ->
         client.lpush("pyworkflow", "[" * 200_000)
         fleet.eventually(lambda: fleet.waiting() == 0, "all are taken")
         # More of them than the worker takes at once.
-        assert fleet.result(fleet.start(_program.ten), deadline=20) == 10
-        fleet.eventually(lambda: not client.hlen("unacked"), "none comes back", deadline=20)
+        assert fleet.result(fleet.start(_program.ten)) == 10
+        fleet.eventually(lambda: not client.hlen("unacked"), "none comes back")
     assert worker.process.poll() is None
 
 

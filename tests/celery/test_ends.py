@@ -8,17 +8,16 @@ import psutil
 import pytest
 
 from tests.celery import _program
-from tests.celery._harness import CONT, KILL, LEASE, QUIT, STOP, TERM, Fleet, new_tag
+from tests.celery._harness import CONT, KILL, QUIT, SHORT_LEASE, STOP, TERM, Fleet, new_tag
 
 POOLS = ("prefork", "threads", "solo")
-LONG_LEASE = {"PYWORKFLOW_LEASE": "60s", "PYWORKFLOW_RENEW_EVERY": "20s"}
 
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("number", [TERM, QUIT])
 def test_f12_a_step_ends_in_its_grace_time(fleet: Fleet, pool: str, number: int) -> None:
     tag = new_tag()
-    worker = fleet.worker(pool=pool, **LONG_LEASE)
+    worker = fleet.worker(pool=pool)
     run_id = fleet.start(_program.waiting, tag=tag)
     fleet.begun(tag, "gated")
     worker.signal(number)
@@ -26,7 +25,7 @@ def test_f12_a_step_ends_in_its_grace_time(fleet: Fleet, pool: str, number: int)
     worker.wait()
     assert fleet.executions(tag) == {"gated": 1, "gated-end": 1}
     fleet.worker(pool="threads")
-    assert fleet.result(run_id, deadline=20) == "gated"
+    assert fleet.result(run_id) == "gated"
     assert fleet.executions(tag)["gated"] == 1
     fleet.check(run_id)
 
@@ -34,16 +33,16 @@ def test_f12_a_step_ends_in_its_grace_time(fleet: Fleet, pool: str, number: int)
 @pytest.mark.parametrize("pool", POOLS)
 def test_f12_a_step_beyond_its_grace_time_is_given_back_at_once(fleet: Fleet, pool: str) -> None:
     tag = new_tag()
-    worker = fleet.worker(pool=pool, PYWORKFLOW_DRAIN="0.5s", **LONG_LEASE)
+    worker = fleet.worker(pool=pool, PYWORKFLOW_DRAIN="0.5s")
     run_id = fleet.start(_program.waiting, tag=tag)
     fleet.begun(tag, "gated")
-    fleet.begin(pool="threads", **LONG_LEASE)
+    fleet.begin(pool="threads")
     fleet.eventually(lambda: fleet.workers[1].ready, "the next worker is ready")
     worker.signal(TERM)
-    # The lease is a minute: nobody waited for it.
-    fleet.begun(tag, "gated", 2, deadline=20)
+    # The lease is five minutes: nobody waited for it.
+    fleet.begun(tag, "gated", 2)
     fleet.open_gate(tag)
-    assert fleet.result(run_id, deadline=20) == "gated"
+    assert fleet.result(run_id) == "gated"
     worker.wait()
     fleet.check(run_id)
 
@@ -63,20 +62,20 @@ def test_f13_told_to_end_under_load_every_commit_is_whole_or_absent(fleet: Fleet
 
 def test_f09_a_killed_child_frees_its_step_at_once(fleet: Fleet) -> None:
     tag = new_tag()
-    fleet.worker(**LONG_LEASE)
+    fleet.worker()
     run_id = fleet.start(_program.doomed, 1, tag=tag)
-    fleet.begun(tag, "suicidal", 2, deadline=20)
-    assert fleet.result(run_id, deadline=20) == "alive"
+    fleet.begun(tag, "suicidal", 2)
+    assert fleet.result(run_id) == "alive"
     assert fleet.executions(tag) == {"suicidal": 2}
     fleet.check(run_id)
 
 
 def test_f09_a_step_that_kills_three_processes_fails(fleet: Fleet) -> None:
     tag = new_tag()
-    worker = fleet.worker(**LONG_LEASE)
+    worker = fleet.worker()
     other = fleet.start(_program.ten)
     run_id = fleet.start(_program.doomed, 99, tag=tag)
-    assert fleet.result(run_id, deadline=40) == "WorkerLost"
+    assert fleet.result(run_id) == "WorkerLost"
     assert 3 <= fleet.executions(tag)["suicidal"] <= 4
     assert fleet.result(other) == 10
     assert worker.process.poll() is None
@@ -85,13 +84,13 @@ def test_f09_a_step_that_kills_three_processes_fails(fleet: Fleet) -> None:
 
 def test_f09_a_child_killed_from_outside_frees_its_step_at_once(fleet: Fleet) -> None:
     tag = new_tag()
-    fleet.worker(**LONG_LEASE)
+    fleet.worker()
     run_id = fleet.start(_program.waiting, tag=tag)
     pid = fleet.begun(tag, "gated")
     os.kill(pid, KILL)
-    assert fleet.begun(tag, "gated", 2, deadline=20) != pid
+    assert fleet.begun(tag, "gated", 2) != pid
     fleet.open_gate(tag)
-    assert fleet.result(run_id, deadline=20) == "gated"
+    assert fleet.result(run_id) == "gated"
 
 
 def test_f10_a_step_that_wants_too_much_memory_fails_and_its_worker_lives(fleet: Fleet) -> None:
@@ -111,7 +110,7 @@ def test_f08_all_processes_killed_inside_a_step_it_is_done_again(fleet: Fleet, p
     worker.signal_all(KILL)
     worker.wait()
     fleet.worker(pool="threads")
-    fleet.begun(tag, "gated", 2, deadline=LEASE + 20)
+    fleet.begun(tag, "gated", 2)
     fleet.open_gate(tag)
     assert fleet.result(run_id) == "gated"
     assert fleet.executions(tag)["gated"] == 2
@@ -131,7 +130,7 @@ def test_f11_timers_of_a_worker_that_is_gone_fire_elsewhere(fleet: Fleet) -> Non
     worker.signal_all(KILL)
     worker.wait()
     fleet.worker(pool="threads")
-    assert [fleet.result(run_id, deadline=20) for run_id in ids] == ["after"] * 5
+    assert [fleet.result(run_id) for run_id in ids] == ["after"] * 5
     assert all(fleet.executions(tag) == {"before": 1, "after": 1} for tag in tags)
 
 
@@ -149,10 +148,10 @@ def test_f06_f07_a_process_killed_at_a_commit_leaves_its_run_to_others(
 ) -> None:
     tag = new_tag()
     fleet.open_gate("failpoint")
-    fleet.worker(concurrency=1, FAILPOINT=point, **LONG_LEASE)
+    fleet.worker(concurrency=1, FAILPOINT=point)
     run_id = fleet.start(_program.mixed, tag=tag)
     fleet.begun("failpoint", point.partition(":")[0])
-    assert fleet.result(run_id, deadline=30)[-1] == "c"
+    assert fleet.result(run_id)[-1] == "c"
     executions = fleet.executions(tag)
     # Whatever had no result yet is done once more, all else is not.
     assert max(count for name, count in executions.items() if name != "shaky") <= 2
@@ -163,13 +162,13 @@ def test_f06_f07_a_process_killed_at_a_commit_leaves_its_run_to_others(
 def test_f13_told_to_end_in_a_commit_it_is_whole(fleet: Fleet, nth: int) -> None:
     tag = new_tag()
     fleet.open_gate("failpoint")
-    worker = fleet.worker(concurrency=1, FAILPOINT=f"term:{nth}", **LONG_LEASE)
+    worker = fleet.worker(concurrency=1, FAILPOINT=f"term:{nth}")
     run_id = fleet.start(_program.mixed, tag=tag)
     assert worker.wait() == 0
     assert fleet.executions("failpoint") == {"term": 1}
     fleet.check(run_id)
-    fleet.worker(pool="threads", **LONG_LEASE)
-    assert fleet.result(run_id, deadline=30)[-1] == "c"
+    fleet.worker(pool="threads")
+    assert fleet.result(run_id)[-1] == "c"
     assert {name: n for name, n in fleet.executions(tag).items() if n != 1} == {"shaky": 2}
     fleet.check(run_id)
 
@@ -193,13 +192,13 @@ def test_f14_a_worker_stopped_past_its_lease_changes_nothing_when_it_goes_on(
     fleet: Fleet, pool: str
 ) -> None:
     tag = new_tag()
-    worker = fleet.worker(pool=pool)
+    worker = fleet.worker(pool=pool, **SHORT_LEASE)
     run_id = fleet.start(_program.waiting, tag=tag)
     fleet.begun(tag, "gated")
     worker.signal_all(STOP)
     try:
         fleet.worker(pool="threads")
-        fleet.begun(tag, "gated", 2, deadline=LEASE + 20)
+        fleet.begun(tag, "gated", 2)
         fleet.open_gate(tag)
         assert fleet.result(run_id) == "gated"
         before = fleet.events(run_id)
@@ -215,7 +214,7 @@ def test_f46_a_workflow_that_kills_its_process_stalls_after_ten_and_harms_no_oth
     fleet: Fleet,
 ) -> None:
     tag = new_tag()
-    fleet.worker(**LONG_LEASE)
+    fleet.worker()
     run_id = fleet.start(_program.poisoned, tag=tag)
     other = fleet.start(_program.ten)
     fleet.eventually(lambda: fleet.status(run_id) == "stalled", "it stalls")

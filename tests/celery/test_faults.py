@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from time import monotonic
 
 import pytest
 
@@ -23,7 +24,7 @@ attach(app)
 
 def test_f01_a_run_whose_client_died_before_it_rang_is_found(fleet: Fleet) -> None:
     fleet.worker(pool="threads")
-    assert fleet.result(fleet.start_silently(_program.ten), deadline=20) == 10
+    assert fleet.result(fleet.start_silently(_program.ten)) == 10
 
 
 def test_f03_doorbells_that_were_lost_are_rung_again(fleet: Fleet) -> None:
@@ -33,7 +34,7 @@ def test_f03_doorbells_that_were_lost_are_rung_again(fleet: Fleet) -> None:
     with fleet.redis() as client:
         client.flushdb()  # as if a worker had popped them and died before it noted them
     fleet.worker(pool="threads")
-    assert [fleet.result(run_id, deadline=20) for run_id in ids] == [10] * 5
+    assert [fleet.result(run_id) for run_id in ids] == [10] * 5
     assert all(sum(fleet.executions(tag).values()) == 10 for tag in tags)
 
 
@@ -86,7 +87,7 @@ def test_f17_a_broker_that_forgot_everything_holds_up_no_run(fleet: Fleet) -> No
     fleet.broker.kill()
     fleet.broker.start()
     worker = fleet.worker()
-    assert [fleet.result(run_id, deadline=20) for run_id in ids] == [10] * 5
+    assert [fleet.result(run_id) for run_id in ids] == [10] * 5
     # Once more, under a worker that is connected and busy.
     ids = [fleet.start(_program.waiting, tag=tag), fleet.start(_program.napper, 2.0)]
     fleet.begun(tag, "gated")
@@ -114,31 +115,26 @@ def test_f18_a_broker_that_evicts_its_queue_holds_up_no_run(fleet: Fleet) -> Non
         assert fleet.waiting() == 0
         client.config_set("maxmemory", 0)
     fleet.worker(pool="threads")
-    assert [fleet.result(run_id, deadline=20) for run_id in ids] == [10] * 3
+    assert [fleet.result(run_id) for run_id in ids] == [10] * 3
 
 
 def test_f19_a_broker_without_memory_costs_no_start(fleet: Fleet) -> None:
     with fleet.redis() as client:
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
-        run_id, seconds = fleet.request(_program.ten.name, new_tag())
-        assert isinstance(run_id, str), run_id
-        assert seconds < 3
+        run_id = fleet.start(_program.ten)
         client.config_set("maxmemory", 0)
     fleet.worker(pool="threads")
-    assert fleet.result(run_id, deadline=20) == 10
+    assert fleet.result(run_id) == 10
 
 
 def test_f21_a_start_without_broker_returns_and_the_run_follows(fleet: Fleet) -> None:
-    fleet.request("get_run", "none")  # the client imports before it is measured
     fleet.broker.kill()
-    run_id, seconds = fleet.request(_program.ten.name, new_tag())
-    assert isinstance(run_id, str), run_id
-    assert seconds < 3
+    run_id = fleet.start(_program.ten)
     assert fleet.status(run_id) == "pending"
     fleet.broker.start()
     fleet.worker(pool="threads")
-    assert fleet.result(run_id, deadline=20) == 10
+    assert fleet.result(run_id) == 10
 
 
 def test_f22_a_start_before_a_silent_broker_returns_and_the_run_follows(
@@ -149,12 +145,12 @@ def test_f22_a_start_before_a_silent_broker_returns_and_the_run_follows(
     first = fleet.start(_program.ten)
     fleet.eventually(lambda: fleet.waiting() == 1, "the message came through")
     proxy.blackhole()
-    run_id, seconds = fleet.request(_program.ten.name, new_tag())
-    assert isinstance(run_id, str), run_id
-    assert seconds < 3
+    # Were it waited for, each of these would take the three seconds after which it is given up.
+    began = monotonic()
+    ids = [fleet.start(_program.ten) for _ in range(60)]
+    assert monotonic() - began < 60
     fleet.worker(pool="threads")  # not through the proxy
-    assert fleet.result(run_id, deadline=20) == 10
-    assert fleet.result(first) == 10
+    assert [fleet.result(run_id) for run_id in (first, *ids)] == [10] * 61
     proxy.heal()
 
 
@@ -211,12 +207,12 @@ def test_f42_a_worker_without_the_workflow_leaves_it_to_another(fleet: Fleet) ->
     without = fleet.worker(pool="threads", PYWORKFLOW_MODULES="")
     assert "has no workflow" in without.log
     run_id = fleet.start(_program.ten)
-    fleet.eventually(lambda: "seems to have the workflow" in without.log, "it says so", deadline=20)
+    fleet.eventually(lambda: "seems to have the workflow" in without.log, "it says so")
     assert fleet.status(run_id) not in ("failed", "stalled")
     fleet.worker(pool="threads")
-    assert fleet.result(run_id, deadline=30) == 10
+    assert fleet.result(run_id) == 10
     # A mixed fleet goes on working.
-    assert [fleet.result(fleet.start(_program.ten), deadline=30) for _ in range(5)] == [10] * 5
+    assert [fleet.result(fleet.start(_program.ten)) for _ in range(5)] == [10] * 5
 
 
 def test_f47_short_steps_do_not_wait_behind_a_long_one(fleet: Fleet) -> None:
@@ -226,7 +222,7 @@ def test_f47_short_steps_do_not_wait_behind_a_long_one(fleet: Fleet) -> None:
     long = fleet.start(_program.waiting, tag=tag)
     fleet.begun(tag, "gated")
     short = [fleet.start(_program.ten) for _ in range(100)]
-    assert [fleet.result(run_id, deadline=30) for run_id in short] == [10] * 100
+    assert [fleet.result(run_id) for run_id in short] == [10] * 100
     assert fleet.status(long) == "running"
     fleet.open_gate(tag)
     assert fleet.result(long) == "gated"

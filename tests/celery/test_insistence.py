@@ -8,13 +8,12 @@ from time import monotonic
 import pytest
 
 from tests.celery import _program
-from tests.celery._harness import QUIT, TERM, Fleet, new_tag
+from tests.celery._harness import CONT, QUIT, STOP, TERM, Fleet, new_tag
 from tests.celery.test_children import gone
 
 INT = signal.SIGINT
-#: Neither the lease nor the drain is over before the test is.
-LONG = {"PYWORKFLOW_LEASE": "120s", "PYWORKFLOW_RENEW_EVERY": "30s", "PYWORKFLOW_DRAIN": "60s"}
-SOON = 10.0
+#: No drain is over before the test is.
+LONG = {"PYWORKFLOW_DRAIN": "300s"}
 #: Seconds in which a second signal counts as the first one, which came twice.
 AS_ONE = 0.1
 
@@ -38,20 +37,17 @@ def test_who_insists_waits_for_no_step(fleet: Fleet, pool: str, number: int) -> 
     fleet.begun(tag, "gated")
     children = worker.children()
     worker.signal(number)
-    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard", deadline=SOON)
+    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard")
     heard = monotonic()
     fleet.eventually(lambda: monotonic() - heard > AS_ONE * 2, "time passes")
-    began = monotonic()
     worker.signal(number)
-    worker.wait(SOON)
-    took = monotonic() - began
+    worker.wait()
     assert all(map(gone, children))
-    assert took < SOON / 2, f"{took:.1f} s\n{worker.log}"
-    # What it held was given back: the lease is two minutes.
+    # What it held was given back: the lease is five minutes.
     fleet.worker(**LONG)
-    fleet.begun(tag, "gated", 2, deadline=SOON)
+    fleet.begun(tag, "gated", 2)
     fleet.open_gate(tag)
-    assert fleet.result(run_id, deadline=SOON) == "gated"
+    assert fleet.result(run_id) == "gated"
     fleet.check(run_id)
 
 
@@ -61,14 +57,16 @@ def test_an_interrupt_that_comes_twice_at_once_is_one(fleet: Fleet) -> None:
     run_id = fleet.start(_program.waiting, tag=tag)
     fleet.begun(tag, "gated")
     # As of a terminal, which tells the whole group, and a program in it that passes it on.
+    worker.signal(STOP)
     worker.signal(INT)
     worker.signal(TERM)
-    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard", deadline=SOON)
+    worker.signal(CONT)
+    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard")
     fleet.open_gate(tag)
-    worker.wait(SOON)
+    worker.wait()
     assert fleet.executions(tag) == {"gated": 1, "gated-end": 1}
     fleet.worker(**LONG)
-    assert fleet.result(run_id, deadline=SOON) == "gated"
+    assert fleet.result(run_id) == "gated"
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
@@ -80,11 +78,11 @@ def test_a_worker_ends_although_its_broker_hangs(fleet: Fleet, pool: str) -> Non
     fleet.broker.pause()
     try:
         worker.signal(TERM)
-        worker.wait(30)
+        worker.wait()
     finally:
         fleet.broker.resume()
-    # The step was given back: the lease is two minutes.
+    # The step was given back: the lease is five minutes.
     fleet.worker(pool="threads", **LONG | {"PYWORKFLOW_MUTE": "1s"})
-    fleet.begun(tag, "gated", 2, deadline=SOON)
+    fleet.begun(tag, "gated", 2)
     fleet.open_gate(tag)
-    assert fleet.result(run_id, deadline=SOON) == "gated"
+    assert fleet.result(run_id) == "gated"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.celery import _program
-from tests.celery._harness import Fleet, beyond_the_lease, fleet_on, new_tag
+from tests.celery._harness import SHORT_LEASE, Fleet, beyond_the_lease, fleet_on, new_tag
 
 POOLS = ("prefork", "threads", "solo")
 
@@ -17,8 +17,8 @@ def pool(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
     with fleet_on(tmp_path_factory.mktemp(request.param)) as made:
-        first = made.begin(pool=request.param, concurrency=2)
-        second = made.begin(pool=request.param, concurrency=2, queues="gpu,pyworkflow")
+        first = made.begin(pool=request.param, **SHORT_LEASE)
+        second = made.begin(pool=request.param, queues="gpu,pyworkflow", **SHORT_LEASE)
         made.eventually(lambda: first.ready and second.ready, "two workers")
         yield made
 

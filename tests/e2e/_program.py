@@ -163,7 +163,7 @@ def script(store: str, runs: str) -> None:
 
 def ends(store: str) -> None:
     """Start runs and come to the end of the script: one run ends, one sleeps."""
-    configure(storage=FileStorageBackend(store), lease="5s")
+    configure(storage=FileStorageBackend(store), lease="300s")
     print(start(slow, 1), start(napper, 2))
 
 

@@ -66,7 +66,7 @@ def test_f01_a_client_killed_between_its_commit_and_its_doorbell_has_started_its
     assert died.returncode == -signal.SIGKILL, died.stderr
     run_id = fleet.ask(lambda storage: storage.find_run(tag))
     assert run_id is not None
-    assert fleet.result(run_id, deadline=20) == 10
+    assert fleet.result(run_id) == 10
     assert set(fleet.executions(tag).values()) == {1}
     fleet.check(run_id)
 
@@ -84,6 +84,6 @@ def test_f03_a_doorbell_that_dies_with_the_worker_that_took_it_is_rung_again(fle
     assert fleet.waiting() == 0
     assert fleet.executions(tag) == {}
     fleet.worker(pool="threads")
-    assert fleet.result(run_id, deadline=20) == 10
+    assert fleet.result(run_id) == 10
     assert set(fleet.executions(tag).values()) == {1}
     fleet.check(run_id)

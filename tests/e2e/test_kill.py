@@ -324,13 +324,11 @@ def test_a_killed_script_leaves_its_runs_to_the_next_worker(stage: Stage) -> Non
     script.kill()
     script.wait()
     assert all(not r.status.is_terminal for r in stage.runs() if r.workflow == "slow")
-    began = time.monotonic()
     stage.begin("serve", stage.store)
+    # The lease of a process that is gone is not waited for: it is five minutes.
     eventually(
         lambda: any(r.workflow == "slow" and r.status.is_terminal for r in stage.runs()),
         "the run ends",
     )
-    # The lease of a process that is gone is not waited for.
-    assert time.monotonic() - began < 4.5
     assert stage.executions()["1", "patient"] == 2
     stage.check()

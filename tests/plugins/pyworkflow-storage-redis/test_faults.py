@@ -240,7 +240,7 @@ def test_f20_a_failover_that_lost_writes_is_noticed(make_valkey: MakeValkey) -> 
 
 def test_f22_a_silent_connection_is_given_up(valkey: ValkeyServer | GivenServer) -> None:
     async def main(proxy: Proxy) -> None:
-        async with RedisStorageBackend(proxy.url, namespace=uuid4().hex, timeout=0.5) as store:
+        async with RedisStorageBackend(proxy.url, namespace=uuid4().hex, timeout=2) as store:
             await store.commit(create())
             proxy.blackhole()
             with pytest.raises(StorageUnavailable):

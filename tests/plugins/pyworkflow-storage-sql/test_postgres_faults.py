@@ -228,7 +228,7 @@ def test_f22_a_connection_that_nothing_comes_through_is_given_up_after_the_timeo
     proxy = make_proxy(postgres.database())
 
     async def main() -> None:
-        async with PostgresStorageBackend(proxy.url, timeout=0.5, connections=1) as store:
+        async with PostgresStorageBackend(proxy.url, timeout=2, connections=1) as store:
             await store.commit(start("run"))
             proxy.blackhole()
             with pytest.raises(StorageUnavailable, match="in time"):
