@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import sys
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -28,6 +29,7 @@ from pyworkflow import (
     step_context,
     workflow,
 )
+from pyworkflow._definitions import Step, Workflow
 from pyworkflow._engine.deliver import event_payload, run_payload
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow.errors import StorageUnavailable
@@ -1121,7 +1123,7 @@ def test_steps_beside_one_that_takes_the_worker_down_are_not_blamed() -> None:
         async with bench() as b:
             run_id = await b.start(te_crowd)
             for _ in range(3):
-                await asyncio.wait_for(died.wait(), 15)
+                await asyncio.wait_for(died.wait(), 60)
                 died.clear()
                 await b.crash()
                 await b.pass_time("31s")
@@ -1186,6 +1188,64 @@ def test_code_that_blocks_is_interrupted_and_its_run_stalls(
             await b.pass_time("30s")
             assert await b.result(run_id) == "calm"
             del blocking, calm
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("place", ["decode_result", "encode_result"])
+def test_a_value_that_takes_too_long_to_read_or_write_stalls_the_run_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(shared_guard(), "_limit", 0.2)
+
+    @step
+    async def te_made() -> str:
+        return "made"
+
+    @workflow
+    async def te_hands_on() -> str:
+        return await te_made()
+
+    async def main() -> None:
+        async with bench() as b:
+            of = Step if place == "decode_result" else Workflow
+            real: Any = getattr(of, place)
+            with monkeypatch.context() as patch:
+                patch.setattr(of, place, _forever)
+                run_id = await b.start(te_hands_on)
+                run = await b.until(run_id, "stalled")
+                assert "blocked" in str(run.stalled)
+                patch.setattr(of, place, real)
+            await b.pass_time("30s")
+            assert await b.result(run_id) == "made"
+
+    asyncio.run(main())
+
+
+def _forever(*args: object) -> None:
+    while True:
+        pass
+
+
+def test_an_interruption_that_a_destructor_swallows_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_guard(), "_limit", 0.2)
+    swallowed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
+
+    class Slow:
+        __del__ = _forever
+
+    @workflow
+    async def te_destroys() -> None:
+        Slow()
+        _forever()
+
+    async def main() -> None:
+        async with bench() as b:
+            await b.until(await b.start(te_destroys), "stalled")
+            assert len(swallowed) == 1
 
     asyncio.run(main())
 

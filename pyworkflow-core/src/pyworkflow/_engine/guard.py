@@ -156,7 +156,7 @@ class Guard:
         try:
             replay.feed(events)
         except WorkflowBlocked:
-            pass  # it came between two callbacks: the replay knows
+            replay.blocked()  # it came outside of the code: the event may be half fed
         finally:
             with _lock:
                 del _spinning[thread]
@@ -193,6 +193,8 @@ class Guard:
                 for thread, (replay, since) in list(_spinning.items()):
                     idle = 0
                     if now - since > self._limit and replay.interrupt():
+                        # Once more after as long: a destructor may have swallowed it.
+                        _spinning[thread] = replay, now
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(thread), ctypes.py_object(WorkflowBlocked)
                         )

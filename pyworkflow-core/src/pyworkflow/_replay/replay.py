@@ -382,10 +382,7 @@ class Replay:
         except WorkflowBlocked:
             context.loop.interrupted = True
         if context.loop.interrupted:
-            self.problem = WorkflowContextError(
-                "workflow code blocked its worker for too long; move blocking calls and long "
-                "computations into a step"
-            )
+            self.blocked()
         elif context.misuse is not None:
             self.problem = context.misuse
         elif self.problem is None and self.outcome is None:
@@ -518,11 +515,19 @@ class Replay:
         return self._context
 
     def interrupt(self) -> bool:
-        """Called by the watchdog: end the spin, the code blocks. True when it was running."""
-        if self._context is None or self._context.loop.interrupted:
+        """Called by the watchdog: end the spin, the code blocks. False when it has not begun."""
+        if self._context is None:
             return False
         self._context.loop.interrupted = True
         return True
+
+    def blocked(self) -> None:
+        """It was interrupted, be it while a value was read for the code: no feed may go on."""
+        if self.outcome is None:
+            self.problem = WorkflowContextError(
+                "workflow code blocked its worker for too long; move blocking calls and long "
+                "computations into a step"
+            )
 
     @property
     def is_interrupted(self) -> bool:
