@@ -380,6 +380,37 @@ def test_of_a_late_claim_what_others_took_is_not_begun(
     asyncio.run(main())
 
 
+def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A turn in an answer from before the pause begins in the very round of the loop that asks.
+    watch = Watch(monkeypatch, leases)
+    early, late = ClaimRef("run", "step:1#1", "t1"), ClaimRef("run", TURN, "t2")
+    asked: list[set[ClaimRef]] = []
+
+    class Asked(MemoryStorageBackend):
+        async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+            asked.append(set(refs))
+            keeper.add(late)
+            return [True] * len(refs)
+
+    async def main() -> None:
+        nonlocal keeper
+        storage = Asked()
+        keeper = leases.LeaseKeeper(storage, LEASE, LEASE / 3, print)
+        keeper.add(early)
+        await keeper.after_pause(storage)
+        assert asked == []
+        watch.now = 11.0
+        await keeper.after_pause(storage)
+        await keeper.after_pause(storage)
+        keeper.close()
+        assert asked == [{early}, {early, late}]
+
+    keeper: leases.LeaseKeeper
+    asyncio.run(main())
+
+
 def test_a_read_is_asked_again_while_the_storage_is_unavailable() -> None:
     async def main() -> None:
         asked: list[int] = []

@@ -129,11 +129,16 @@ class LeaseKeeper:
 
         Otherwise it would claim its own running work again, and run it beside itself.
         """
+        renewed: set[ClaimRef] = set()
         for _ in range(3):  # it may stand still while it asks
             held = self.held()
-            if not held or monotonic() - self.asked_at < self._lease.total_seconds() / 2:
+            stood_still = monotonic() - self.asked_at >= self._lease.total_seconds() / 2
+            # What an answer from before the pause gave may be taken up while it asks.
+            taken_up = renewed and not renewed.issuperset(held)
+            if not held or not (stood_still or taken_up):
                 return
             asked = monotonic()
+            renewed.update(held)
             kept = await storage.renew(held, self._lease)
             self.asked_at = asked
             for ref, ok in zip(held, kept, strict=True):
