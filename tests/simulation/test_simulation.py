@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyworkflow import _plugins
@@ -25,6 +26,7 @@ from pyworkflow.testing.simulation._cli import main
 from pyworkflow.testing.simulation._coverage import missing
 from pyworkflow.testing.simulation._many import check_backend, run_many, shrink
 from tests.simulation.bites import BITES, planted
+from tests.watched import until
 
 FULL = os.environ.get("PYWORKFLOW_FULL") == "1"
 SEEDS = 5000 if FULL else 400
@@ -163,6 +165,20 @@ def test_the_command_ends_quietly_when_nobody_reads_on() -> None:
         ended.stdout.close()
         assert ended.stderr.read() == ""
     assert ended.returncode == 141
+
+
+def test_the_processes_of_a_command_that_was_killed_end_with_it() -> None:
+    words = ["-m", "pyworkflow.testing.simulation", "--seeds", "0:100000", "--jobs", "2"]
+    command = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE)
+    parent = psutil.Process(command.pid)
+    # The pool's two, and what multiprocessing has of its own.
+    children = until(
+        lambda: len(found := parent.children()) >= 3 and found, "the pool begins", deadline=60
+    )
+    command.kill()
+    # Who holds the pipe keeps whoever reads it waiting.
+    assert command.communicate(timeout=60)[0] == b""
+    assert not psutil.wait_procs(children, timeout=60)[1]
 
 
 def test_an_interrupted_command_says_so(

@@ -73,7 +73,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         for profile in profiles:
             if profile not in PROFILES:
                 raise ConfigurationError(
-                    f"no such profile: profile={profile}; there are {', '.join(PROFILES)} and each"
+                    f"no such profile: profile={profile}; there are {', '.join(PROFILES)}, "
+                    "and each, alone"
                 )
         if options.jobs < 0:
             raise ConfigurationError(f"no such number of processes: jobs={options.jobs}")

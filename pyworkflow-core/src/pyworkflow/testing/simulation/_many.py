@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,9 +159,7 @@ def _parts(seeds: list[int], profile: str, jobs: int, backend: str) -> Iterator[
             yield _chunk(chunk, profile, backend)
         return
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches all of them, and is for the one that prints.
-    deaf = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(jobs, context, signal.signal, deaf) as pool:
+    with ProcessPoolExecutor(jobs, context, _follow_parent) as pool:
         ahead = [pool.submit(_chunk, chunk, profile, backend) for chunk in chunks]
         try:
             for future in ahead:
@@ -167,6 +167,19 @@ def _parts(seeds: list[int], profile: str, jobs: int, backend: str) -> Iterator[
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _follow_parent() -> None:
+    """In a process of the pool: end with the one that prints, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them, and is for that one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def shrink(

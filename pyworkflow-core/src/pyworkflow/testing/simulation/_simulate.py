@@ -101,7 +101,7 @@ def simulate(
         faults: These instead of the plan's own.
         tracing: The report says everything that happened.
         make_store: Makes an empty store of the backend under test; see ``docs/how-to/simulate.md``.
-        on_trace: Called with each line of the trace as it comes.
+        on_trace: With ``tracing``, called with each line as it comes.
 
     Raises:
         ValueError: No such profile, or no such seed.
