@@ -27,7 +27,7 @@ def settings(*, lease: float = 30.0, **others: Any) -> Settings:
     return Settings(lease=timedelta(seconds=lease), **others)
 
 
-async def eventually(check: Callable[[], Any], what: str = "", *, timeout: float = 15.0) -> Any:
+async def eventually(check: Callable[[], Any], what: str = "", *, timeout: float = 60.0) -> Any:
     """Poll until ``check()`` (or what it awaits) is true; its value."""
     end = time.monotonic() + timeout
     while True:
@@ -90,7 +90,7 @@ class Bench:
         bound = workflow.options(idempotency_key=key, **options)
         return await self.ops.start(workflow, args, {}, bound.options)
 
-    async def result(self, run_id: str, timeout: float = 15.0) -> Any:
+    async def result(self, run_id: str, timeout: float = 60.0) -> Any:
         """The result, or the error raised."""
         return await self.ops.result(run_id, timeout)
 
@@ -104,7 +104,7 @@ class Bench:
         assert found is not None
         return found
 
-    async def until(self, run_id: str, *statuses: str, timeout: float = 15.0) -> Run:
+    async def until(self, run_id: str, *statuses: str, timeout: float = 60.0) -> Run:
         """Wait until the run has one of the statuses."""
 
         async def has() -> Run | None:

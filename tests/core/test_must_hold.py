@@ -625,7 +625,7 @@ def test_m06_max_duration_ends_the_run() -> None:
 
 def test_m07_sync_steps_work_everywhere() -> None:
     threads: set[int] = set()
-    together = threading.Barrier(3, timeout=15)
+    together = threading.Barrier(3, timeout=60)
 
     @step
     def m07_plus(a: int, b: int = 1) -> int:
@@ -701,7 +701,7 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
                     )
                 )
                 assert len(set(ids)) == 1
-                assert await clients[0].result(ids[0], timeout=15) == 3
+                assert await clients[0].result(ids[0], timeout=60) == 3
                 # The order of a dict's keys makes no other arguments.
                 again = await clients[1].start(
                     m08_flow, 1, {"b": 2, "a": 1}, idempotency_key="order-7"
@@ -885,7 +885,7 @@ def test_m11_a_storage_without_runs_is_true_and_the_one_passed_in_is_used(
         async with Client(storage=storage) as client:
             assert storage
             run_id = await client.start(m11_flow)
-            assert await client.result(run_id, timeout=15) == 11
+            assert await client.result(run_id, timeout=60) == 11
         assert await storage.get_run(run_id) is not None
         await storage.close()
 
