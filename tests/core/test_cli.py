@@ -278,6 +278,8 @@ def test_a_stalled_run_is_status_1_and_said_to_be_durable(here: Path) -> None:
         (("run", "app.py:doubled", "--arg", "number=many"), "valid integer"),
         (("run", "app.py:doubled", "--arg", "nmber=1"), "unexpected keyword argument 'nmber'"),
         (("run", "app.py:doubled", "--arg", "number"), "is not NAME=VALUE"),
+        (("run", "app.py:doubled", "--arg", "number=1", "--arg", "number=2"), "given twice"),
+        (("run", "app.py:doubled", "--args", '{"number": 1}', "--arg", "number=2"), "given twice"),
         (("run", "app.py:doubled", "--args", "{"), "--args is no JSON"),
         (("run", "app.py:doubled", "--args", "3"), "JSON object, or a list"),
         (("runs", "show", "run_none"), "no such run: run_id=run_none"),

@@ -221,6 +221,7 @@ def test_plugins_of_the_process_change_nothing_in_a_simulation() -> None:
         (["--backend", "nowhere:x"], "backend=nowhere:x"),
         (["--backend", "os:getcwd"], "empty store"),
         (["--backend", "json:dumps"], "empty store"),
+        (["--backend", f"{__name__}:unwilling"], "RuntimeError('no disk here')"),
         (["--backend", f"{__name__}:Threaded"], "wait for something else"),
         (["--backend", f"{__name__}:OwnClock"], "its clock is not the simulation's"),
         (["--backend", f"{__name__}:OtherTwin"], "twin() of OtherTwin makes a MemoryStorage"),
@@ -239,6 +240,10 @@ def test_the_command_refuses_what_it_cannot_use(
         main(wrong)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def unwilling() -> MemoryStorageBackend:
+    raise RuntimeError("no disk here")
 
 
 class Threaded(MemoryStorageBackend):

@@ -138,6 +138,8 @@ def _arguments(
         name, equals, text = one.partition("=")
         if not equals or not name:
             raise click.UsageError(f"--arg {one!r} is not NAME=VALUE")
+        if name in kwargs:
+            raise click.UsageError(f"argument {name!r} is given twice; give it once")
         kwargs[name] = _value(text, hints.get(name))
     return args, kwargs
 

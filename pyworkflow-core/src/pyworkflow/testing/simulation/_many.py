@@ -87,9 +87,10 @@ def check_backend(name: str) -> None:
     Raises:
         ConfigurationError: It does not.
     """
+    make_store: Callable[[], object] = backend_of(name)
     try:
-        made: object = backend_of(name)()
-    except TypeError as exc:
+        made = make_store()
+    except Exception as exc:  # noqa: BLE001 - whatever a callable of somebody else raises
         made = exc
     if not isinstance(made, StorageBackend):
         raise ConfigurationError(
