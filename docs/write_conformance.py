@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyworkflow.conformance._levels import GROUPS, PROOFS, checks
-from pyworkflow.conformance.executor import EXECUTOR_PROOFS, executor_checks
+from pyworkflow_conformance._levels import GROUPS, PROOFS, checks
+from pyworkflow_conformance.executor import EXECUTOR_PROOFS, executor_checks
 
 PAGE = Path(__file__).parent / "reference" / "conformance.md"
 MARK = "<!-- from here on written by docs/write_conformance.py -->\n"

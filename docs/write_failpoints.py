@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pyworkflow.spi import failpoints
+from pyworkflow.storekit import failpoints
 
 PAGE = Path(__file__).parent / "reference" / "failpoints.md"
 PACKAGES = (
@@ -51,7 +51,7 @@ that no module of the process has (the modules of a store are imported when it i
 A plugin has its own, in its own words:
 
 ```python
-from pyworkflow.spi import failpoints
+from pyworkflow.storekit import failpoints
 
 failpoints.register(
     __name__, OSError, {"mystore.before_commit": "a change is written, and not committed"}

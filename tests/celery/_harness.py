@@ -26,7 +26,8 @@ from pyworkflow._plugins import make_storage
 from pyworkflow._serialization import decode
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
-from pyworkflow.spi import StorageBackend, fsck
+from pyworkflow.spi import StorageBackend
+from pyworkflow.storekit import fsck
 from tests.celery import _program
 from tests.servers import ServerFailed, ValkeyServer, shared_postgres, until
 from tests.watched import home, kill, spawn

@@ -314,7 +314,7 @@ def _strike(what: str) -> None:
 
 def _arm(what: str, nth: int) -> None:
     """Strike at the nth commit of a process: ``before`` or ``after`` it, or ``term``: during it."""
-    from pyworkflow_storage_sql._postgres import PostgresStorageBackend
+    from pyworkflow_storage_sql.postgres._backend import PostgresStorageBackend
 
     count = 0
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pyworkflow.conformance._levels import GROUPS, LEVELS
+from pyworkflow_conformance._levels import GROUPS, LEVELS
 
 #: The whole suite runs on one Python of continuous integration, the base level on the others.
 PROFILE = "PYWORKFLOW_CONFORMANCE_PROFILE"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pyworkflow.conformance import ExecutorConformance
 from pyworkflow_celery._executor import CeleryExecutor
+from pyworkflow_conformance import ExecutorConformance
 from tests.servers import ValkeyServer, shared_postgres
 
 

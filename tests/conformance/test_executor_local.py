@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pyworkflow._local import LocalExecutor
-from pyworkflow.conformance import ExecutorConformance
+from pyworkflow_conformance import ExecutorConformance
 
 
 class TestLocal(ExecutorConformance):

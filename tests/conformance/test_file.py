@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import StorageBackend
+from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_file import FileStorageBackend
 
 

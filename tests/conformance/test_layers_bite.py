@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow.conformance import _crash, _profiles
-from pyworkflow.conformance._copies import CopyChecks
-from pyworkflow.conformance._crash import CrashChecks
-from pyworkflow.conformance._damage import DamageChecks
-from pyworkflow.conformance._faulty import FaultChecks
-from pyworkflow.conformance._migrations import MigrationChecks
-from pyworkflow.conformance._model import ModelChecks
-from pyworkflow.conformance._processes import ProcessChecks
-from pyworkflow.conformance._profiles import EngineChecks
-from pyworkflow.conformance._soak import SoakChecks
 from pyworkflow.spi import Fenced, Page, StorageError
+from pyworkflow_conformance import _crash, _profiles
+from pyworkflow_conformance._copies import CopyChecks
+from pyworkflow_conformance._crash import CrashChecks
+from pyworkflow_conformance._damage import DamageChecks
+from pyworkflow_conformance._faulty import FaultChecks
+from pyworkflow_conformance._migrations import MigrationChecks
+from pyworkflow_conformance._model import ModelChecks
+from pyworkflow_conformance._processes import ProcessChecks
+from pyworkflow_conformance._profiles import EngineChecks
+from pyworkflow_conformance._soak import SoakChecks
 from pyworkflow_storage_file import FileStorageBackend
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import Capabilities, StorageBackend
+from pyworkflow_conformance import StorageConformance
 
 
 class TestMemory(StorageConformance):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import StorageBackend
+from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_sql import PostgresStorageBackend
-from pyworkflow_storage_sql._postgres_schema import Schema, schema_name
+from pyworkflow_storage_sql.postgres._schema import Schema, schema_name
 from tests.servers import PostgresServer
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import StorageBackend
+from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_redis import RedisStorageBackend
 from tests.servers import ValkeyServer
 

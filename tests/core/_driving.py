@@ -15,8 +15,9 @@ from pyworkflow._engine.worker import Worker
 from pyworkflow._operations import Operations
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
-from pyworkflow.spi import StorageBackend, WorkItem, fsck
+from pyworkflow.spi import StorageBackend, WorkItem
 from pyworkflow.storage.memory import MemoryStorageBackend
+from pyworkflow.storekit import fsck
 
 __all__ = ["Bench", "bench", "eventually", "settings"]
 

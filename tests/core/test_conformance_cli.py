@@ -14,12 +14,12 @@ import pytest
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow._plugins import register, unregister
 from pyworkflow.cli import main
-from pyworkflow.conformance import run_conformance
-from pyworkflow.conformance._formats import FORMATS, matrix, read_report
-from pyworkflow.conformance._levels import GROUPS, LEVELS, PROOFS, checks
-from pyworkflow.conformance._report import Status, judge
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi import Capabilities, hookimpl
+from pyworkflow_conformance import run_conformance
+from pyworkflow_conformance._formats import FORMATS, matrix, read_report
+from pyworkflow_conformance._levels import GROUPS, LEVELS, PROOFS, checks
+from pyworkflow_conformance._report import Status, judge
 from tests.conformance.broken import stores
 
 
@@ -154,12 +154,13 @@ def test_a_server_that_is_not_there_makes_the_store_unusable(capsys):
     assert said.startswith("pyworkflow: ")
 
 
-def test_without_the_extra_the_install_line_is_given(monkeypatch, capsys):
+def test_without_the_suites_the_install_line_is_given(monkeypatch, capsys):
     import sys
 
-    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    monkeypatch.setitem(sys.modules, "pyworkflow_conformance", None)
+    monkeypatch.delitem(sys.modules, "pyworkflow.conformance", raising=False)
     assert call("memory://") == 3
-    assert "pip install 'pyworkflow-core[cli,conformance]'" in capsys.readouterr().err
+    assert "pip install 'pyworkflow-conformance'" in capsys.readouterr().err
 
 
 def test_a_factory_is_proved_in_python():
@@ -197,7 +198,7 @@ def test_the_runs_of_the_checks_are_removed_from_a_store_that_lasts(tmp_path):
 
 def results_of(**changed):
     """Results of a run in which all passed but ``changed`` (underscores for hyphens)."""
-    from pyworkflow.conformance._report import Result
+    from pyworkflow_conformance._report import Result
 
     found = {
         check.id: Result(check.id, check.title, check.level, Status.PASSED)

@@ -25,8 +25,8 @@ from pyworkflow.spi import (
     RunDelta,
     RunQuery,
     StorageInfo,
-    fsck,
 )
+from pyworkflow.storekit import fsck
 from pyworkflow.testing import resume_local, start_local
 from pyworkflow_storage_file import FileStorageBackend
 

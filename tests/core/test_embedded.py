@@ -22,10 +22,10 @@ from pyworkflow.spi import (
     ClaimRequest,
     Event,
     NewRun,
-    ReferenceStore,
     StorageInfo,
 )
-from pyworkflow.spi.embedded import (
+from pyworkflow.storekit import ReferenceStore
+from pyworkflow.storekit.embedded import (
     Answers,
     Dispatcher,
     EmbeddedBackend,

@@ -30,7 +30,6 @@ from pyworkflow._serialization import decode
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Run, RunStatus
-from pyworkflow.spi._fsck import fsck
 from pyworkflow.spi.storage import (
     Answer,
     Change,
@@ -38,6 +37,7 @@ from pyworkflow.spi.storage import (
     ClaimRequest,
     Committed,
 )
+from pyworkflow.storekit._fsck import fsck
 from tests.core.programs import examples, ok, on_body, program, programs, run_plain
 
 pytestmark = pytest.mark.filterwarnings(

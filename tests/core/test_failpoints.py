@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pyworkflow.errors import ConfigurationError, StorageUnavailable
-from pyworkflow.spi import failpoints
+from pyworkflow.storekit import failpoints
 
 ROOT = Path(__file__).parents[2]
 

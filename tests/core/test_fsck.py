@@ -11,7 +11,7 @@ from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Lease, RunStatus
 from pyworkflow.spi import Change, ClaimRequest, NewRun, Put
-from pyworkflow.spi._fsck import fsck
+from pyworkflow.storekit._fsck import fsck
 
 HOUR = timedelta(hours=1)
 

@@ -81,7 +81,9 @@ def test_another_result_is_found(path: Path) -> None:
 
 
 def test_this_release_has_every_history() -> None:
-    assert {path.stem for path in FILES if path.parent.name == __version__} == set(RECORDINGS)
+    recorded = {path.stem for path in FILES if path.parent.name == __version__}
+    # A version in development has none of its own: its histories are written at its release.
+    assert recorded == (set() if ".dev" in __version__ else set(RECORDINGS))
 
 
 def _with(history: History, changed: Event) -> History:

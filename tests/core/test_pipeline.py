@@ -30,10 +30,10 @@ from pyworkflow.spi import (
     NewRun,
     Put,
     StorageInfo,
-    fsck,
 )
 from pyworkflow.spi.storage import TURN
 from pyworkflow.storage.memory import MemoryStorageBackend
+from pyworkflow.storekit import fsck
 
 
 class Gated(MemoryStorageBackend):

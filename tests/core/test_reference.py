@@ -35,8 +35,8 @@ from pyworkflow.spi import (
     Settle,
     Update,
 )
-from pyworkflow.spi._fsck import fsck
-from pyworkflow.spi.reference import Delta, ReferenceStore, check_change
+from pyworkflow.storekit._fsck import fsck
+from pyworkflow.storekit.reference import Delta, ReferenceStore, check_change
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 RUNS = ("a", "b", "c")

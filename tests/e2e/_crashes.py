@@ -28,7 +28,8 @@ from pyworkflow._plugins import make_storage
 from pyworkflow.errors import RunExists, StepInterrupted, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, ParentRef
-from pyworkflow.spi import Change, NewRun, Put, RunQuery, StorageBackend, failpoints
+from pyworkflow.spi import Change, NewRun, Put, RunQuery, StorageBackend
+from pyworkflow.storekit import failpoints
 from tests.e2e import _program
 from tests.e2e._program import by_queue, long, note, quick, shaky, threaded
 

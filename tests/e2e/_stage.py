@@ -20,7 +20,8 @@ from pyworkflow._operations import Operations
 from pyworkflow._plugins import make_storage
 from pyworkflow._serialization import decode, decode_arguments
 from pyworkflow.runs import Run
-from pyworkflow.spi import RunQuery, StorageBackend, fsck
+from pyworkflow.spi import RunQuery, StorageBackend
+from pyworkflow.storekit import fsck
 from tests.e2e import _program
 from tests.servers import PostgresServer, ValkeyServer, shared_postgres, shared_valkey
 from tests.watched import home, spawn

@@ -13,12 +13,12 @@ import pytest
 
 from pyworkflow import step, workflow
 from pyworkflow._operations import Operations
-from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
 from pyworkflow.errors import RunCancelled, RunClosed
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, ParentRef
 from pyworkflow.spi import Change, ClaimRequest, NewRun, Put, StorageBackend
 from pyworkflow.spi.storage import TURN, Answer
+from pyworkflow_conformance.faults import FaultPlan, FaultyStorage
 from tests.core._driving import bench
 from tests.e2e import _fault_program
 from tests.e2e._fault_stage import begin_worker, kinds

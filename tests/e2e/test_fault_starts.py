@@ -12,8 +12,8 @@ import pytest
 
 from pyworkflow._definitions import RunOptions
 from pyworkflow._operations import Operations
-from pyworkflow.conformance.faults import Fault, FaultPlan, FaultyStorage
 from pyworkflow.spi import StorageBackend
+from pyworkflow_conformance.faults import Fault, FaultPlan, FaultyStorage
 from tests.e2e import _fault_program
 from tests.e2e._fault_stage import begin_worker, kinds
 from tests.e2e._stage import Stage, eventually, served, stage, start_one

@@ -20,8 +20,8 @@ import pytest
 
 from pyworkflow._operations import Operations
 from pyworkflow.runs import Run
-from pyworkflow.spi import fsck
 from pyworkflow.storage.file import FileStorageBackend
+from pyworkflow.storekit import fsck
 from tests.e2e import _program
 
 PROGRAM = Path(_program.__file__)

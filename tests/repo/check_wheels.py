@@ -22,6 +22,7 @@ TIMEOUT = 600.0
 OWNED = {  # distribution -> the one top-level package it may ship
     "pyworkflow": None,
     "pyworkflow_celery": "pyworkflow_celery",
+    "pyworkflow_conformance": "pyworkflow_conformance",
     "pyworkflow_core": "pyworkflow",
     "pyworkflow_storage_file": "pyworkflow_storage_file",
     "pyworkflow_storage_redis": "pyworkflow_storage_redis",

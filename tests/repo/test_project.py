@@ -11,6 +11,7 @@ from tests.repo.clone import ROOT, files
 
 DISTRIBUTIONS = (
     "pyworkflow-celery",
+    "pyworkflow-conformance",
     "pyworkflow-core",
     "pyworkflow-storage-file",
     "pyworkflow-storage-redis",
@@ -30,7 +31,8 @@ def test_one_version_everywhere() -> None:
     for init in ROOT.glob("pyworkflow-*/src/*/__init__.py"):
         match = re.search(r'^__version__ = "(.+)"$', init.read_text("utf-8"), re.MULTILINE)
         assert match is None or match[1] == version, init
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    release = version.partition(".dev")[0]
+    assert f"## [{release}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_the_workspace_has_every_distribution() -> None:
@@ -78,7 +80,9 @@ def test_entry_points_are_url_schemes_or_codecs_and_each_has_one_owner() -> None
     schemes = [
         scheme
         for folder in DISTRIBUTIONS
-        for scheme in project(folder)["project"]["entry-points"]["pyworkflow"]
+        for scheme in project(folder)["project"].get("entry-points", {"pyworkflow": {}})[
+            "pyworkflow"
+        ]
     ]
     assert sorted(schemes) == [
         *("aesgcm", "celery", "file", "local", "memory", "offload", "postgres", "postgresql"),

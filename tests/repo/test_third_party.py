@@ -111,7 +111,7 @@ def test_the_backend_of_the_guide_is_simulated(followed: Path) -> None:
         "    return AcmeStorageBackend(tempfile.mkdtemp(dir='.'))\n"
     )
     command = ("--backend", "made:make_store", "--profile", "calm", "--seeds", "0:6")
-    assert "failed=0" in python(followed, "-m", "pyworkflow.testing.simulation", *command)
+    assert "failed=0" in python(followed, "-m", "pyworkflow_conformance.simulation", *command)
 
 
 def test_excerpts_are_what_the_example_has() -> None:
@@ -125,7 +125,7 @@ def test_excerpts_are_what_the_example_has() -> None:
 
 
 def test_the_example_imports_nothing_but_the_contract() -> None:
-    allowed = {"pyworkflow.spi", "pyworkflow.errors"}
+    allowed = {"pyworkflow.spi", "pyworkflow.storekit", "pyworkflow.errors"}
     for path in sorted((EXAMPLE / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = (

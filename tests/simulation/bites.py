@@ -21,9 +21,10 @@ from pyworkflow._engine import (
     worker,
 )
 from pyworkflow.errors import Fenced, RunExists, StorageError
-from pyworkflow.spi import _decide, _due, _plan, _state, reference
+from pyworkflow.spi import _decide, _due, _plan, _state
 from pyworkflow.spi.storage import Settle
-from pyworkflow.testing.simulation import _simulate
+from pyworkflow.storekit import reference
+from pyworkflow_conformance.simulation import _simulate
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyworkflow.testing.simulation import simulate
+from pyworkflow_conformance.simulation import simulate
 from tests.simulation.bites import BITES, Bite, planted
 
 

@@ -16,15 +16,15 @@ import psutil
 import pytest
 
 from pyworkflow import _plugins
-from pyworkflow.conformance.faults import FaultPlan, FaultyStorage
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.runs import Run
 from pyworkflow.spi import ClaimRef, Page, RunQuery, StorageBackend, hookimpl, utcnow
 from pyworkflow.storage.memory import MemoryStorageBackend
-from pyworkflow.testing.simulation import PROFILES, _cli, assert_holds, simulate
-from pyworkflow.testing.simulation._cli import main
-from pyworkflow.testing.simulation._coverage import missing
-from pyworkflow.testing.simulation._many import check_backend, run_many, shrink
+from pyworkflow_conformance.faults import FaultPlan, FaultyStorage
+from pyworkflow_conformance.simulation import PROFILES, _cli, assert_holds, simulate
+from pyworkflow_conformance.simulation._cli import main
+from pyworkflow_conformance.simulation._coverage import missing
+from pyworkflow_conformance.simulation._many import check_backend, run_many, shrink
 from tests.simulation.bites import BITES, planted
 from tests.watched import until
 
@@ -40,7 +40,7 @@ REGRESSIONS = [
 # The trace of some seeds, one alone and after others: nothing may be left of them.
 TRACES = """
 import hashlib
-from pyworkflow.testing.simulation import simulate
+from pyworkflow_conformance.simulation import simulate
 told = hashlib.sha256()
 for seed in (3, 4, 5, 4, 11):
     told.update("\\n".join(simulate(seed, "all", tracing=True).trace).encode())
@@ -154,7 +154,7 @@ def test_the_command_runs_one_seed_with_its_trace(capsys: pytest.CaptureFixture[
 def test_the_command_ends_quietly_when_nobody_reads_on() -> None:
     command = ["--seeds", "4", "--profile", "crash", "--trace"]
     ended = subprocess.Popen(
-        [sys.executable, "-m", "pyworkflow.testing.simulation", *command],
+        [sys.executable, "-m", "pyworkflow_conformance.simulation", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -168,7 +168,7 @@ def test_the_command_ends_quietly_when_nobody_reads_on() -> None:
 
 
 def test_the_processes_of_a_command_that_was_killed_end_with_it() -> None:
-    words = ["-m", "pyworkflow.testing.simulation", "--seeds", "0:100000", "--jobs", "2"]
+    words = ["-m", "pyworkflow_conformance.simulation", "--seeds", "0:100000", "--jobs", "2"]
     command = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE)
     parent = psutil.Process(command.pid)
     # The pool's two, and what multiprocessing has of its own.

@@ -17,7 +17,7 @@ import measure
 from pyworkflow import Client, configure, sleep, step, workflow
 from pyworkflow._plugins import make_storage
 from pyworkflow.spi import RunQuery
-from pyworkflow_storage_sql._sqlite_schema import connect
+from pyworkflow_storage_sql.sqlite._schema import connect
 
 LEASE = 5.0
 _PRAGMAS = ("journal_mode", "synchronous")

@@ -25,8 +25,8 @@ from pyworkflow.spi import (
     StorageDamaged,
     StorageError,
     StorageFull,
-    fsck,
 )
+from pyworkflow.storekit import fsck
 
 
 def start(run_id: str, args: str = "[]") -> Change:
@@ -210,7 +210,8 @@ def test_a_file_that_was_cut_is_told_at_whatever_length(tmp_path: Path) -> None:
     code = """
 import asyncio, sys
 from pathlib import Path
-from pyworkflow.spi import Change, NewRun, StorageDamaged, fsck
+from pyworkflow.spi import Change, NewRun, StorageDamaged
+from pyworkflow.storekit import fsck
 from pyworkflow_storage_lmdb import LmdbStorageBackend
 
 async def look(path):

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from pyworkflow.spi import Doorbell, failpoints
+from pyworkflow.spi import Doorbell
+from pyworkflow.storekit import failpoints
 from pyworkflow_celery._config import is_redis, priority_of, queue_of
 
 __all__ = ["HANDLE", "Publisher", "flush_all", "publisher_for"]

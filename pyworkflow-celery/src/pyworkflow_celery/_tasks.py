@@ -19,7 +19,8 @@ from pyworkflow.errors import (
     StorageError,
     StorageUnavailable,
 )
-from pyworkflow.spi import Doorbell, Outcome, failpoints
+from pyworkflow.spi import Doorbell, Outcome
+from pyworkflow.storekit import failpoints
 from pyworkflow_celery._arrival import MOST_HOPS, VERSION, pass_on
 from pyworkflow_celery._publish import HANDLE, publisher_for
 from pyworkflow_celery._shutdown import shutdown

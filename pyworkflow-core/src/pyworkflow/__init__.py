@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from pyworkflow.events import Event
     from pyworkflow.runs import Run, RunStatus
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "pyworkflow._client": (

@@ -10,10 +10,10 @@ from typing import Final
 from pyworkflow.errors import StorageError, WorkflowError
 from pyworkflow.events import Event, EventType, Json, event_class
 from pyworkflow.runs import RunStatus
-from pyworkflow.spi._check import check_json
 from pyworkflow.spi._delta import Delta, KeyMark, RunDelta
-from pyworkflow.spi._state import size_of
 from pyworkflow.spi.storage import RunQuery, StorageBackend
+from pyworkflow.storekit._check import check_json
+from pyworkflow.storekit._state import size_of
 
 __all__ = ["CopyConflict", "CopyReport", "copy_store"]
 

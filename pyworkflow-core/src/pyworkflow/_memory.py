@@ -16,7 +16,6 @@ from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
 from pyworkflow.spi.capabilities import Capabilities, StorageInfo
-from pyworkflow.spi.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 from pyworkflow.spi.storage import (
     Answer,
     Change,
@@ -28,6 +27,7 @@ from pyworkflow.spi.storage import (
     RunQuery,
     StorageBackend,
 )
+from pyworkflow.storekit.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 
 __all__ = ["MemoryStorageBackend"]
 

@@ -46,7 +46,6 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
     TURN,
@@ -61,6 +60,7 @@ from pyworkflow.spi.storage import (
     StorageBackend,
     Update,
 )
+from pyworkflow.storekit import failpoints
 
 __all__ = ["Operations"]
 

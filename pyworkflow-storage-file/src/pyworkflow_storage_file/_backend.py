@@ -32,9 +32,9 @@ from pyworkflow.spi import (
     RunQuery,
     StorageInfo,
     WorkItem,
-    check_change,
 )
-from pyworkflow.spi.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
+from pyworkflow.storekit import check_change
+from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._journal import Journal
 from pyworkflow_storage_file._state import State

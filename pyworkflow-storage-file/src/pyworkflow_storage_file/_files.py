@@ -19,8 +19,8 @@ from pyworkflow.spi import (
     StorageDamaged,
     StorageError,
     StorageFull,
-    failpoints,
 )
+from pyworkflow.storekit import failpoints
 from pyworkflow_storage_file._calls import Calls
 
 __all__ = ["Files", "Manifest", "read_all", "segment_name", "storage_error"]

@@ -15,14 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
-from pyworkflow.spi import (
-    SchemaTooNew,
-    StorageDamaged,
-    StorageError,
-    StorageUnavailable,
-    failpoints,
-)
-from pyworkflow.spi.embedded import Pace
+from pyworkflow.spi import SchemaTooNew, StorageDamaged, StorageError, StorageUnavailable
+from pyworkflow.storekit import failpoints
+from pyworkflow.storekit.embedded import Pace
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._files import Files, Manifest, read_all, segment_name, storage_error

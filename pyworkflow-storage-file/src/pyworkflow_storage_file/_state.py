@@ -12,7 +12,8 @@ from typing import cast
 
 from pydantic_core import from_json, to_json
 
-from pyworkflow.spi import Delta, Json, ReferenceStore, RunDelta, SerializationError, WorkItem
+from pyworkflow.spi import Delta, Json, RunDelta, SerializationError, WorkItem
+from pyworkflow.storekit import ReferenceStore
 from pyworkflow_storage_file._journal import Record
 
 __all__ = ["CLOCK", "DELTA", "State", "encode"]

@@ -23,7 +23,7 @@ from pyworkflow.spi import (
     RunNotFound,
     StorageUnavailable,
 )
-from pyworkflow.spi.embedded import (
+from pyworkflow.storekit.embedded import (
     Answers,
     Forkable,
     News,

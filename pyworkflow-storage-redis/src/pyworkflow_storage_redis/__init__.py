@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pyworkflow_storage_redis._backend import RedisStorageBackend
     from pyworkflow_storage_redis._errors import LostWrites
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["LostWrites", "RedisStorageBackend"]
 
 _MODULES = {"LostWrites": "_errors", "RedisStorageBackend": "_backend"}

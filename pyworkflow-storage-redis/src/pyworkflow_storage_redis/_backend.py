@@ -30,8 +30,8 @@ from pyworkflow.spi import (
     StorageError,
     StorageInfo,
     WorkItem,
-    check_change,
 )
+from pyworkflow.storekit import check_change
 from pyworkflow_storage_redis._connection import RedisConnection
 from pyworkflow_storage_redis._keys import parse_url
 from pyworkflow_storage_redis._link import Link, forks, other_loop

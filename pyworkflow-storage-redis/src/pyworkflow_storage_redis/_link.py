@@ -11,13 +11,8 @@ from uuid import uuid4
 
 from redis import exceptions
 
-from pyworkflow.spi import (
-    ConfigurationError,
-    SchemaTooNew,
-    StorageError,
-    StorageUnavailable,
-    failpoints,
-)
+from pyworkflow.spi import ConfigurationError, SchemaTooNew, StorageError, StorageUnavailable
+from pyworkflow.storekit import failpoints
 from pyworkflow_storage_redis._channel import Answer, Channel
 from pyworkflow_storage_redis._connection import RedisConnection, make_connection
 from pyworkflow_storage_redis._errors import text_of, translate

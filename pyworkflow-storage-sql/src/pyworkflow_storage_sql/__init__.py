@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyworkflow_storage_sql._postgres import PostgresStorageBackend
-    from pyworkflow_storage_sql._sqlite import SQLiteStorageBackend
+    from pyworkflow_storage_sql.postgres._backend import PostgresStorageBackend
+    from pyworkflow_storage_sql.sqlite._backend import SQLiteStorageBackend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["PostgresStorageBackend", "SQLiteStorageBackend"]
 
-_MODULES = {"PostgresStorageBackend": "_postgres", "SQLiteStorageBackend": "_sqlite"}
+_MODULES = {
+    "PostgresStorageBackend": "postgres._backend",
+    "SQLiteStorageBackend": "sqlite._backend",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -18,11 +18,11 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
     """
     scheme = url.partition(":")[0].lower()
     if scheme == "sqlite":
-        from pyworkflow_storage_sql._sqlite_url import make
+        from pyworkflow_storage_sql.sqlite._url import make
 
         return make(url, options)
     if scheme in {"postgresql", "postgres"}:
-        from pyworkflow_storage_sql._postgres_url import make
+        from pyworkflow_storage_sql.postgres._url import make
 
         return make(url, options)
     return None

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from pyworkflow.conformance import ExecutorConformance, _executor_case
 from pyworkflow.spi import ExecutorCapabilities
+from pyworkflow_conformance import ExecutorConformance, _executor_case
 
 CAUGHT = [("deaf", "EXE_03"), ("drains_by_killing", "EXE_07"), ("ignores_queues", "EXE_20")]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import Capabilities
+from pyworkflow_conformance import StorageConformance
 from tests.conformance.broken import stores
 
 CAUGHT = [

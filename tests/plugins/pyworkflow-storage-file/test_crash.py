@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pyworkflow.spi import Change, ClaimRequest, Event, NewRun, fsck
+from pyworkflow.spi import Change, ClaimRequest, Event, NewRun
+from pyworkflow.storekit import fsck
 from pyworkflow_storage_file import FileStorageBackend, _writer
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._lock import Marker

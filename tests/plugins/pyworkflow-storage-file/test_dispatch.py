@@ -9,16 +9,8 @@ from datetime import timedelta
 
 import pytest
 
-from pyworkflow.spi import (
-    Change,
-    ClaimRequest,
-    Event,
-    NewRun,
-    RunExists,
-    StorageError,
-    StorageFull,
-    fsck,
-)
+from pyworkflow.spi import Change, ClaimRequest, Event, NewRun, RunExists, StorageError, StorageFull
+from pyworkflow.storekit import fsck
 from pyworkflow_storage_file import FileStorageBackend, _writer
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._lock import StoreLock

@@ -7,7 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from pyworkflow.spi import RunQuery, fsck
+from pyworkflow.spi import RunQuery
+from pyworkflow.storekit import fsck
 from pyworkflow_storage_file import FileStorageBackend
 
 WORKER = Path(__file__).with_name("_worker.py")

@@ -27,13 +27,13 @@ from pyworkflow.spi import (
     NewRun,
     ParentRef,
     Put,
-    ReferenceStore,
     Refusal,
     RunQuery,
     RunStatus,
     Settle,
     Update,
 )
+from pyworkflow.storekit import ReferenceStore
 from pyworkflow_storage_redis import RedisStorageBackend
 from pyworkflow_storage_redis._link import Link
 from tests.servers import GivenServer, ValkeyServer

@@ -26,8 +26,8 @@ from pyworkflow.spi import (
     StorageError,
     StorageFull,
     StorageUnavailable,
-    fsck,
 )
+from pyworkflow.storekit import fsck
 from pyworkflow_storage_redis import LostWrites, RedisStorageBackend
 from pyworkflow_storage_redis._errors import translate
 from tests.proxy import Proxy

@@ -28,7 +28,7 @@ from pyworkflow.spi import (
     StorageBackend,
 )
 from pyworkflow_storage_sql import PostgresStorageBackend
-from pyworkflow_storage_sql._postgres_watch import News
+from pyworkflow_storage_sql.postgres._watch import News
 from tests.proxy import Proxy
 from tests.servers import GivenServer, PostgresServer
 
@@ -322,7 +322,7 @@ def test_work_whose_news_were_lost_is_found_within_seconds(
     postgres: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = postgres.database()
-    monkeypatch.setattr("pyworkflow_storage_sql._postgres_watch._LOOK_AGAIN", 0.1)
+    monkeypatch.setattr("pyworkflow_storage_sql.postgres._watch._LOOK_AGAIN", 0.1)
 
     async def main() -> None:
         async with PostgresStorageBackend(url) as store, PostgresStorageBackend(url) as other:

@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from pyworkflow.conformance import StorageConformance
 from pyworkflow.spi import Change, ClaimRequest, Event, ItemKind, NewRun, Put, StorageBackend
+from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_sql import PostgresStorageBackend
 from tests.pooler import FOREIGN, Pooler
 from tests.servers import GivenServer, PostgresServer

@@ -26,11 +26,11 @@ from pyworkflow.spi import (
     Json,
     NewRun,
     Put,
-    ReferenceStore,
     RunStatus,
     Settle,
     Update,
 )
+from pyworkflow.storekit import ReferenceStore
 from pyworkflow_storage_sql import PostgresStorageBackend
 from tests.servers import GivenServer, PostgresServer
 

@@ -16,7 +16,7 @@ from pyworkflow._plugins import make_storage
 from pyworkflow.errors import ConfigurationError, SchemaTooNew, StorageUnavailable
 from pyworkflow.spi import StorageBackend
 from pyworkflow_storage_sql import PostgresStorageBackend
-from pyworkflow_storage_sql._postgres_schema import Schema, migrations, schema_name
+from pyworkflow_storage_sql.postgres._schema import Schema, migrations, schema_name
 from tests.servers import GivenServer, PostgresServer
 
 SECRET = "s3cr3t-that-nobody-may-see"

@@ -35,7 +35,7 @@ from pyworkflow.spi import (
     StorageUnavailable,
 )
 from pyworkflow_storage_sql import SQLiteStorageBackend
-from pyworkflow_storage_sql._sqlite_url import make
+from pyworkflow_storage_sql.sqlite._url import make
 
 LEASE = timedelta(seconds=30)
 
@@ -419,7 +419,7 @@ def test_a_process_killed_inside_a_transaction_leaves_nothing_of_it(tmp_path: Pa
         "import asyncio, os, signal, sys\n"
         "from pyworkflow.spi import Change, Event\n"
         "from pyworkflow_storage_sql import SQLiteStorageBackend\n"
-        "from pyworkflow_storage_sql._sqlite_writer import Writer\n"
+        "from pyworkflow_storage_sql.sqlite._writer import Writer\n"
         "Writer._commit = lambda self, conn, batch: os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(SQLiteStorageBackend(sys.argv[1]).commit(\n"
         "    Change(run_id='r0', key='a', events=[Event('x', 'O', {})])))\n"

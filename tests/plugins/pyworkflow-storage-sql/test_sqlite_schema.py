@@ -26,7 +26,7 @@ from pyworkflow.spi import (
     Update,
 )
 from pyworkflow_storage_sql import SQLiteStorageBackend
-from pyworkflow_storage_sql import _sqlite_schema as schema
+from pyworkflow_storage_sql.sqlite import _schema as schema
 
 _TABLES = Path(__file__).parents[3] / "docs" / "reference" / "tables-sqlite.md"
 _RACER = """

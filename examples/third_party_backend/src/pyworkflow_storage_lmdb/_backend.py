@@ -31,9 +31,9 @@ from pyworkflow.spi import (
     StorageError,
     StorageInfo,
     WorkItem,
-    check_change,
     utcnow,
 )
+from pyworkflow.storekit import check_change
 from pyworkflow_storage_lmdb import _rules
 from pyworkflow_storage_lmdb._environment import MAX_SIZE, Environment
 from pyworkflow_storage_lmdb._tables import Tables

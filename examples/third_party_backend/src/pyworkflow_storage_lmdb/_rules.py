@@ -32,8 +32,8 @@ from pyworkflow.spi import (
     RunNotFound,
     RunQuery,
     WorkItem,
-    decide,
 )
+from pyworkflow.storekit import decide
 from pyworkflow_storage_lmdb._tables import (
     StoredRun,
     Tables,

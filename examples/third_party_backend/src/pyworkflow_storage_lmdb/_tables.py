@@ -32,7 +32,6 @@ from typing import Any, TypeVar, cast, overload
 import lmdb
 
 from pyworkflow.spi import (
-    KEPT_TOKENS,
     Delta,
     Event,
     ItemKind,
@@ -40,11 +39,11 @@ from pyworkflow.spi import (
     Record,
     Run,
     RunDelta,
-    RunState,
     WorkItem,
     record_from_json,
     record_to_json,
 )
+from pyworkflow.storekit import KEPT_TOKENS, RunState
 
 __all__ = ["StoredRun", "Tables", "digest", "instant", "micros", "pack"]
 

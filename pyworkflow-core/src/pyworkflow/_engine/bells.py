@@ -16,9 +16,9 @@ from pyworkflow._definitions import find_workflow
 from pyworkflow._engine.live import TURNS
 from pyworkflow.errors import StorageError
 from pyworkflow.runs import ItemKind, Run, WorkItem
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.executor import Doorbell, Outcome, doorbell_headers
 from pyworkflow.spi.storage import TURN, NewRun, Put
+from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pyworkflow.errors import RunClosed, RunExists, RunNotFound, StorageUnavailable
 from pyworkflow.events import Event, EventClass, Json
 from pyworkflow.runs import ItemKind, ParentRef
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Claim, NewRun, Put, Settle
+from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker

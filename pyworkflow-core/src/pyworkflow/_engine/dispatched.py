@@ -27,8 +27,8 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import WorkItem
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
+from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker

@@ -16,8 +16,8 @@ from time import monotonic
 
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.runs import WorkItem
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Claimed, ClaimRef, ClaimRequest, StorageBackend
+from pyworkflow.storekit import failpoints
 
 __all__ = ["LeaseKeeper", "claim", "give_back", "ref_of", "still_held"]
 

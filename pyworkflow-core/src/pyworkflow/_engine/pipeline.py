@@ -34,8 +34,8 @@ from pyworkflow.errors import (
     StorageUnavailable,
 )
 from pyworkflow.runs import WorkItem
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import Answer, Change, Committed, StorageBackend
+from pyworkflow.storekit import failpoints
 
 __all__ = ["Pipeline", "StorageClock"]
 

@@ -44,8 +44,8 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import Run, RunStatus, WorkItem
-from pyworkflow.spi import failpoints
 from pyworkflow.spi.storage import TURN, Change, Control, ControlKind, Settle, Update
+from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker

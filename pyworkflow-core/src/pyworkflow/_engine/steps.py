@@ -30,7 +30,7 @@ from pyworkflow.errors import (
     StorageError,
 )
 from pyworkflow.events import Json
-from pyworkflow.spi import failpoints
+from pyworkflow.storekit import failpoints
 
 __all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict", "took_too_long"]
 

@@ -26,8 +26,6 @@ from pyworkflow._replay.commands import RunStep
 from pyworkflow.errors import HistoryTooLong, StorageUnavailable
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
-from pyworkflow.spi import failpoints
-from pyworkflow.spi._plan import stamped
 from pyworkflow.spi.storage import (
     Change,
     Committed,
@@ -38,6 +36,8 @@ from pyworkflow.spi.storage import (
     Settle,
     Update,
 )
+from pyworkflow.storekit import failpoints
+from pyworkflow.storekit._plan import stamped
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker

@@ -13,7 +13,7 @@ from pyworkflow.cli._options import Unusable, opening, settle_settings, shared
 from pyworkflow.errors import StorageError
 
 if TYPE_CHECKING:
-    from pyworkflow.conformance._report import Report, Result
+    from pyworkflow.conformance import Report, Result
 
 __all__ = ["command"]
 
@@ -66,7 +66,7 @@ def command(
     r"""Prove that the store at URL keeps the storage contract, and say which level it reaches.
 
     Works in new namespaces, never touches other ones, and removes its runs afterwards. Needs the
-    extra `conformance`.
+    distribution `pyworkflow-conformance`.
 
     \b
     pyworkflow conformance file:/tmp/try --profile durable
@@ -76,8 +76,8 @@ def command(
     Exit status: 0 the profile is reached, 1 it is not, 2 wrong use, 3 the store or the suite
     cannot be used.
     """
-    _need_pytest()
-    from pyworkflow.conformance._formats import FORMATS, summary
+    _need_suite()
+    from pyworkflow.conformance import FORMATS, summary
 
     if click.get_current_context().meta.get("pyworkflow.cli.storage"):
         raise click.UsageError("conformance takes the store as URL: leave out --storage")
@@ -102,16 +102,12 @@ def command(
     return 0 if report.reached else 1
 
 
-def _need_pytest() -> None:
+def _need_suite() -> None:
     try:
-        import hypothesis
-        import pytest
+        import pyworkflow.conformance
     except ModuleNotFoundError as error:
-        raise Unusable(
-            f"the conformance suite needs {error.name}: run "
-            "`pip install 'pyworkflow-core[cli,conformance]'`"
-        ) from None
-    del hypothesis, pytest
+        raise Unusable(str(error)) from None
+    del pyworkflow
 
 
 def _places(reports: Sequence[str], output: str | None) -> list[tuple[str, str | None]]:
@@ -142,8 +138,7 @@ def _places(reports: Sequence[str], output: str | None) -> list[tuple[str, str |
 def _run(
     url: str, profile: str, seed: int, only: Sequence[str], keyword: str, prefix: str
 ) -> Report:
-    from pyworkflow.conformance._levels import LEVELS
-    from pyworkflow.conformance._run import check_prefix, look, run_conformance
+    from pyworkflow.conformance import LEVELS, check_prefix, look, run_conformance
 
     level = LEVELS[_LEVELS.index(profile)]
     check_prefix(prefix)
@@ -179,7 +174,7 @@ class _Progress:
 
 
 def _matrix(files: Sequence[str]) -> str:
-    from pyworkflow.conformance._formats import matrix, read_report
+    from pyworkflow.conformance import matrix, read_report
 
     if not files:
         raise click.UsageError(

@@ -25,8 +25,8 @@ from pyworkflow.runs import RunStatus
 
 if TYPE_CHECKING:
     from pyworkflow._operations import Operations
-    from pyworkflow.spi._fsck import Violation
     from pyworkflow.spi.storage import StorageBackend
+    from pyworkflow.storekit._fsck import Violation
 
 __all__ = ["command"]
 
@@ -44,7 +44,7 @@ def check() -> int:
 
     Exit status: 0 sound, 1 something is wrong, 3 the store cannot be read.
     """
-    from pyworkflow.spi import fsck
+    from pyworkflow.storekit import fsck
 
     async def read(operations: Operations) -> tuple[list[Violation], str]:
         return await fsck(operations.storage), operations.storage.info().location

@@ -1,6 +1,7 @@
-"""All that a plugin imports: the contracts, the values they pass, the refusals, the hook markers.
+"""The contract: storage, executors, codecs, hooks, and the values and refusals they pass.
 
-pluggy, the reference store and ``fsck`` load on first use, so that a backend costs only itself.
+What helps the author of a backend is in ``pyworkflow.storekit``. The hook markers load on first
+use, with pluggy.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ from pyworkflow.runs import (
     WorkItem,
     derive_status,
 )
+from pyworkflow.spi._delta import (
+    Delta,
+    KeyMark,
+    Record,
+    RunDelta,
+    record_from_json,
+    record_to_json,
+)
 from pyworkflow.spi._time import utcnow
 from pyworkflow.spi.capabilities import (
     CONTRACT_VERSION,
@@ -72,19 +81,7 @@ from pyworkflow.spi.storage import (
 )
 
 if TYPE_CHECKING:
-    from pyworkflow.spi._decide import decide
-    from pyworkflow.spi._delta import record_from_json, record_to_json
-    from pyworkflow.spi._fsck import fsck
-    from pyworkflow.spi._state import KEPT_TOKENS, RunState, RunView
     from pyworkflow.spi.hookspecs import CliGroup, Codec, Registry, hookimpl, hookspec
-    from pyworkflow.spi.reference import (
-        Delta,
-        KeyMark,
-        Record,
-        ReferenceStore,
-        RunDelta,
-        check_change,
-    )
 
 __all__ = [
     # contract
@@ -139,69 +136,67 @@ __all__ = [
     "StorageFull",
     "StorageUnavailable",
     "UnseenInput",
+    # copies
+    "Delta",
+    "KeyMark",
+    "Record",
+    "RunDelta",
+    "record_from_json",
+    "record_to_json",
     # executors
     "Doorbell",
     "Executor",
     "ExecutorCapabilities",
     "Outcome",
     "Runtime",
+    "doorbell_headers",
     # instants
     "from_micros",
     "to_micros",
     "utcnow",
-    # on first use
+    # hooks, on first use
     "CliGroup",
     "Codec",
     "Registry",
-    "Delta",
-    "KeyMark",
-    "Record",
-    "ReferenceStore",
-    "RunDelta",
-    "KEPT_TOKENS",
-    "RunState",
-    "RunView",
-    "check_change",
-    "decide",
-    "doorbell_headers",
-    "record_from_json",
-    "record_to_json",
-    "fsck",
     "hookimpl",
     "hookspec",
 ]
 
-_LAZY = {
-    "CliGroup": "hookspecs",
-    "Codec": "hookspecs",
-    "Registry": "hookspecs",
-    "Delta": "reference",
-    "KeyMark": "reference",
-    "Record": "reference",
-    "ReferenceStore": "reference",
-    "RunDelta": "reference",
-    "RunState": "_state",
-    "RunView": "_state",
-    "KEPT_TOKENS": "_state",
-    "decide": "_decide",
-    "record_from_json": "_delta",
-    "record_to_json": "_delta",
-    "check_change": "reference",
-    "fsck": "_fsck",
-    "hookimpl": "hookspecs",
-    "hookspec": "hookspecs",
-}
+_HOOKS = frozenset({"CliGroup", "Codec", "Registry", "hookimpl", "hookspec"})
+_MOVED = frozenset(
+    {
+        "KEPT_TOKENS",
+        "ReferenceStore",
+        "RunState",
+        "RunView",
+        "check_change",
+        "decide",
+        "embedded",
+        "failpoints",
+        "fsck",
+        "reference",
+    }
+)
+"""Names of ``pyworkflow.storekit`` that were here in 0.1; they are found here until 0.3."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    # `fsck` is also its module's name, which the import just bound here: the function must win.
-    globals()[name] = value
-    return value
+    if name in _HOOKS:
+        value: object = getattr(import_module("pyworkflow.spi.hookspecs"), name)
+        globals()[name] = value
+        return value
+    if name in _MOVED:
+        import warnings
+
+        warnings.warn(
+            f"pyworkflow.spi.{name} is pyworkflow.storekit.{name}; this name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module("pyworkflow.storekit"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

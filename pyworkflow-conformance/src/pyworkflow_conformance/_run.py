@@ -1,0 +1,305 @@
+"""``run_conformance``: the suite on a store, without a test module; gives a ``Report``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+from uuid import uuid4
+
+import pytest
+
+from pyworkflow.errors import ConfigurationError
+from pyworkflow.spi.capabilities import StorageInfo
+from pyworkflow.spi.storage import StorageBackend
+from pyworkflow_conformance._levels import LEVELS, Check, Level
+from pyworkflow_conformance._report import Report, Result, Status, judge
+
+if TYPE_CHECKING:
+    from pyworkflow_conformance._target import Factory
+    from pyworkflow_conformance.storage import StorageConformance
+
+__all__ = ["PREFIX", "check_prefix", "current_suite", "look", "run_conformance"]
+
+PREFIX = "conformance-"
+_ENTRY = "pyworkflow_conformance._entry"
+_running: list[Callable[[], type[StorageConformance]]] = []
+
+
+def run_conformance(
+    target: str | Factory,
+    *,
+    profile: Level = "full",
+    seed: int = 0,
+    only: Iterable[str] = (),
+    keyword: str = "",
+    prefix: str = PREFIX,
+    progress: Callable[[Result], None] | None = None,
+) -> Report:
+    """Run the suite on a store and say what it reaches.
+
+    Existing data is left alone: every check works in a namespace of its own, whose name begins
+    with ``prefix``, and removes its runs at the end. Not for use inside a running event loop.
+
+    Args:
+        target: A storage URL, or a function that makes a store object for a namespace.
+        profile: The level to reach; checks above it are not run.
+        seed: Decides what is left to chance.
+        only: Ids of checks or of groups; a level is then not judged as reached.
+        keyword: As pytest's ``-k``.
+        prefix: 1 to 24 letters, digits, ``.``, ``_``, ``-``.
+        progress: Called with each result.
+
+    Raises:
+        ConfigurationError: The profile, an id, the prefix or the URL is wrong.
+        StorageError: The store cannot be opened.
+    """
+    if profile not in LEVELS:
+        raise ConfigurationError(
+            f"there is no such profile: profile={profile!r}; give one of {', '.join(LEVELS)}"
+        )
+    url = target if isinstance(target, str) else None
+    factory = _by_url(url) if url is not None else cast("Factory", target)
+    started, start = datetime.now(UTC), monotonic()
+    info = look(target, prefix)
+    plugin = _Plugin(profile, {one.upper().replace("_", "-") for one in only}, progress)
+
+    def suite() -> type[StorageConformance]:
+        from pyworkflow_conformance._target import suite_for
+
+        declared = info.capabilities
+        return suite_for(factory, url=url, declared=declared, seed=seed, prefix=prefix)
+
+    _pytest(plugin, suite, keyword)
+    capabilities, levels = judge(plugin.all, plugin.results, info.capabilities, profile)
+    reached: list[Level] = [level for level, judged in levels.items() if judged.reached]
+    for check in plugin.wanted():
+        if check.id not in plugin.results:
+            plugin.results[check.id] = Result(check.id, check.title, check.level, Status.MISSING)
+    return Report(
+        backend=info.name,
+        location=info.location.replace(info.namespace, f"{prefix}*"),
+        contract_version=info.contract_version,
+        version=version("pyworkflow-core"),
+        profile=profile,
+        seed=seed,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(monotonic() - start, 1),
+        capabilities=capabilities,
+        levels=levels,
+        level=reached[-1] if reached else None,
+        results=[plugin.results[one] for one in plugin.all if one in plugin.results],
+        remains=_remains(info, prefix),
+    )
+
+
+def check_prefix(prefix: str) -> None:
+    """Refuse what cannot begin the name of a namespace.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    from pyworkflow.testing.internals import check_namespace
+
+    if not 1 <= len(prefix) <= 24:
+        raise ConfigurationError(f"a prefix has 1 to 24 characters: namespace-prefix={prefix!r}")
+    check_namespace(prefix, "namespace-prefix")
+
+
+def look(target: str | Factory, prefix: str = PREFIX) -> StorageInfo:
+    """What the store says of itself, after proof that it can be opened.
+
+    Raises:
+        ConfigurationError: The prefix or the URL is wrong.
+        StorageError: The store cannot be opened.
+    """
+    check_prefix(prefix)
+    namespace = f"{prefix}look-{uuid4().hex[:12]}"
+    factory = _by_url(target) if isinstance(target, str) else target
+    return asyncio.run(_look(factory, namespace))
+
+
+def current_suite() -> type[StorageConformance]:
+    """The class that the run in progress is about."""
+    if not _running:
+        raise ConfigurationError(
+            "this module is collected by run_conformance alone: call it, or subclass "
+            "pyworkflow_conformance.StorageConformance"
+        )
+    return _running[-1]()
+
+
+def _by_url(url: str) -> Factory:
+    from pyworkflow.testing.internals import make_storage
+
+    return lambda namespace: make_storage(url, namespace)
+
+
+async def _look(make: Factory, namespace: str) -> StorageInfo:
+    made = make(namespace)
+    store = made if isinstance(made, StorageBackend) else await made
+    async with store:
+        await store.now()
+        return store.info()
+
+
+def _remains(info: StorageInfo, prefix: str) -> str:
+    if not (info.capabilities.durable or info.capabilities.multi_process):
+        return ""
+    return (
+        f"empty namespaces {prefix}*: their runs were removed, what the backend keeps for a "
+        "namespace was not"
+    )
+
+
+def _pytest(plugin: _Plugin, suite: Callable[[], type[StorageConformance]], keyword: str) -> None:
+    """Run pytest on the suite alone: no settings, plugins, files or caches of anybody else."""
+    here = Path(__file__).parent
+    arguments: Sequence[str] = [
+        str(here / "_entry.py"),
+        f"--rootdir={here}",
+        f"--config-file={os.devnull}",
+        "--noconftest",
+        "--import-mode=importlib",
+        "--capture=sys",
+        "-pno:cacheprovider",
+        "-pno:terminal",
+        "-pno:faulthandler",
+        "-oxfail_strict=true",
+        *([f"-k={keyword}"] if keyword else []),
+    ]
+    sys.modules.pop(_ENTRY, None)
+    _running.append(suite)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, _environment(scratch):
+            status = pytest.main(list(arguments), plugins=[plugin])
+    finally:
+        _running.pop()
+        sys.modules.pop(_ENTRY, None)
+    if plugin.refusal is not None:
+        raise plugin.refusal
+    if status == pytest.ExitCode.INTERRUPTED and not plugin.errors:
+        raise KeyboardInterrupt
+    if plugin.errors:
+        raise ConfigurationError("the suite cannot be run:\n" + "\n".join(plugin.errors))
+    if status in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR} or not plugin.all:
+        raise ConfigurationError(f"pytest could not run the suite: status={status!s}; see above")
+
+
+@contextmanager
+def _environment(scratch: str) -> Generator[None]:
+    """Nobody's plugins and options for pytest, no folder in the current one for hypothesis."""
+    changed = {
+        "PYTEST_ADDOPTS": "",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "",
+        "HYPOTHESIS_STORAGE_DIRECTORY": scratch,
+    }
+    before = {name: os.environ.get(name) for name in [*changed, "PYTEST_CURRENT_TEST"]}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _Plugin:
+    """Chooses the checks and takes down what becomes of them."""
+
+    def __init__(
+        self, profile: Level, only: set[str], progress: Callable[[Result], None] | None
+    ) -> None:
+        self._profile = profile
+        self._only = only
+        self._progress = progress
+        self.all: dict[str, Check] = {}
+        self.results: dict[str, Result] = {}
+        self.errors: list[str] = []
+        self.refusal: ConfigurationError | None = None
+
+    def wanted(self) -> list[Check]:
+        """The checks of the profile."""
+        highest = LEVELS.index(self._profile)
+        return [one for one in self.all.values() if LEVELS.index(one.level) <= highest]
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Short tracebacks: the option itself belongs to the terminal, which is left out."""
+        config.option.tbstyle = "short"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep what the profile and the caller want, in the order of the groups."""
+        from pyworkflow_conformance._levels import checks
+
+        self.all = dict(checks())
+        unknown = [
+            one
+            for one in sorted(self._only)
+            if not any(one in {check, check.split("-")[0]} for check in self.all)
+        ]
+        if unknown:
+            self.refusal = ConfigurationError(
+                f"there are no such checks: ids={','.join(unknown)}; an id is like CON-01, "
+                "a group like CON"
+            )
+            items.clear()
+            return
+        places = {
+            check.name: place
+            for place, check in enumerate(self.wanted())
+            if not self._only or {check.id, check.id.split("-")[0]} & self._only
+        }
+        items[:] = sorted(
+            (item for item in items if item.name in places), key=lambda item: places[item.name]
+        )
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A suite that cannot be imported is no result."""
+        if report.failed:
+            self.errors.append(str(report.longrepr))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of one check."""
+        if report.when != "call" and report.passed:
+            return
+        name = report.nodeid.rpartition("::")[2]
+        check = next(check for check in self.all.values() if check.name == name)
+        if check.id in self.results and self.results[check.id].status is Status.FAILED:
+            return
+        status, reason = _verdict(report)
+        detail = report.longreprtext if status is Status.FAILED else ""
+        duration = round(report.duration, 3)
+        result = Result(check.id, check.title, check.level, status, duration, reason, detail)
+        self.results[check.id] = result
+        if self._progress is not None:
+            self._progress(result)
+
+
+def _verdict(report: pytest.TestReport) -> tuple[Status, str]:
+    if report.skipped:
+        if hasattr(report, "wasxfail"):
+            reason = str(report.wasxfail).removeprefix("reason: ").removeprefix("declared gap: ")
+            return Status.GAP, reason
+        text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+        text = text.removeprefix("Skipped: ")
+        applies = not text.startswith("does not apply: ")
+        return (Status.SKIPPED if applies else Status.NOT_APPLICABLE), text.removeprefix(
+            "does not apply: "
+        )
+    if report.passed:
+        return Status.PASSED, ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = str(getattr(crash, "message", "") or report.longreprtext)
+    return Status.FAILED, message.partition("\n")[0][:200]

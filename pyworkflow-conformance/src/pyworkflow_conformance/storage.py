@@ -1,0 +1,80 @@
+"""``StorageConformance``: all groups of checks in one class to inherit from."""
+
+# ruff: noqa: E402 - pytest has to know the modules before they are imported
+
+from __future__ import annotations
+
+import pytest
+
+# The checks are plain asserts: failures must show what they compared.
+pytest.register_assert_rewrite(
+    *(
+        f"pyworkflow_conformance.{module}"
+        for module in (
+            "_case",
+            "_children",
+            "_claims",
+            "_contract",
+            "_copies",
+            "_crash",
+            "_damage",
+            "_faulty",
+            "_keys",
+            "_meta",
+            "_migrations",
+            "_model",
+            "_oracle",
+            "_processes",
+            "_profiles",
+            "_races",
+            "_soak",
+            "_stateful",
+            "_turns",
+            "_values",
+        )
+    )
+)
+
+from pyworkflow_conformance._claims import ClaimChecks
+from pyworkflow_conformance._contract import ContractChecks
+from pyworkflow_conformance._copies import CopyChecks
+from pyworkflow_conformance._crash import CrashChecks
+from pyworkflow_conformance._damage import DamageChecks
+from pyworkflow_conformance._faulty import FaultChecks
+from pyworkflow_conformance._keys import KeyChecks
+from pyworkflow_conformance._meta import MetaChecks
+from pyworkflow_conformance._migrations import MigrationChecks
+from pyworkflow_conformance._model import ModelChecks
+from pyworkflow_conformance._processes import ProcessChecks
+from pyworkflow_conformance._profiles import EngineChecks
+from pyworkflow_conformance._races import RaceChecks
+from pyworkflow_conformance._soak import SoakChecks
+from pyworkflow_conformance._turns import TurnChecks
+from pyworkflow_conformance._values import ValueChecks
+
+__all__ = ["StorageConformance"]
+
+
+class StorageConformance(
+    MetaChecks,
+    ContractChecks,
+    KeyChecks,
+    ClaimChecks,
+    TurnChecks,
+    ValueChecks,
+    RaceChecks,
+    ProcessChecks,
+    CrashChecks,
+    DamageChecks,
+    CopyChecks,
+    MigrationChecks,
+    ModelChecks,
+    FaultChecks,
+    SoakChecks,
+    EngineChecks,
+):
+    """Inherit from this, override ``make``, declare ``capabilities``; then run pytest.
+
+    Every check has an empty store of its own, and ends with ``fsck``. A check that the backend
+    knowingly fails is named in ``Capabilities.gaps`` with the reason; overriding one is an error.
+    """

@@ -1,0 +1,60 @@
+"""What helps the author of a backend: the rules of a change, a reference store, checks of a store.
+
+The contract itself is ``pyworkflow.spi``. ``embedded`` is for stores in this process, ``failpoints``
+for tests of crashes. Nothing here loads before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyworkflow.storekit import embedded, failpoints, reference
+    from pyworkflow.storekit._check import check_change
+    from pyworkflow.storekit._decide import decide
+    from pyworkflow.storekit._fsck import fsck
+    from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
+    from pyworkflow.storekit.reference import ReferenceStore
+
+__all__ = [
+    # the rules
+    "KEPT_TOKENS",
+    "RunState",
+    "RunView",
+    "check_change",
+    "decide",
+    # a whole store in memory, and the check of a store
+    "ReferenceStore",
+    "fsck",
+    # modules
+    "embedded",
+    "failpoints",
+    "reference",
+]
+
+_HOMES = {
+    "KEPT_TOKENS": "_state",
+    "ReferenceStore": "reference",
+    "RunState": "_state",
+    "RunView": "_state",
+    "check_change": "_check",
+    "decide": "_decide",
+    "fsck": "_fsck",
+}
+_MODULES = frozenset({"embedded", "failpoints", "reference"})
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The PostgreSQL backend: one server-side function per method of the contract."""

@@ -1,0 +1,318 @@
+"""Work items: which can be claimed, and what claimers do to them. Run in the writer's transaction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from pyworkflow.spi import (
+    Claim,
+    Claimed,
+    ClaimRef,
+    ClaimRequest,
+    Event,
+    ItemKind,
+    StorageDamaged,
+    WorkItem,
+)
+from pyworkflow_storage_sql.sqlite._rows import (
+    EVENT,
+    ITEM,
+    RUN,
+    event_in,
+    from_micros,
+    item_in,
+    run_in,
+    to_micros,
+)
+from pyworkflow_storage_sql.sqlite._writer import Batch
+
+__all__ = ["announce", "claim", "free", "holders", "next_due", "release", "renew"]
+
+_ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
+#: Of one queue and priority, in the order of the index.
+_FREE: Final = (
+    "select i.priority, i.due_at, i.id from work_items i indexed by work_free "
+    "where i.token is null and i.parked = 0 and i.namespace = ? and i.queue = ? "
+    "and i.priority = ? and i.due_at <= ?{filters} order by i.due_at, i.id limit ?"
+)
+_HELD: Final = (
+    "select i.priority, i.due_at, i.id from work_items i indexed by work_held "
+    "where i.token is not null and i.parked = 0 and i.namespace = ? and i.free_at <= ?{filters}"
+)
+_HELD_NEXT: Final = (
+    "select i.free_at from work_items i indexed by work_held "
+    "where i.token is not null and i.parked = 0 and i.namespace = ?{filters}"
+)
+_NEXT_QUEUE: Final = (
+    "select min(queue) from work_items indexed by work_free "
+    "where token is null and parked = 0 and namespace = ? and queue > ?"
+)
+_FIRST_QUEUE: Final = _NEXT_QUEUE.replace(" and queue > ?", "")
+_TOP_PRIORITY: Final = (
+    "select max(priority) from work_items indexed by work_free "
+    "where token is null and parked = 0 and namespace = ? and queue = ?"
+)
+_NEXT_PRIORITY: Final = _TOP_PRIORITY + " and priority < ?"
+_EVENT_BYTES: Final = 96
+
+_Due = tuple[int, int, int]
+
+
+class _Filters:
+    """What a claim asks for, as SQL behind a where."""
+
+    def __init__(
+        self,
+        *,
+        kinds: frozenset[ItemKind] | None = None,
+        workflows: frozenset[str] | None = None,
+        extra: str = "",
+        values: Sequence[object] = (),
+    ) -> None:
+        self.sql = extra
+        self.values: list[object] = [*values]
+        if kinds is not None:
+            self.sql += f" and i.kind in ({_marks(kinds)})"
+            self.values += sorted(str(kind) for kind in kinds)
+        if workflows is not None:
+            self.sql += f" and (i.kind = 'deliver' or i.workflow in ({_marks(workflows)}))"
+            self.values += sorted(workflows)
+
+
+def _marks(values: frozenset[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _queues(batch: Batch, asked: frozenset[str] | None) -> list[str]:
+    """The queues that may have something free, those asked for."""
+    if asked is not None and len(asked) <= 16:
+        return sorted(asked)
+    found: list[str] = []
+    row = batch.conn.execute(_FIRST_QUEUE, (batch.namespace,)).fetchone()
+    while row[0] is not None:
+        found.append(row[0])
+        row = batch.conn.execute(_NEXT_QUEUE, (batch.namespace, row[0])).fetchone()
+    return found if asked is None else [queue for queue in found if queue in asked]
+
+
+def _due(batch: Batch, limit: int, queues: frozenset[str] | None, filters: _Filters) -> list[int]:
+    """Ids of items that can be claimed now: highest priority, then oldest due."""
+    conn, namespace, now = batch.conn, batch.namespace, batch.micros
+    found: list[_Due] = []
+    for queue in _queues(batch, queues):
+        taken = 0
+        row = conn.execute(_TOP_PRIORITY, (namespace, queue)).fetchone()
+        while row[0] is not None and taken < limit:
+            rows = conn.execute(
+                _FREE.format(filters=filters.sql),
+                (namespace, queue, row[0], now, *filters.values, limit - taken),
+            ).fetchall()
+            found += rows
+            taken += len(rows)
+            row = conn.execute(_NEXT_PRIORITY, (namespace, queue, row[0])).fetchone()
+    sql, values = _HELD.format(filters=filters.sql), [namespace, now, *filters.values]
+    if queues is not None:
+        sql += f" and i.queue in ({_marks(queues)})"
+        values += sorted(queues)
+    found += conn.execute(sql, values).fetchall()
+    found.sort(key=lambda row: (-row[0], row[1], row[2]))
+    return [row[2] for row in found[:limit]]
+
+
+def _named(batch: Batch, request: ClaimRequest) -> list[int]:
+    """Ids of those of the items asked for by name that can be claimed now."""
+    filters = _Filters(kinds=request.kinds, workflows=request.workflows)
+    found: dict[int, None] = {}
+    for run_id, item_id in request.items or ():
+        if len(found) >= request.limit:
+            break
+        row = batch.conn.execute(
+            "select i.id, i.queue from runs r join work_items i on i.run = r.id "  # noqa: S608 - constant text and marks
+            "where r.namespace = ? and r.run_id = ? and i.item_id = ? and i.free_at <= ? "
+            f"and i.parked = 0{filters.sql}",
+            (batch.namespace, run_id, item_id, batch.micros, *filters.values),
+        ).fetchone()
+        if row is not None and (request.queues is None or row[1] in request.queues):
+            found[row[0]] = None
+    return list(found)
+
+
+def claim(request: ClaimRequest, batch: Batch) -> Claimed:
+    """Take due, free items."""
+    if request.limit <= 0:
+        ids = []
+    elif request.items is None:
+        filters = _Filters(kinds=request.kinds, workflows=request.workflows)
+        ids = _due(batch, request.limit, request.queues, filters)
+    else:
+        ids = _named(batch, request)
+    if not ids:
+        return Claimed(claims=[], now=batch.now)
+    until = to_micros(batch.now + request.lease)
+    batch.writes()
+    for item in ids:
+        batch.conn.execute(
+            "update work_items set owner = ?, token = ?, lease_until = ?, "
+            "free_at = max(due_at, ?), claims = claims + 1, rung_at = null where id = ?",
+            (request.owner, batch.token(), until, until, item),
+        )
+    budget = request.max_bytes
+    claims: list[Claim] = []
+    for item in ids:
+        made, size = _claimed(batch, item, request, budget)
+        budget -= size
+        claims.append(made)
+    return Claimed(claims=claims, now=batch.now)
+
+
+def _claimed(batch: Batch, id: int, request: ClaimRequest, budget: int) -> tuple[Claim, int]:
+    row = batch.conn.execute(
+        f"select r.id, {_ITEM}, {RUN} from work_items i "  # noqa: S608 - constant columns
+        "join runs r on r.id = i.run join run_data d on d.run = r.id where i.id = ?",
+        (id,),
+    ).fetchone()
+    width = 1 + len(ITEM.split(", "))
+    run = run_in(row[width:], batch.micros)
+    item = item_in(row[1:width], run.run_id)
+    if item.kind is not ItemKind.TURN:
+        return Claim(item=item, run=run), 0
+    after = request.known.get(run.run_id, 0)
+    if not 0 <= after <= run.history_length:
+        after = 0
+    events: list[Event] = []
+    size = 0
+    if after < run.history_length:
+        cursor = batch.conn.execute(
+            f"select {EVENT} from events where run = ? and seq > ? order by seq",  # noqa: S608 - constant columns
+            (row[0], after),
+        )
+        with contextlib.closing(cursor):
+            for event in cursor:
+                more = _EVENT_BYTES + len(event[7])
+                if size + more > budget:
+                    break
+                seq = after + 1 + len(events)
+                try:
+                    events.append(event_in(event, run.run_id, batch.file, seq))
+                except StorageDamaged:
+                    break  # told to whoever reads on: the other claims are as good as ever
+                size += more
+    cut = after + len(events) < run.history_length
+    return Claim(item=item, run=run, events=events, after=after, cut=cut), size
+
+
+def _held(batch: Batch, ref: ClaimRef) -> int | None:
+    row = batch.conn.execute(
+        "select i.id from runs r join work_items i on i.run = r.id "
+        "where r.namespace = ? and r.run_id = ? and i.item_id = ? and i.token = ?",
+        (batch.namespace, ref.run_id, ref.item_id, ref.token),
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def renew(refs: Sequence[ClaimRef], lease: timedelta, batch: Batch) -> list[bool]:
+    """Extend leases, those too that ended and were not taken over."""
+    until = to_micros(batch.now + lease)
+    kept: list[bool] = []
+    for ref in refs:
+        item = _held(batch, ref)
+        kept.append(item is not None)
+        if item is not None:
+            batch.writes(work=lease <= timedelta(0))
+            batch.conn.execute(
+                "update work_items set lease_until = ?, free_at = max(due_at, ?) where id = ?",
+                (until, until, item),
+            )
+    return kept
+
+
+def release(ref: ClaimRef, delay: timedelta | None, batch: Batch) -> bool:
+    """Give an item back as if it had not been claimed, or later."""
+    item = _held(batch, ref)
+    if item is None:
+        return False
+    batch.writes(work=True)
+    due = None if delay is None else to_micros(batch.now + delay)
+    batch.conn.execute(
+        "update work_items set owner = null, token = null, lease_until = null, rung_at = null, "
+        "due_at = coalesce(?, due_at), free_at = coalesce(?, due_at), "
+        "claims = max(0, claims - 1) where id = ?",
+        (due, due, item),
+    )
+    return True
+
+
+def announce(limit: int, mute: timedelta, batch: Batch) -> list[WorkItem]:
+    """Due, free items that nobody rang for within ``mute``, in the order of claims."""
+    if limit <= 0:
+        return []
+    filters = _Filters(
+        extra=" and (i.rung_at is null or i.rung_at <= ?)", values=[to_micros(batch.now - mute)]
+    )
+    found: list[WorkItem] = []
+    for item in _due(batch, limit, None, filters):
+        batch.writes()
+        batch.conn.execute("update work_items set rung_at = ? where id = ?", (batch.micros, item))
+        row = batch.conn.execute(
+            f"select r.run_id, {_ITEM} from work_items i join runs r on r.id = i.run where i.id = ?",  # noqa: S608 - constant columns
+            (item,),
+        ).fetchone()
+        found.append(item_in(row[1:], row[0]))
+    return found
+
+
+def free(owner: str, batch: Batch) -> int:
+    """End the leases of ``owner``; the claims stay counted, and valid until taken over."""
+    now = batch.micros
+    freed = batch.conn.execute(
+        "update work_items set lease_until = ?, due_at = min(due_at, ?), free_at = ?, "
+        "rung_at = null where namespace = ? and token is not null and owner = ? "
+        "and lease_until > ?",
+        (now, now, now, batch.namespace, owner, now),
+    ).rowcount
+    if freed:
+        batch.writes(work=True)
+    return freed
+
+
+def holders(batch: Batch) -> list[str]:
+    """Owners of leases that have not ended."""
+    rows = batch.conn.execute(
+        "select distinct owner from work_items indexed by work_held "
+        "where namespace = ? and token is not null and lease_until > ? order by owner",
+        (batch.namespace, batch.micros),
+    )
+    return [row[0] for row in rows]
+
+
+def next_due(
+    queues: frozenset[str] | None, workflows: frozenset[str] | None, batch: Batch
+) -> datetime | None:
+    """When an item can be claimed next; in the past when one can be claimed now."""
+    conn, namespace = batch.conn, batch.namespace
+    filters = _Filters(workflows=workflows)
+    first: int | None = None
+    for queue in _queues(batch, queues):
+        row = conn.execute(_TOP_PRIORITY, (namespace, queue)).fetchone()
+        while row[0] is not None:
+            due = conn.execute(
+                "select i.due_at from work_items i indexed by work_free "  # noqa: S608 - constant text and marks
+                "where i.token is null and i.parked = 0 and i.namespace = ? and i.queue = ? "
+                f"and i.priority = ?{filters.sql} order by i.due_at limit 1",
+                (namespace, queue, row[0], *filters.values),
+            ).fetchone()
+            if due is not None and (first is None or due[0] < first):
+                first = due[0]
+            row = conn.execute(_NEXT_PRIORITY, (namespace, queue, row[0])).fetchone()
+    sql = _HELD_NEXT.format(filters=filters.sql)
+    values = [namespace, *filters.values]
+    if queues is not None:
+        sql += f" and i.queue in ({_marks(queues)})"
+        values += sorted(queues)
+    held = conn.execute(sql + " order by i.free_at limit 1", values).fetchone()
+    if held is not None and (first is None or held[0] < first):
+        first = held[0]
+    return None if first is None else from_micros(first)

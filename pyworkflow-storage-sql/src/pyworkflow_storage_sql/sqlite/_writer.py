@@ -1,0 +1,305 @@
+"""What is done to the database in one transaction, with one flush for all who wait.
+
+A batch begins ``immediate``, does each operation in turn, and commits. An operation decides before
+it writes, so that a refusal leaves nothing behind. It is done by the dispatcher's thread or by the
+loop; whoever does it holds ``mutex``.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from pyworkflow.spi import PayloadTooLarge, Refusal, RunClosed, RunNotFound
+from pyworkflow.storekit import failpoints
+from pyworkflow.storekit.embedded import (
+    Answers,
+    News,
+    Operation,
+    Pace,
+    add_forkable,
+    copy_error,
+)
+from pyworkflow_storage_sql.sqlite._cache import KnownRuns
+from pyworkflow_storage_sql.sqlite._rows import from_micros
+from pyworkflow_storage_sql.sqlite._schema import (
+    claim_namespace,
+    connect,
+    is_busy,
+    migrate,
+    storage_error,
+)
+
+__all__ = ["Batch", "Writer"]
+
+failpoints.register(
+    __name__,
+    OSError,
+    {
+        "sqlite.before_commit": "a transaction is written, and not committed",
+        "sqlite.after_commit": "a transaction is committed, and nobody has an answer yet",
+    },
+)
+
+#: What an operation may raise without having written.
+_CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
+#: The latest instant is written down when it is this much newer, microseconds.
+_LATEST: Final = 100_000
+
+
+class Batch:
+    """What operations work on: the connection inside a transaction, the clock, and the news."""
+
+    __slots__ = (
+        "conn",
+        "dirty",
+        "file",
+        "micros",
+        "namespace",
+        "now",
+        "offset",
+        "runs",
+        "token",
+        "touched",
+        "work",
+    )
+
+    def __init__(
+        self,
+        conn: sqlite3.Connection,
+        file: str,
+        namespace: int,
+        micros: int,
+        offset: int,
+        token: Callable[[], str],
+        runs: KnownRuns,
+    ) -> None:
+        self.conn = conn
+        self.file = file
+        self.namespace = namespace
+        self.offset = offset
+        self.micros = micros + offset
+        self.now: datetime = from_micros(self.micros)
+        self.token = token
+        self.runs = runs
+        self.dirty = False
+        self.work = False
+        self.touched: dict[str, tuple[int, bool]] = {}
+
+    def writes(self, *, work: bool = False) -> None:
+        """Something is about to be written; ``work``: it may give a worker something to do."""
+        self.runs.forget()
+        self.changes(work=work)
+
+    def changes(self, *, work: bool) -> None:
+        """A change is about to be written, and ``runs`` will be told what it leaves behind."""
+        self.dirty = True
+        self.work = self.work or work
+
+    def shift_clock(self, by: int) -> None:
+        """Move the store's clock, by microseconds."""
+        self.writes(work=True)
+        self.conn.execute(
+            "update namespaces set clock_offset = clock_offset + ? where id = ?",
+            (by, self.namespace),
+        )
+        self.offset += by
+        self.micros += by
+        self.now = from_micros(self.micros)
+
+
+class Writer:
+    """The connection that writes. Everything here blocks."""
+
+    def __init__(self, path: Path, namespace: str, *, lock_timeout: float) -> None:
+        self.mutex = threading.Lock()
+        """Held by whoever calls another method."""
+        self.is_open = False
+        self.pace = Pace()
+        self.path = path
+        self._name = namespace
+        self._lock_timeout = lock_timeout
+        self._conn: sqlite3.Connection | None = None
+        self._namespace = 0
+        self._latest = 0
+        self._stored_latest = 0
+        self._token_prefix = secrets.token_hex(8)
+        self._tokens = 0
+        self._runs = KnownRuns()
+        self._touched: dict[str, tuple[int, bool]] = {}
+        self._work = 0
+        add_forkable(self)
+
+    def take(self, waiting: list[Operation[Batch]], answers: Answers[Batch], *, wait: bool) -> bool:
+        """Do the operations as one batch.
+
+        Without ``wait``, False and nothing has happened when somebody else holds the lock.
+        """
+        try:
+            conn = self._conn or self._open()
+            return self._do(conn, waiting, answers, wait)
+        except Exception as error:  # noqa: BLE001  whoever waits must hear of it
+            self.recover()
+            told = storage_error(error, self.path)
+            answers[:] = [(operation, None, copy_error(told)) for operation in waiting]
+            return True
+
+    def take_news(self) -> News:
+        """The runs that changed since the last call, and the news for workers so far."""
+        touched, self._touched = self._touched, {}
+        return touched, self._work
+
+    def recover(self) -> None:
+        """Something broke in a batch: hold nothing, believe nothing."""
+        self._runs.forget()
+        conn = self._conn
+        if conn is None:
+            return
+        try:
+            if conn.in_transaction:
+                conn.execute("rollback")
+        except sqlite3.Error:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self.is_open = False
+        self._runs = KnownRuns()
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.close()
+
+    def before_fork(self) -> None:
+        """Let nobody be in a transaction while the process forks, and close the connection."""
+        self.mutex.acquire()
+        self.close()
+
+    def after_fork(self) -> None:
+        """In the parent: go on; the next batch opens again."""
+        self.mutex.release()
+
+    def abandon(self) -> None:
+        """In the child: the thread does not exist here, and the object makes another writer."""
+
+    def _open(self) -> sqlite3.Connection:
+        conn = connect(self.path)
+        try:
+            migrate(conn, self.path)
+            self._namespace, self._work = claim_namespace(conn, self.path, self._name)
+            conn.execute("pragma busy_timeout = 0")
+        except BaseException:
+            conn.close()
+            raise
+        self._conn = conn
+        self.is_open = True
+        return conn
+
+    def _do(
+        self,
+        conn: sqlite3.Connection,
+        waiting: list[Operation[Batch]],
+        answers: Answers[Batch],
+        wait: bool,
+    ) -> bool:
+        writes = any(operation.writes for operation in waiting)
+        if not self._begin(conn, wait, writes):
+            return False
+        if writes:
+            self._runs.begin(conn)
+        batch = self._batch(conn)
+        for operation in waiting:
+            if operation.future.done():
+                continue  # its caller is gone
+            try:
+                answers.append((operation, operation.run(batch), None))
+            except _CLEAN as refusal:
+                answers.append((operation, None, refusal))
+            except Exception:
+                if len(waiting) == 1 or not conn.in_transaction:
+                    raise
+                # It may have written a part. The others are done again without it.
+                conn.execute("rollback")
+                self._runs.forget()
+                self._one_by_one(conn, waiting, answers)
+                return True
+        self._commit(conn, batch)
+        return True
+
+    def _one_by_one(
+        self, conn: sqlite3.Connection, waiting: list[Operation[Batch]], answers: Answers[Batch]
+    ) -> None:
+        answers.clear()
+        for operation in waiting:
+            own: Answers[Batch] = []
+            try:
+                self._do(conn, [operation], own, True)
+            except Exception as error:  # noqa: BLE001  belongs to this caller alone
+                self.recover()
+                own = [(operation, None, storage_error(error, self.path))]
+            answers += own
+
+    def _begin(self, conn: sqlite3.Connection, wait: bool, writes: bool) -> bool:
+        if not writes:
+            conn.execute("begin")
+            return True
+        try:
+            conn.execute("begin immediate")
+            return True
+        except sqlite3.OperationalError as error:
+            if not is_busy(error):
+                raise
+            if not wait:
+                return False
+        # Shorter pauses than those of SQLite's own handler, which sleeps up to 0.1 s.
+        end = time.monotonic() + self._lock_timeout
+        pause = 0.0003
+        while True:
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.5, 0.01)
+            try:
+                conn.execute("begin immediate")
+                return True
+            except sqlite3.OperationalError as error:
+                if not is_busy(error) or time.monotonic() > end:
+                    raise
+
+    def _batch(self, conn: sqlite3.Connection) -> Batch:
+        offset, stored, self._work = conn.execute(
+            "select clock_offset, latest, work from namespaces where id = ?", (self._namespace,)
+        ).fetchone()
+        # Somebody may set the machine's clock back: the store's own then stands still.
+        self._stored_latest = stored
+        self._latest = max(self._latest, stored, time.time_ns() // 1000)
+        return Batch(
+            conn, str(self.path), self._namespace, self._latest, offset, self._token, self._runs
+        )
+
+    def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
+        if not batch.dirty:
+            conn.execute("commit")
+            return
+        if batch.work or self._latest > self._stored_latest + _LATEST:
+            self._work = conn.execute(
+                "update namespaces set latest = ?, work = work + ? where id = ? returning work",
+                (self._latest, batch.work, self._namespace),
+            ).fetchone()[0]
+        if failpoints.active:
+            failpoints.hit("sqlite.before_commit")
+        began = time.perf_counter_ns()
+        conn.execute("commit")
+        self.pace.flushed(time.perf_counter_ns() - began)
+        if failpoints.active:
+            failpoints.hit("sqlite.after_commit")
+        if batch.touched:
+            self._touched.update(batch.touched)
+
+    def _token(self) -> str:
+        self._tokens += 1
+        return f"{self._token_prefix}{self._tokens:x}"
