@@ -44,7 +44,7 @@ def fresh():
 @pytest.fixture
 def run(monkeypatch):
     context = InWorkflow()
-    monkeypatch.setattr(_context, "current", lambda: context)
+    monkeypatch.setattr(_context, "log_context", lambda: context)
     return context
 
 

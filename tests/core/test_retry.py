@@ -19,7 +19,7 @@ def waited(outcome):
 
 
 def test_fixed_waits_a_minute_each_time():
-    policy = RetryPolicy.of()
+    policy = RetryPolicy.of(retry_delay="fixed")
     assert {policy.delay_for(n) for n in range(1, 10)} == {timedelta(seconds=60)}
 
 
@@ -47,7 +47,9 @@ def test_a_wrong_delay_is_refused_with_every_form():
 
 @given(
     st.integers(0, 1000),
-    st.sampled_from(["fixed", "exponential"]) | st.timedeltas(min_value=timedelta()),
+    st.sampled_from(["fixed", "exponential"])
+    | st.timedeltas(min_value=timedelta())
+    | st.lists(st.timedeltas(min_value=timedelta()), min_size=1).map(tuple),
 )
 def test_a_policy_comes_back_from_its_json(retries, delay):
     policy = RetryPolicy(retries, delay)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         start_async,
     )
     from pyworkflow._config import configure
-    from pyworkflow._context import StepContext
+    from pyworkflow._context import Current, StepContext, current
     from pyworkflow._definitions import BoundWorkflow, Step, Workflow, step, workflow
     from pyworkflow._logging import configure_logging, logger
     from pyworkflow._primitives import (
@@ -77,7 +77,7 @@ _HOMES = {
         "start_async",
     ),
     "pyworkflow._config": ("configure",),
-    "pyworkflow._context": ("StepContext",),
+    "pyworkflow._context": ("Current", "StepContext", "current"),
     "pyworkflow._definitions": ("BoundWorkflow", "Step", "Workflow", "step", "workflow"),
     "pyworkflow._logging": ("configure_logging", "logger"),
     "pyworkflow._primitives": (
@@ -103,6 +103,7 @@ __all__ = [
     "BoundWorkflow",
     "Client",
     "ConfigurationError",
+    "Current",
     "DefinitionError",
     "DuplicateName",
     "Event",
@@ -139,6 +140,7 @@ __all__ = [
     "cancel",
     "configure",
     "configure_logging",
+    "current",
     "deprecate_patch",
     "get_events",
     "get_run",

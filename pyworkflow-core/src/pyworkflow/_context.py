@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,7 +11,15 @@ from typing import Any
 from pyworkflow._replay.context import RunContext, current_run
 from pyworkflow.events import Json
 
-__all__ = ["LogContext", "StepContext", "current", "running_step", "step_context"]
+__all__ = [
+    "Current",
+    "LogContext",
+    "StepContext",
+    "current",
+    "log_context",
+    "running_step",
+    "step_context",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +36,41 @@ class StepContext:
 
     @property
     def idempotency_key(self) -> str:
-        """The same for every try of this step: pass it to services that take one."""
+        """The same for every attempt of this step: pass it to services that take one.
+
+        The run id, ``/``, and ``step_id``. A generated run id is ``run_`` and 24 characters of
+        ``0-9a-f``; an id of your own has the characters that you gave it, at most 1,024.
+        ``step_id`` has the characters ``0-9a-z.#:``, and grows with the depth of nested tasks:
+        about 8 characters in the workflow itself, 2 to 4 more for each task inside a task.
+        """
         return f"{self.run_id}/{self.step_id}"
+
+    @property
+    def header_key(self) -> str:
+        """``idempotency_key`` as 32 characters of ``0-9a-f``, whatever the run id.
+
+        Safe in HTTP headers, mail headers, URLs and file names, and never longer. The first half
+        of the SHA-256 of ``idempotency_key``, so that it can be computed elsewhere.
+        """
+        return hashlib.sha256(self.idempotency_key.encode("utf-8", "surrogatepass")).hexdigest()[
+            :32
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Current:
+    """The run, and the step if any, that the running code belongs to; made by ``current()``."""
+
+    run_id: str
+    workflow: str
+    step: str | None = None
+    """The name of the step; None in workflow code."""
+    step_id: str | None = None
+    """The op of the step, for example ``1.3#2:step``; None in workflow code."""
+    attempt: int | None = None
+    """The attempt of the step, 1 for the first; None in workflow code."""
+    is_replaying: bool = False
+    """In workflow code: whether it repeats what a committed turn did. False in steps."""
 
 
 class _Draft:
@@ -94,8 +136,32 @@ class LogContext:
         return self._run is not None and self._run.log(level, message, fields)
 
 
-def current() -> LogContext | None:
-    """The context of the running code; None outside of workflows and steps."""
+def current() -> Current | None:
+    """The run, workflow, step and attempt that this code runs in; None when it runs in none.
+
+    For log processors, tags of errors, comments in SQL: it works anywhere, in workflow code, in
+    async and sync steps, in libraries that they call, in hooks and log filters, and outside of
+    runs. It changes nothing, is recorded nowhere, and never raises. A thread that a step starts
+    by itself belongs to no step, unless the step passes on its context
+    (``contextvars.copy_context``, as ``asyncio.to_thread`` does).
+    """
+    run = current_run()
+    if run is not None:
+        return Current(run_id=run.run_id, workflow=run.workflow, is_replaying=run.is_replaying)
+    step = running_step.get()
+    if step is None:
+        return None
+    return Current(
+        run_id=step.run_id,
+        workflow=step.workflow_name,
+        step=step.step_name,
+        step_id=step.step_id,
+        attempt=step.attempt,
+    )
+
+
+def log_context() -> LogContext | None:
+    """The context of the running code for log records; None outside of workflows and steps."""
     run = current_run()
     if run is not None:
         return LogContext(run, None)

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from pyworkflow._duration import parse_duration
 from pyworkflow._replay.context import current_run
-from pyworkflow._retry import RetryPolicy
+from pyworkflow._retry import RETRIES, Delay, RetryDelay, RetryPolicy, delay_of
 from pyworkflow._serialization import (
     decode,
     decode_arguments,
@@ -85,7 +85,7 @@ class Step(Generic[P, R]):
         *,
         name: str | None = None,
         max_retries: int | None = None,
-        retry_delay: Literal["fixed", "exponential"] | D = "fixed",
+        retry_delay: RetryDelay = "exponential",
         timeout: D | None = None,
         queue: str | None = None,
         priority: int | None = None,
@@ -101,7 +101,7 @@ class Step(Generic[P, R]):
         if dispatch not in ("auto", "queue"):
             raise DefinitionError(f"dispatch={dispatch!r} is neither 'auto' nor 'queue'")
         if max_retries is None:
-            max_retries = 0 if semantics == "at_most_once" else 3
+            max_retries = 0 if semantics == "at_most_once" else RETRIES
         if type(max_retries) is not int or max_retries < 0:
             raise DefinitionError(f"max_retries={max_retries!r} is not a number of tries >= 0")
         if semantics == "at_most_once" and max_retries:
@@ -373,7 +373,7 @@ def step(
     *,
     name: str | None = None,
     max_retries: int | None = None,
-    retry_delay: Literal["fixed", "exponential"] | D = "fixed",
+    retry_delay: RetryDelay = "exponential",
     timeout: D | None = None,
     queue: str | None = None,
     priority: int | None = None,
@@ -384,10 +384,12 @@ def step(
 def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """Define a step: ``@step`` or ``@step(max_retries=…, retry_delay=…, timeout=…, …)``.
 
-    ``max_retries=n`` is at most n + 1 tries (default 3; 0 for ``at_most_once``). ``retry_delay``:
-    ``"fixed"`` waits 60 s, ``"exponential"`` 1, 2, 4, 8 … s up to 5 min, a duration waits that
-    long. ``timeout`` bounds one try: an async body is cancelled. An ordinary function runs in a
-    thread, which cannot be stopped: its next try waits until it has ended. With
+    ``max_retries=n`` is at most n + 1 attempts (default 5; 0 for ``at_most_once``).
+    ``retry_delay``: ``"exponential"`` (the default) waits 1, 2, 4, 8 … s up to 5 min, ``"fixed"``
+    60 s, a duration waits that long, a list such as ``[5, "30s", "5m"]`` has a delay for each
+    retry, and its last repeats. ``timeout`` bounds one attempt: an async body is cancelled. An
+    ordinary function runs in a thread, which cannot be stopped: its next attempt waits until it
+    has ended. With
     ``hard_timeout=True`` its process ends instead, where a pool makes another (Celery's prefork).
 
     Raises:
@@ -503,12 +505,11 @@ def _duration(setting: str, value: D) -> timedelta:
         raise DefinitionError(f"{setting}={value!r}: {exc}") from exc
 
 
-def _delay(
-    value: Literal["fixed", "exponential"] | D,
-) -> Literal["fixed", "exponential"] | timedelta:
-    if value in ("fixed", "exponential"):
-        return value  # type: ignore[return-value]  # one of the two words
-    return _duration("retry_delay", value)
+def _delay(value: RetryDelay) -> Delay:
+    try:
+        return delay_of(value)
+    except (ValueError, TypeError) as exc:
+        raise DefinitionError(f"retry_delay={value!r}: {exc}") from exc
 
 
 # --- the way up: the client registers itself ------------------------------------------------------

@@ -170,12 +170,55 @@ class _StderrHandler(logging.StreamHandler[Any]):
         super().flush()
 
 
+class _ReopeningFileHandler(logging.FileHandler):
+    """Writes to the file that has the path now: it may be renamed or deleted (logrotate).
+
+    Each record looks, so that all processes that log into one file follow a rotation.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._file = self._identity()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._follow()
+        except OSError:
+            # The folder is gone, say, or the new file is not ours to write: the next line tries
+            # again, and the code that logs must not fail for it.
+            self.handleError(record)
+            return
+        super().emit(record)
+
+    def _follow(self) -> None:
+        try:
+            found = os.stat(self.baseFilename)  # noqa: PTH116 - no path object for each record
+            if self.stream is not None and (found.st_dev, found.st_ino) == self._file:
+                return
+        except FileNotFoundError:
+            pass
+        old, self.stream = self.stream, None
+        if old is not None:
+            try:
+                old.close()
+            except OSError:
+                pass  # a full disk: what could not be flushed is lost
+        self.stream = self._open()
+        self._file = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        if self.stream is None:
+            return None
+        status = os.fstat(self.stream.fileno())
+        return status.st_dev, status.st_ino
+
+
 def _file_handler(log_file: str | PathLike[str]) -> logging.Handler:
     path = os.fspath(log_file)
     if not path:
         raise ConfigurationError("the log file has no name: log_file=''; give a path or None")
     try:
-        return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        return _ReopeningFileHandler(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"the log file cannot be written: log_file={path!r}: {error}; "
@@ -199,9 +242,9 @@ def _level(level: object) -> int:
 
 
 def _current() -> LogContext | None:
-    from pyworkflow._context import current
+    from pyworkflow._context import log_context
 
-    return current()
+    return log_context()
 
 
 def replay_filter(record: logging.LogRecord) -> bool:

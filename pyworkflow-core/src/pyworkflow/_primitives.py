@@ -120,15 +120,15 @@ def is_evicting() -> bool:
 
 
 def step_context() -> StepContext:
-    """The step that is running.
+    """The step that is running. ``current()`` asks the same anywhere, and does not raise.
 
     Raises:
         WorkflowContextError: called outside of a step.
     """
-    run = current_run()
-    if run is not None:
-        run.refuse("step_context() was called in workflow code; call it in the body of a step")
-    step = running_step.get()
+    step = None if current_run() is not None else running_step.get()
     if step is None:
-        raise WorkflowContextError("step_context() works in the body of a step that a run started")
+        raise WorkflowContextError(
+            "step_context() works in the body of a step that a run started; "
+            "current() works anywhere, and is None outside of runs"
+        )
     return step

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import CodeType
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pyworkflow._clock import LAST
 from pyworkflow._duration import D, format_duration, parse_duration, resolve_instant
 from pyworkflow.errors import FatalError, RetryableError
+from pyworkflow.events import Json
 
-__all__ = ["GiveUp", "Retry", "RetryPolicy", "decide", "is_programming_error"]
+__all__ = [
+    "RETRIES",
+    "Delay",
+    "GiveUp",
+    "Retry",
+    "RetryDelay",
+    "RetryPolicy",
+    "decide",
+    "delay_of",
+    "is_programming_error",
+]
+
+RetryDelay = Literal["fixed", "exponential"] | D | Sequence[D]
+"""A delay as users write it."""
+Delay = Literal["fixed", "exponential"] | timedelta | tuple[timedelta, ...]
+"""A delay as a policy has it."""
+
+RETRIES = 5
+"""Retries of a step without settings: with the delays 1, 2, 4, 8 and 16 s, half a minute."""
 
 FIXED = timedelta(seconds=60)
 """What ``"fixed"`` waits."""
@@ -22,17 +41,16 @@ LONGEST = timedelta(minutes=5)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a step is tried again, and how long it waits before each new try."""
+    """How often a step is tried again, and how long it waits before each new attempt."""
 
-    max_retries: int = 3
-    """``n`` is at most ``n + 1`` tries."""
-    delay: Literal["fixed", "exponential"] | timedelta = "fixed"
-    """``"fixed"`` 60 s; ``"exponential"`` 1, 2, 4, 8 … s, at most 5 min; or that long."""
+    max_retries: int = RETRIES
+    """``n`` is at most ``n + 1`` attempts."""
+    delay: Delay = "exponential"
+    """``"fixed"`` 60 s; ``"exponential"`` 1, 2, 4, 8 … s, at most 5 min; that long; or one delay
+    for each retry, the last of them for all further ones."""
 
     @classmethod
-    def of(
-        cls, max_retries: int = 3, retry_delay: Literal["fixed", "exponential"] | D = "fixed"
-    ) -> RetryPolicy:
+    def of(cls, max_retries: int = RETRIES, retry_delay: RetryDelay = "exponential") -> RetryPolicy:
         """The policy from what a user wrote.
 
         Raises:
@@ -40,7 +58,7 @@ class RetryPolicy:
         """
         if type(max_retries) is not int or max_retries < 0:
             raise ValueError(f"not a number of retries: {max_retries!r}; write 0, 1, 2 …")
-        return cls(max_retries, _delay(retry_delay))
+        return cls(max_retries, delay_of(retry_delay))
 
     def delay_for(self, attempt: int) -> timedelta:
         """How long to wait after the failure of this 1-based attempt."""
@@ -49,12 +67,22 @@ class RetryPolicy:
         if self.delay == "exponential":
             # The cap on the exponent keeps the thousandth try from computing 2 ** 999.
             return min(timedelta(seconds=2 ** min(max(attempt, 1) - 1, 16)), LONGEST)
+        if isinstance(self.delay, tuple):
+            return self.delay[min(max(attempt, 1), len(self.delay)) - 1]
         return self.delay
 
-    def to_json(self) -> dict[str, int | str]:
-        """The policy as a JSON object; durations as people write them."""
-        delay = self.delay if isinstance(self.delay, str) else format_duration(self.delay)
-        return {"max_retries": self.max_retries, "delay": delay}
+    def to_json(self) -> dict[str, Json]:
+        """The policy as a JSON object; durations as people write them.
+
+        A list of delays is ``delays``; ``delay`` is then the last of them, which is what workers
+        of 0.1 wait, who do not know lists.
+        """
+        delay = self.delay
+        if isinstance(delay, tuple):
+            delays: list[Json] = [format_duration(one) for one in delay]
+            return {"max_retries": self.max_retries, "delay": delays[-1], "delays": delays}
+        text = delay if isinstance(delay, str) else format_duration(delay)
+        return {"max_retries": self.max_retries, "delay": text}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> RetryPolicy:
@@ -66,7 +94,7 @@ class RetryPolicy:
         max_retries, delay = data.get("max_retries"), data.get("delay")
         if not isinstance(max_retries, int) or not isinstance(delay, str):
             raise ValueError(f"not a retry policy: {dict(data)!r}")  # bad data
-        return cls.of(max_retries, delay)
+        return cls.of(max_retries, cast("Any", data.get("delays", delay)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +165,22 @@ def _is_fatal(exc: BaseException) -> bool:
     return isinstance(exc, FatalError) or not isinstance(exc, Exception)
 
 
-def _delay(
-    value: Literal["fixed", "exponential"] | D,
-) -> Literal["fixed", "exponential"] | timedelta:
+def delay_of(value: RetryDelay) -> Delay:
+    """The delay from what a user wrote.
+
+    Raises:
+        ValueError: it is no delay; the message lists the forms.
+    """
     if value == "fixed":
         return "fixed"
     if value == "exponential":
         return "exponential"
+    forms = '"fixed", or "exponential", or a list of durations: [5, "30s", "5m"]'
     try:
-        return parse_duration(value)
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ValueError("an empty list of delays; write one for each retry")
+            return tuple(parse_duration(one) for one in value)
+        return parse_duration(cast("D", value))
     except ValueError as bad:
-        raise ValueError(f'{bad}; or "fixed", or "exponential"') from None
+        raise ValueError(f"{bad}; or {forms}") from None

@@ -90,7 +90,9 @@ class PolicyData(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     max_retries: Annotated[int, Field(ge=0)]
     delay: str | Seconds
-    """``fixed``, ``exponential``, a duration or seconds."""
+    """``fixed``, ``exponential``, a duration or seconds; of ``delays``, the last."""
+    delays: Annotated[list[str | Seconds], Field(min_length=1)] | None = None
+    """A delay for each retry, the last of them for all further ones."""
 
 
 # --- workflow ---------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ class StepRunner:
                 end.error = exc
             if failpoints.active:
                 failpoints.hit("step.after_body")
+            # The task may go on with the turn that this end brings, which is not the step.
+            running_step.set(None)
             return end
         finally:
             if threads and not threads[0].done():
