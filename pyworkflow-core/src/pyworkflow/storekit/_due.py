@@ -197,5 +197,5 @@ class DueIndex:
                 first = wake
         return first
 
-    def __iter__(self) -> Iterator[ItemRef]:
-        return iter(self._entries)
+    def __len__(self) -> int:
+        return len(self._entries)

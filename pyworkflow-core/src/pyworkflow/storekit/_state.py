@@ -5,12 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pyworkflow._clock import EPOCH
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ParentRef, Run, RunStatus, WorkItem, derive_status
 from pyworkflow.spi._delta import Record, RunDelta
+
+if TYPE_CHECKING:
+    from pyworkflow.storekit._listing import OrderedRuns
 
 __all__ = ["KEPT_TOKENS", "RunState", "RunView", "size_of"]
 
@@ -86,15 +89,18 @@ class RunState:
         "events",
         "final",
         "finished_at",
+        "home",
         "idempotency_key",
         "items",
         "keys",
         "last_input",
+        "look_at",
         "next",
         "number",
         "outside",
         "parent",
         "paused",
+        "place",
         "priority",
         "queue",
         "recent",
@@ -144,6 +150,20 @@ class RunState:
         self.outside: dict[str, Record] = {}
         self.recent: dict[str, Record] = {}
         self.sizes: list[int] = [0]
+        self.place: OrderedRuns | None = None
+        self.look_at: datetime | None = None
+        self.home: object = None
+        """Where it was loaded from, for a store that keeps runs outside of memory."""
+
+    @property
+    def length(self) -> int:
+        """The number of events."""
+        return len(self.events)
+
+    @property
+    def parent_id(self) -> str | None:
+        """The id of the run that started this one."""
+        return None if self.parent is None else self.parent.run_id
 
     def apply(self, part: RunDelta) -> None:
         """Take over row fields, events and records; the store does the items."""
@@ -175,11 +195,8 @@ class RunState:
             if (value := cast("object", getattr(self, name))) != getattr(fresh, name)
         }
 
-    def view(self, now: datetime) -> Run:
-        """The run as ``get_run`` shows it.
-
-        ``history_length`` is the number of events here: replace it when they were not loaded.
-        """
+    def view(self, now: datetime, length: int | None = None) -> Run:
+        """The run as ``get_run`` shows it; ``length`` is that of a history that was not loaded."""
         return Run(
             run_id=self.run_id,
             workflow=self.workflow,
@@ -208,7 +225,7 @@ class RunState:
             updated_at=self.updated_at,
             finished_at=self.finished_at,
             deadline=self.deadline,
-            history_length=len(self.events),
+            history_length=len(self.events) if length is None else length,
             seen_seq=self.seen_seq,
             paused=self.paused,
             stalled=self.stalled,

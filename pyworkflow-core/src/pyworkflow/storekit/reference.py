@@ -7,12 +7,14 @@ same calls always give the same store.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import chain
+from heapq import heappop, heappush
+from typing import cast
 
 from pyworkflow.events import Event
-from pyworkflow.runs import ItemKind, Lease, Run, RunStatus, WorkItem
+from pyworkflow.runs import ItemKind, Lease, Run, WorkItem
 from pyworkflow.spi._delta import DELTA_VERSION, Delta, KeyMark, Record, RunDelta
 from pyworkflow.spi.storage import (
     Change,
@@ -25,7 +27,9 @@ from pyworkflow.spi.storage import (
 )
 from pyworkflow.storekit._check import check_change
 from pyworkflow.storekit._decide import decide
+from pyworkflow.storekit._dormant import DormantRun
 from pyworkflow.storekit._due import DueIndex
+from pyworkflow.storekit._listing import RunIndex
 from pyworkflow.storekit._plan import altered
 from pyworkflow.storekit._state import RunState
 
@@ -43,6 +47,8 @@ __all__ = [
 Token = Callable[[], str]
 _SNAPSHOT_BYTES = 256 * 1024
 _SNAPSHOT_ROWS = 1000
+#: So many dormant runs' rows are kept for the next read.
+_ROWS = 1000
 
 
 class ReferenceStore:
@@ -53,11 +59,21 @@ class ReferenceStore:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, RunState] = {}
+        self._runs: dict[str, RunState | DormantRun] = {}
         self._keys: dict[str, KeyMark] = {}
+        self._sorted_keys: list[str] | None = None
+        self._ending_keys: list[tuple[datetime, str]] = []
+        """A heap of keys of purged runs, by when anybody may take them."""
         self._index = DueIndex()
         self._parked: dict[tuple[str, str], None] = {}  # items that a pause hides
+        self._leases: dict[tuple[str, str], WorkItem] = {}
+        """Items that were claimed and not settled; the lease may be over."""
+        self._listing = RunIndex()
         self._next_number = 1
+        self._events = 0
+        self._loaded: RunState | None = None
+        """The dormant run that was loaded last."""
+        self._rows: dict[str, RunState] = {}
 
     # --- changes ------------------------------------------------------------------------------
 
@@ -69,8 +85,10 @@ class ReferenceStore:
         Raises:
             RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: Nothing has changed.
         """
+        if self._listing.is_full:
+            self._listing.place(self._runs, now)
         committed, part = decide(
-            self._runs.get(change.run_id),
+            self._whole(change.run_id),
             change,
             now=now,
             token=token,
@@ -142,7 +160,8 @@ class ReferenceStore:
         budget = request.max_bytes
         claims: list[Claim] = []
         for item in items:
-            run = self._runs[item.run_id]
+            # The claim has just changed it, so it is in memory.
+            run = cast("RunState", self._runs[item.run_id])
             if item.kind is not ItemKind.TURN:
                 claims.append(Claim(item=item, run=run.view(now)))
                 continue
@@ -227,25 +246,29 @@ class ReferenceStore:
     ) -> tuple[int, Delta | None]:
         """Remove ended runs; lets go of keys whose time is over."""
         delta = Delta()
-        delta.freed = [
-            key for key, mark in self._keys.items() if mark.until is not None and mark.until <= now
-        ]
-        for run in self._runs.values():
+        ending = self._ending_keys
+        while ending and ending[0][0] <= now:
+            until, key = heappop(ending)
+            mark = self._keys.get(key)
+            if mark is not None and mark.until == until:
+                delta.freed.append(key)
+        for run_id in self._listing.ended(before):
             if len(delta.parts) >= limit:
                 break
-            if run.finished_at is None or run.finished_at >= before or run.items:
+            run = self._runs[run_id]
+            if run.finished_at is None or run.finished_at >= before:
                 continue
-            parent = None if run.parent is None else self._runs.get(run.parent.run_id)
-            if parent is not None and parent.final is None:
+            parent = None if run.parent_id is None else self._runs.get(run.parent_id)
+            if run.items or (parent is not None and parent.final is None):
                 continue
-            delta.parts.append(RunDelta(run.run_id, removed=True))
-            key = run.idempotency_key
-            if key is not None:
+            delta.parts.append(RunDelta(run_id, removed=True))
+            taken = run.idempotency_key
+            if taken is not None:
                 until = run.finished_at + key_retention
                 if until > now:
-                    delta.taken[key] = KeyMark(run.run_id, until)
+                    delta.taken[taken] = KeyMark(run_id, until)
                 else:
-                    delta.freed.append(key)
+                    delta.freed.append(taken)
         if not delta.parts and not delta.freed:
             return 0, None
         self.apply(delta)
@@ -257,27 +280,37 @@ class ReferenceStore:
         """Take over effects; nothing else changes the store."""
         for part in delta.parts:
             if part.removed:
-                del self._runs[part.run_id]
+                self._remove(part.run_id)
             else:
                 self._apply(part)
-        for key in delta.freed:
-            del self._keys[key]
-        if delta.taken:
-            self._keys.update(delta.taken)
+        if delta.freed or delta.taken:
+            self._sorted_keys = None
+            for key in delta.freed:
+                del self._keys[key]
+            for key, mark in delta.taken.items():
+                self._keys[key] = mark
+                if mark.until is not None:
+                    heappush(self._ending_keys, (mark.until, key))
 
     def _apply(self, part: RunDelta) -> None:
-        run = self._runs.get(part.run_id)
+        run_id = part.run_id
+        run = self._runs.get(run_id)
         if run is None:
-            run = self._runs[part.run_id] = RunState(part.run_id)
+            run = self._runs[run_id] = RunState(run_id)
+        elif isinstance(run, DormantRun):
+            run = self._awaken(run)
+        before = run.finished_at
         run.apply(part)
+        if run.finished_at is not before:
+            self._listing.end(run, before)
+        self._listing.touch(run_id)
+        self._events += len(part.events)
         if run.number >= self._next_number:
             self._next_number = run.number + 1
         items = run.items
         for item_id in part.gone:
             del items[item_id]
-            ref = (part.run_id, item_id)
-            self._index.drop(ref)
-            self._parked.pop(ref, None)
+            self._drop_item((run_id, item_id))
         for item in part.items:
             items[item.item_id] = item
             self._place(run, item)
@@ -285,8 +318,25 @@ class ReferenceStore:
             for item in items.values():
                 self._place(run, item)
 
-    def _place(self, run: RunState, item: WorkItem) -> None:
+    def _remove(self, run_id: str) -> None:
+        run = self._runs.pop(run_id)
+        self._listing.remove(run)
+        self._events -= run.length
+        self._forget(run_id)
+        for item_id in run.items:
+            self._drop_item((run_id, item_id))
+
+    def _drop_item(self, ref: tuple[str, str]) -> None:
+        self._index.drop(ref)
+        self._parked.pop(ref, None)
+        self._leases.pop(ref, None)
+
+    def _place(self, run: RunState | DormantRun, item: WorkItem) -> None:
         ref = (item.run_id, item.item_id)
+        if item.lease is not None:
+            self._leases[ref] = item
+        else:
+            self._leases.pop(ref, None)
         if run.paused and item.kind is not ItemKind.DELIVER:
             self._index.drop(ref)
             self._parked[ref] = None
@@ -304,7 +354,7 @@ class ReferenceStore:
 
     def export_run(self, run_id: str) -> RunDelta | None:
         """The run without its events."""
-        run = self._runs.get(run_id)
+        run = self._whole(run_id)
         if run is None:
             return None
         return RunDelta(
@@ -316,10 +366,14 @@ class ReferenceStore:
 
     def export_keys(self, cursor: str | None, *, limit: int = 1000) -> Page[tuple[str, KeyMark]]:
         """Idempotency keys in their order; the cursor is the last one shown."""
-        keys = sorted(key for key in self._keys if cursor is None or key > cursor)
+        keys = self._sorted_keys
+        if keys is None:
+            keys = self._sorted_keys = sorted(self._keys)
+        start = 0 if cursor is None else bisect_right(keys, cursor)
+        shown = keys[start : start + limit]
         return Page(
-            items=[(key, self._keys[key]) for key in keys[:limit]],
-            cursor=keys[limit - 1] if len(keys) > limit else None,
+            items=[(key, self._keys[key]) for key in shown],
+            cursor=shown[-1] if start + limit < len(keys) else None,
         )
 
     def import_delta(self, delta: Delta) -> Delta:
@@ -333,7 +387,7 @@ class ReferenceStore:
         for part in delta.parts:
             run = self._runs.get(part.run_id)
             fields = {name: value for name, value in part.fields.items() if name != "number"}
-            length = 0 if run is None else len(run.events)
+            length = 0 if run is None else run.length
             if run is None:
                 fields["number"] = number
                 number += 1
@@ -355,7 +409,8 @@ class ReferenceStore:
 
         The store must not change while they are taken.
         """
-        for run in self._runs.values():
+        for each in self._runs.values():
+            run = each.load() if isinstance(each, DormantRun) else each
             events, _ = run.within(0, _SNAPSHOT_BYTES)
             yield Delta([RunDelta(run.run_id, run.row(), events)])
             done = len(events)
@@ -378,12 +433,23 @@ class ReferenceStore:
     def get_run(self, run_id: str, *, now: datetime) -> Run | None:
         """The run, or None."""
         run = self._runs.get(run_id)
-        return None if run is None else run.view(now)
+        return None if run is None else self._view(run, now)
+
+    def _view(self, run: RunState | DormantRun, now: datetime) -> Run:
+        if isinstance(run, RunState):
+            return run.view(now)
+        row = self._rows.get(run.run_id)
+        if row is None:
+            if len(self._rows) >= _ROWS:
+                del self._rows[next(iter(self._rows))]
+            row = self._rows[run.run_id] = run.load_row()
+            row.items = run.items
+        return row.view(now, run.length)
 
     def progress(self, run_id: str) -> tuple[int, bool]:
         """The length of the run's history, and whether it has ended; of none, nothing."""
         run = self._runs.get(run_id)
-        return (0, False) if run is None else (len(run.events), run.final is not None)
+        return (0, False) if run is None else (run.length, run.final is not None)
 
     def find_run(self, idempotency_key: str, *, now: datetime) -> str | None:
         """Who owns the key."""
@@ -397,25 +463,19 @@ class ReferenceStore:
         if not 1 <= query.limit <= 1000:
             raise ValueError(f"the limit is 1 to 1000: limit={query.limit}")
         below = self._next_number if cursor is None else _parse_cursor(cursor)
+        self._listing.place(self._runs, now)
         found: list[Run] = []
         last = 0
-        for run in reversed(self._runs.values()):
-            if run.number >= below or (
-                query.workflow is not None and run.workflow != query.workflow
-            ):
-                continue
-            view = run.view(now)
-            if query.status is not None and view.status not in query.status:
-                continue
+        for number, run_id in self._listing.below(below, query.workflow, query.status):
             if len(found) == query.limit:
                 return Page(items=found, cursor=f"run-{last}")
-            found.append(view)
-            last = run.number
+            found.append(self._view(self._runs[run_id], now))
+            last = number
         return Page(items=found)
 
     def get_events(self, run_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
         """Events after ``after``."""
-        run = self._runs.get(run_id)
+        run = self._whole(run_id)
         if run is None:
             return []
         start = max(0, after)
@@ -437,18 +497,65 @@ class ReferenceStore:
         return sorted({i.lease.owner for i in self._leased(now) if i.lease is not None})
 
     def _leased(self, now: datetime) -> list[WorkItem]:
-        items = (self._runs[run].items[item] for run, item in chain(self._index, self._parked))
-        return [i for i in items if i.lease is not None and i.lease.until > now]
+        return [i for i in self._leases.values() if i.lease is not None and i.lease.until > now]
 
     def stats(self, *, now: datetime) -> Mapping[str, int]:
         """Numbers of runs, per status, of events and of items."""
-        counts = {"runs": len(self._runs), "events": 0, "items": 0}
-        counts |= {status.value: 0 for status in RunStatus}
-        for run in self._runs.values():
-            counts["events"] += len(run.events)
-            counts["items"] += len(run.items)
-            counts[run.view(now).status.value] += 1
-        return counts
+        self._listing.place(self._runs, now)
+        items = len(self._index) + len(self._parked)
+        counts = {"runs": len(self._runs), "events": self._events, "items": items}
+        return counts | {status.value: n for status, n in self._listing.counts().items()}
+
+    # --- dormant runs -------------------------------------------------------------------------
+
+    def adopt(self, run: DormantRun) -> None:
+        """Add a run that is not here, or have one that is here lie dormant from now on."""
+        known = self._runs.get(run.run_id)
+        self._runs[run.run_id] = run
+        if isinstance(known, RunState):
+            return
+        self._forget(run.run_id)
+        self._events += run.length
+        if run.number >= self._next_number:
+            self._next_number = run.number + 1
+        if run.finished_at is not None:
+            self._listing.end(run, None)
+        if run.final is not None:
+            self._listing.add_ended(run, run.final)
+        else:
+            self._listing.touch(run.run_id)
+        for item in run.items.values():
+            self._place(run, item)
+
+    def find(self, run_id: str) -> RunState | DormantRun | None:
+        """The run as it is in memory."""
+        return self._runs.get(run_id)
+
+    def _whole(self, run_id: str) -> RunState | None:
+        """The run to be read; a dormant one stays dormant."""
+        run = self._runs.get(run_id)
+        if isinstance(run, DormantRun):
+            loaded = self._loaded
+            if loaded is None or loaded.run_id != run_id:
+                loaded = self._loaded = run.load()
+                run.give_head(loaded)
+            return loaded
+        return run
+
+    def _awaken(self, run: DormantRun) -> RunState:
+        """The run to be changed."""
+        loaded = self._whole(run.run_id)
+        assert loaded is not None
+        # Lists may have moved it since it was loaded.
+        run.give_head(loaded)
+        self._forget(run.run_id)
+        self._runs[run.run_id] = loaded
+        return loaded
+
+    def _forget(self, run_id: str) -> None:
+        self._rows.pop(run_id, None)
+        if self._loaded is not None and self._loaded.run_id == run_id:
+            self._loaded = None
 
 
 def _part(parts: dict[str, RunDelta], run_id: str) -> RunDelta:
