@@ -21,9 +21,8 @@ from pyworkflow._engine import (
     worker,
 )
 from pyworkflow.errors import Fenced, RunExists, StorageError
-from pyworkflow.spi import _decide, _due, _plan, _state
 from pyworkflow.spi.storage import Settle
-from pyworkflow.storekit import reference
+from pyworkflow.storekit import _decide, _due, _plan, _state, reference
 from pyworkflow_conformance.simulation import _simulate
 
 
