@@ -9,7 +9,7 @@ import pyworkflow
 
 PUBLIC = """
 workflow step Workflow BoundWorkflow Step
-sleep now uuid4 random is_replaying is_evicting logger step_context StepContext current Current patched
+sleep now uuid4 random is_replaying is_evicting logger step_context StepContext current Current resource Resource patched
 deprecate_patch
 start start_async run result get_run list_runs get_events cancel Client Run RunStatus Event
 configure configure_logging

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         step_context,
         uuid4,
     )
+    from pyworkflow._resources import Resource, resource
     from pyworkflow.errors import (
         ArgumentError,
         ConfigurationError,
@@ -84,6 +85,7 @@ _HOMES = {
         "deprecate_patch", "is_evicting", "is_replaying", "now", "patched", "random", "sleep",
         "step_context", "uuid4",
     ),
+    "pyworkflow._resources": ("Resource", "resource"),
     "pyworkflow.errors": (
         "ArgumentError", "ConfigurationError", "DefinitionError", "DuplicateName", "FatalError",
         "HistoryTooLong", "IdempotencyConflict", "NonDeterminism", "PayloadTooLarge",
@@ -114,6 +116,7 @@ __all__ = [
     "PayloadTooLarge",
     "PluginBroken",
     "PluginNotFound",
+    "Resource",
     "RetryableError",
     "Run",
     "RunCancelled",
@@ -151,6 +154,7 @@ __all__ = [
     "now",
     "patched",
     "random",
+    "resource",
     "result",
     "run",
     "sleep",

@@ -147,6 +147,7 @@ class EmbeddedHost:
         # From 3.12 on no thread can start once the script has ended, while runs may still go on:
         # those that sync steps and asyncio.to_thread() need start now.
         self.worker.runner.begin_threads()
+        self.worker.runner.resources.begin_threads()
         self.worker.guard.begin()
         default = concurrent.futures.ThreadPoolExecutor(_DEFAULT_THREADS)
         barrier = threading.Barrier(_DEFAULT_THREADS)

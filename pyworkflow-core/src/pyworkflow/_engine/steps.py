@@ -16,9 +16,11 @@ from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._context import running_step, step_context
 from pyworkflow._definitions import Step
+from pyworkflow._engine.resources import WorkerResources
 from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import Ended, StepThreads
 from pyworkflow._failures import encode_error
+from pyworkflow._resources import running_opener
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
 from pyworkflow._serialization import decode_arguments, payload_size
 from pyworkflow.errors import (
@@ -106,6 +108,8 @@ class StepRunner:
         codecs: Writer | None = None,
         may_end_process: bool = False,
     ) -> None:
+        self.resources = WorkerResources()
+        """What the steps of this worker share."""
         self._codecs = codecs
         self._slots = Slots(concurrency)
         self._threads = StepThreads(threads)
@@ -119,6 +123,7 @@ class StepRunner:
         running_step.set(
             step_context(what.run_id, what.op, what.step.name, what.workflow, what.attempt)
         )
+        running_opener.set(self.resources)
         slots = self._slots if what.step.is_async else self._busy
         threads: list[asyncio.Future[Ended]] = []
         if not slots.take():

@@ -128,6 +128,7 @@ class Worker:
 
     async def open(self) -> None:
         """Open the store and free what processes of this machine left behind."""
+        self.runner.resources.begin()
         await self.storage.open()
         self.clock.begin(await self.storage.now())
         await self.free_gone()
@@ -173,6 +174,8 @@ class Worker:
                 await self.storage.free(self.owner)
             except StorageError as exc:
                 _log.warning("claims could not be given back and will run out: %s", exc)
+            # Not under a step that still runs in a thread: close() does not wait for it.
+            await self.runner.resources.close()
 
     async def close(self) -> None:
         """Stop at once and let go of coroutines and threads. A store that was given stays open."""
@@ -186,6 +189,7 @@ class Worker:
         while self._kept:
             self._drop(self._kept.popitem()[1])
         self.evictor.stop()
+        await self.runner.resources.close()
         self.runner.close()
         if self._owns_storage:
             await self.storage.close()

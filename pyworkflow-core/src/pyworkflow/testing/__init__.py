@@ -5,6 +5,7 @@ Imports no test framework.
 
 from __future__ import annotations
 
+from pyworkflow._resources import override
 from pyworkflow.testing._environment import TestEnvironment
 from pyworkflow.testing._history import History, ReplayResult, replay
 from pyworkflow.testing._local import resume_local, start_local
@@ -13,6 +14,7 @@ __all__ = [
     "History",
     "ReplayResult",
     "TestEnvironment",
+    "override",
     "replay",
     "resume_local",
     "start_local",

@@ -11,6 +11,7 @@ from pyworkflow._clock import ensure_utc
 from pyworkflow._definitions import Workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._memory import MemoryStorageBackend
+from pyworkflow._resources import Resource
 from pyworkflow._serialization import decode_error
 from pyworkflow.errors import WorkflowError
 from pyworkflow.events import EventType
@@ -54,6 +55,7 @@ class TestEnvironment:
         self._auto_skip = auto_skip
         self._driver: Driver | None = None
         self._runs: set[str] = set()
+        self._fakes: dict[Resource[Any], object] = {}
         # Between a look and the shift that follows from it nothing may start.
         self._lock = asyncio.Lock()
 
@@ -61,6 +63,8 @@ class TestEnvironment:
         driver = Driver(self.storage)
         await driver.__aenter__()
         self._driver = driver
+        for resource, value in self._fakes.items():
+            driver.worker.runner.resources.override(resource, value)
         if self._first is not None:
             await self._shift(self._first - await self.storage.now())
         return self
@@ -76,6 +80,16 @@ class TestEnvironment:
             await driver.__aexit__(exc_type, exc, traceback)
         if self._owned:
             await self.storage.close()
+
+    def override(self, resource: Resource[Any], value: object) -> None:
+        """Let steps of this environment get ``value`` from ``resource.get()``, until it ends.
+
+        ``value`` is neither opened nor closed; or it is another resource, opened instead. See
+        ``pyworkflow.testing.override`` for all workers of the process.
+        """
+        self._fakes[resource] = value
+        if self._driver is not None:
+            self._driver.worker.runner.resources.override(resource, value)
 
     async def start(
         self,
