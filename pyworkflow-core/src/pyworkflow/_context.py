@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyworkflow._replay.context import RunContext, current_run
@@ -17,6 +17,7 @@ __all__ = [
     "StepContext",
     "current",
     "log_context",
+    "mark_cancelled",
     "running_step",
     "step_context",
 ]
@@ -33,6 +34,17 @@ class StepContext:
     workflow_name: str
     attempt: int
     """1 for the first try."""
+    _cancelled: bool = field(default=False, init=False, repr=False, compare=False)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the result of this attempt is no longer wanted.
+
+        The run has ended, the workflow cancelled the step, the attempt timed out, or its worker
+        stops. An async step gets ``CancelledError``; a thread cannot be interrupted, so a long sync
+        step reads this between two pieces of work, and returns.
+        """
+        return self._cancelled
 
     @property
     def idempotency_key(self) -> str:
@@ -76,12 +88,13 @@ class Current:
 class _Draft:
     """A step context that is being made."""
 
-    __slots__ = ("attempt", "run_id", "step_id", "step_name", "workflow_name")
+    __slots__ = ("_cancelled", "attempt", "run_id", "step_id", "step_name", "workflow_name")
     run_id: str
     step_id: str
     step_name: str
     workflow_name: str
     attempt: int
+    _cancelled: bool
 
 
 def step_context(
@@ -97,9 +110,15 @@ def step_context(
     made.step_name = step_name
     made.workflow_name = workflow_name
     made.attempt = attempt
+    made._cancelled = False
     made.__class__ = StepContext
     context: StepContext = made
     return context
+
+
+def mark_cancelled(context: StepContext) -> None:
+    """From now on ``is_cancelled`` is true: read by the body, which may run in another thread."""
+    object.__setattr__(context, "_cancelled", True)
 
 
 #: The step whose body runs in this context, if any.

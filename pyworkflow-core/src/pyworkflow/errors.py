@@ -192,14 +192,17 @@ class NonDeterminism(WorkflowError):
     ``expected`` is what the history holds at ``seq``, ``found`` what the code did instead.
     """
 
-    def __init__(self, expected: str, found: str, seq: int) -> None:
-        super().__init__(expected, found, seq)
+    def __init__(self, expected: str, found: str, seq: int, remedy: str | None = None) -> None:
+        super().__init__(
+            *(expected, found, seq) if remedy is None else (expected, found, seq, remedy)
+        )
         self.expected, self.found, self.seq = expected, found, seq
+        self.remedy = remedy or "Put the old code back, or guard the change with patched()"
 
     def __str__(self) -> str:
         return (
             f"the code does not match the history at event {self.seq}: expected {self.expected}; "
-            f"found {self.found}. Put the old code back, or guard the change with patched()"
+            f"found {self.found}. {self.remedy}"
         )
 
 

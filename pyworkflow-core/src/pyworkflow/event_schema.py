@@ -264,10 +264,12 @@ class StepFailed(EventData):
 
 
 class StepCancelled(EventData):
-    """The workflow gave up a step that was owed."""
+    """A step was cancelled while it was pending or running."""
 
     event_type = EventType.STEP_CANCELLED
     name: str
+    by: Literal["end"] | None = None
+    """``end``: by the end of its run. Absent: by the workflow's code."""
 
 
 # --- time, control, versions --------------------------------------------------------------------

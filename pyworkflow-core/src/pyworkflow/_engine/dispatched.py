@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from datetime import timedelta
 from time import monotonic
@@ -130,6 +131,11 @@ class DispatchedSteps:
         if found is not None and token in (None, found[0]) and found[0] not in self._ending:
             found[1].cancel()
 
+    def cancel_run(self, run_id: str) -> None:
+        """End the steps of a run that has ended, as far as they run here."""
+        for run, item_id in [key for key in self._running if key[0] == run_id]:
+            self.cancel(run, item_id)
+
     def task_of(self, ref: tuple[str, str]) -> asyncio.Task[Any] | None:
         """What works on a (run, item) here."""
         found = self._running.get(ref)
@@ -234,7 +240,9 @@ class DispatchedSteps:
         return monotonic() - sent < self._worker.settings.lease.total_seconds() / 2
 
     async def _run(self, what: StepTry, item: WorkItem, *, started: bool) -> None:
-        body = asyncio.ensure_future(self._worker.runner.run(what))
+        body = asyncio.get_running_loop().create_task(
+            self._worker.runner.run(what), context=contextvars.Context()
+        )
         try:
             if not started:
                 done, _ = await asyncio.wait({body}, timeout=FLUSH)

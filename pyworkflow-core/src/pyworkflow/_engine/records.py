@@ -25,6 +25,7 @@ __all__ = [
     "OBSERVATION",
     "Ending",
     "cancelled_error",
+    "cancelled_event",
     "end_events",
     "ending_of",
     "scheduled_event",
@@ -102,6 +103,12 @@ def scheduled_event(what: StepTry) -> Event:
     del data["v"], data["op"]
     data["queue"] = what.step.queue
     return Event(EventType.STEP_SCHEDULED, COMMAND, data, what.op)
+
+
+def cancelled_event(op: str, name: str, *, by: str | None = None) -> Event:
+    """A step was cancelled: by the code, or (``by="end"``) by the end of its run."""
+    data: dict[str, Any] = {"name": name} if by is None else {"name": name, "by": by}
+    return Event(EventType.STEP_CANCELLED, COMMAND, data, op)
 
 
 def started_event(what: StepTry, worker: str, *, dispatched: bool) -> Event:

@@ -21,7 +21,9 @@ from pyworkflow._engine.records import (
     INPUT,
     OBSERVATION,
     cancelled_error,
+    cancelled_event,
     ending_of,
+    started_event,
     suspension,
 )
 from pyworkflow._engine.steps import StepTry
@@ -35,8 +37,10 @@ from pyworkflow._replay.commands import (
     RunStep,
     StartSleep,
 )
-from pyworkflow._replay.replay import DEADLINE_OP
+from pyworkflow._replay.mismatch import first_difference
+from pyworkflow._replay.replay import DEADLINE_OP, Replay
 from pyworkflow.errors import (
+    NonDeterminism,
     PayloadTooLarge,
     SerializationError,
     StorageUnavailable,
@@ -95,6 +99,8 @@ class Session(Straight):
                 self._cancel = str(event.data.get("reason", ""))
         try:
             await self._feed(events)
+            if self._replay.other_arguments is not None:
+                await self._compare_replays(events)
             self._check_length(self._run.history_length)
             if self._resumed:
                 data: dict[str, Any] = {
@@ -117,6 +123,36 @@ class Session(Straight):
             for place in self._running.values():
                 if place.task is not None:
                     place.task.cancel()
+
+    async def _compare_replays(self, events: Sequence[Event]) -> None:
+        """Say which argument a second replay of the same history changes, or that none does.
+
+        Of a step that ran in place only the digest of its arguments is recorded: what a clock or a
+        random id gave is found by comparing two replays.
+        """
+        op, problem = self._replay.other_arguments, self._replay.problem
+        first = None if op is None else self._replay.arguments_of(op)
+        if first is None or op is None or not isinstance(problem, NonDeterminism):
+            return
+        again = Replay(self._live.workflow, self._run.run_id)
+        again.acknowledge(self._replay.seen)
+        try:
+            await self._feed_to(again, events)
+            second = again.arguments_of(op)
+            secret = again.context is not None and bool(again.context.salt)
+        finally:
+            self._worker.evictor.close(again)
+        if second is None:
+            return
+        differs = first_difference(first, second, values=not secret, names=("first", "second"))
+        found = (
+            f"; two replays of the same history give this step other arguments{differs}"
+            if differs
+            else "; a second replay gives this step the same arguments: the code was changed"
+        )
+        self._replay.problem = NonDeterminism(
+            problem.expected, problem.found + found, problem.seq, problem.remedy
+        )
 
     def _abandon(self, error: Exception) -> None:
         if self._abandoned:
@@ -234,9 +270,12 @@ class Session(Straight):
         self._handing = [p for p in self._handing if p.what.op != command.op]
         op = self._replay.op(command.op)
         if op.recorded and not op.cancel_recorded:
-            data = {"name": command.name}
-            self._events.append(Event(EventType.STEP_CANCELLED, COMMAND, data, command.op))
+            self._events.append(cancelled_event(command.op, command.name))
             self._drops.append(f"step:{command.op}")
+        elif place is not None and place.what.began is not None and not op.recorded:
+            # It ran in place: nothing is to be dropped, and people see what became of it.
+            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
+            self._events.append(cancelled_event(command.op, command.name))
 
     # --- committing -------------------------------------------------------------------------------
 
@@ -309,18 +348,50 @@ class Session(Straight):
                 self._run.run_id,
             )
             self._replay.leftover = []
+        cancelled, dispatched = self._pending_at_end()
+        room = self._most - len(self._events)
+        if len(cancelled) > room:
+            # One change does not take them all; those that are recorded are pending no more.
+            self._events += cancelled[:room]
+            await self._commit_part(self._most)
+            return None
         try:
             if failpoints.active:
                 failpoints.hit("turn.before_end")
-            await self._commit(final=ending.status, update=ending.update, last=ending.event)
+            last = [*cancelled, ending.event]
+            await self._commit(final=ending.status, update=ending.update, last=last)
         except UnseenInput as refusal:
             await self._feed(refusal.inputs)
             return None
         except (PayloadTooLarge, SerializationError) as exc:
             self._abandon(exc)
             return None
+        for op in dispatched:
+            self._worker.cancel_step(self._run.run_id, f"step:{op}")
         self._worker.run_ended(self._run, ending.status, ending.update.error)
         return False
+
+    def _pending_at_end(self) -> tuple[list[Event], list[str]]:
+        """``step.cancelled`` of the steps that the run's end leaves behind; the dispatched ops.
+
+        Made again for each try to end: what ends meanwhile as an input is pending no more.
+        """
+        replay = self._replay
+        pending = replay.pending_steps()
+        for event in self._events:
+            if event.type == EventType.STEP_SCHEDULED and event.op is not None:
+                pending[event.op] = str(event.data["name"])
+        dispatched = list(pending)
+        events: list[Event] = []
+        for op, place in self._running.items():
+            what = place.what
+            if op not in pending and what.began is not None and replay.is_emitted(op):
+                pending[op] = what.step.name
+                events.append(started_event(what, self._worker.owner, dispatched=False))
+        if self._abandoned:
+            return [], dispatched  # no replay comes to this end: it could not accept them
+        events += [cancelled_event(op, name, by="end") for op, name in pending.items()]
+        return events, dispatched
 
     async def stall_for(self, problem: Exception) -> None:
         """The run cannot go on here: say so once, and try again later."""
@@ -351,6 +422,7 @@ class Session(Straight):
             )
         )
         self._worker.committed(self._run.run_id, self._run.workflow, [last], answer)
+        self._worker.cancel_steps(self._run.run_id)
         self._worker.run_ended(self._run, RunStatus.CANCELLED, info)
 
     async def unstall(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
-from pyworkflow._context import running_step, step_context
+from pyworkflow._context import StepContext, mark_cancelled, running_step, step_context
 from pyworkflow._definitions import Step
 from pyworkflow._engine.resources import WorkerResources
 from pyworkflow._engine.slots import Slots
@@ -60,6 +60,8 @@ class StepTry:
     timeout: timedelta | None
     began: datetime | None = None
     """When the body began, by this machine's clock; for people."""
+    context: StepContext | None = None
+    """What the body sees of itself, once it is about to begin."""
 
     def payload(self, attempt: int | None = None) -> dict[str, Json]:
         """The payload of the work item that owes this step."""
@@ -120,9 +122,10 @@ class StepRunner:
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
-        running_step.set(
-            step_context(what.run_id, what.op, what.step.name, what.workflow, what.attempt)
+        what.context = context = step_context(
+            what.run_id, what.op, what.step.name, what.workflow, what.attempt
         )
+        running_step.set(context)
         running_opener.set(self.resources)
         slots = self._slots if what.step.is_async else self._busy
         threads: list[asyncio.Future[Ended]] = []
@@ -156,6 +159,7 @@ class StepRunner:
             except asyncio.CancelledError as exc:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
+                    mark_cancelled(context)
                     raise
                 end.error = exc  # raised by the body itself
             except KeyboardInterrupt as exc:
@@ -224,6 +228,8 @@ class StepRunner:
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
         if done:
             return _returned(body.result())
+        assert what.context is not None
+        mark_cancelled(what.context)
         message = took_too_long(what)
         if what.step.hard_timeout and self._may_end_process:
             raise _TimedOut(message, overran=True)

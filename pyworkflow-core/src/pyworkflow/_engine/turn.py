@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Sequence
 from operator import attrgetter
@@ -23,6 +24,7 @@ from pyworkflow._engine.records import (
 )
 from pyworkflow._engine.steps import StepTry
 from pyworkflow._replay.commands import RunStep
+from pyworkflow._replay.replay import Replay
 from pyworkflow.errors import HistoryTooLong, StorageUnavailable
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
@@ -95,15 +97,18 @@ class Turn:
 
     async def _feed(self, events: Sequence[Event]) -> None:
         """Deliver, yielding to the worker's loop on a long history."""
+        await self._feed_to(self._replay, events)
+
+    async def _feed_to(self, replay: Replay, events: Sequence[Event]) -> None:
         if len(events) > SLICE:
-            self._replay.know_markers(events)
+            replay.know_markers(events)
         for start in range(0, len(events), SLICE):
             if start:
                 await asyncio.sleep(0)
             part = events[start : start + SLICE]
             if self._worker.codecs is not None:
                 part = await opened_events(part)  # what takes long, beside the loop
-            self._worker.guard.feed(self._replay, part)
+            self._worker.guard.feed(replay, part)
 
     def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
         """Owe a step to whoever claims it."""
@@ -146,11 +151,11 @@ class Turn:
         take_turn: Held | None = None,
         final: RunStatus | None = None,
         update: Update | None = None,
-        last: Event | None = None,
+        last: Sequence[Event] = (),
         seen: bool = True,
     ) -> tuple[Committed, list[Event]]:
         """Commit what has gathered; the answer, and the events as they were sent."""
-        events = self._events if last is None else [*self._events, last]
+        events = [*self._events, *last] if last else self._events
         change = self._change(
             events, settle=settle, take_turn=take_turn, final=final, update=update, seen=seen
         )
@@ -285,9 +290,13 @@ class Turn:
         loop = self._loop
         if loop.get_task_factory() is None:
             # What create_task comes to, in half the time: a name is not made up for each.
-            place.task = asyncio.Task(self._body(place), loop=loop, name=what.op)
+            place.task = asyncio.Task(
+                self._body(place), loop=loop, name=what.op, context=contextvars.Context()
+            )
         else:
-            place.task = loop.create_task(self._body(place), name=what.op)
+            place.task = loop.create_task(
+                self._body(place), name=what.op, context=contextvars.Context()
+            )
 
     async def _body(self, place: InPlace) -> None:
         place.end = end = await self._worker.runner.run(place.what)

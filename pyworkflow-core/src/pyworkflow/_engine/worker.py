@@ -7,6 +7,7 @@ testing kit run this same code.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
@@ -196,7 +197,8 @@ class Worker:
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task of this worker, kept until it ends."""
-        task = asyncio.get_running_loop().create_task(coro)
+        # Not the context of the caller or of the step that happens to cause it.
+        task = asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -538,6 +540,10 @@ class Worker:
     def cancel_step(self, run_id: str, item_id: str) -> None:
         """The workflow gave a step up: end it, if it runs here."""
         self._steps.cancel(run_id, item_id)
+
+    def cancel_steps(self, run_id: str) -> None:
+        """The run has ended without code: end what runs of it here."""
+        self._steps.cancel_run(run_id)
 
     def _lost(self, ref: ClaimRef) -> None:
         if ref.item_id != TURN:

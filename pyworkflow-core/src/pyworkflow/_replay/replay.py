@@ -24,7 +24,8 @@ from pyworkflow._replay.commands import (
 )
 from pyworkflow._replay.context import Op, RunContext
 from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
-from pyworkflow._replay.transitions import TABLE, Action, OpState
+from pyworkflow._replay.mismatch import OTHER_ARGUMENTS, arguments_of, describe_mismatch
+from pyworkflow._replay.transitions import AFTER_END, TABLE, Action, OpKind, OpState
 from pyworkflow._serialization import decode, decode_error, unwrapped
 from pyworkflow.errors import (
     NonDeterminism,
@@ -74,7 +75,7 @@ _KNOWN = frozenset(str(t) for t in EventType)
 # What every event is compared with: a member of an enum takes long to look up.
 _INPUT, _OBSERVATION = str(EventClass.INPUT), str(EventClass.OBSERVATION)
 _COMPLETED, _FAILED = str(EventType.STEP_COMPLETED), str(EventType.STEP_FAILED)
-_MARKED = str(EventType.VERSION_MARKED)
+_MARKED, _CANCELLED = str(EventType.VERSION_MARKED), str(EventType.STEP_CANCELLED)
 _DELIVER, _EMITTED = Action.DELIVER, OpState.EMITTED
 
 
@@ -92,6 +93,8 @@ class Replay:
         self.seen = 0
         self.outcome: Outcome | None = None
         self.problem: WorkflowError | None = None
+        self.other_arguments: str | None = None
+        """The op whose arguments are other than the recorded ones: the cause of the problem."""
         self.leftover: list[str] = []
         """Names of tasks that had not ended when the workflow returned."""
         self._context: RunContext | None = None
@@ -266,36 +269,24 @@ class Replay:
         row = None
         if op is not None:
             row = TABLE.get((op.kind, op.state, event.type))
+            if event.type == _CANCELLED and self.outcome is None:
+                row = None if (op.state, event.type) in AFTER_END else row
             if (
                 row is not None
                 and (name is None or name == op.name)
                 and (recorded is None or recorded == op.digest)
             ):
                 return op, *row
-        expected = f"{event.type} op={event.op}" + (f" name={name}" if name is not None else "")
-        if context is None or op is None:
-            found = "no such op"
-            if context is not None and (near := self._near(context, event.op or "")):
-                found += f"; the code emitted {near}"
-        elif row is None:
-            found = f"{op.kind} op={event.op} that is {op.state}"
-        elif name is not None and name != op.name:
-            found = f"step op={event.op} name={op.name}"
-        else:
-            found = f"other arguments for step={op.name} op={event.op}: digest={op.digest}"
-            expected += f" digest={recorded}"
-            if self.workflow.check_args == "warn":
-                context.warnings.append(f"expected {expected}; found {found}")
-                return op, *row
-        self.problem = NonDeterminism(expected, found, event.seq)
+        expected, found = describe_mismatch(context, event, op, fits=row is not None)
+        other = op is not None and row is not None and (name is None or name == op.name)
+        if other and context is not None and self.workflow.check_args == "warn":
+            context.warnings.append(f"expected {expected}; found {found}")
+            return op, *row  # type: ignore[misc]  # neither is None, see ``other``
+        if other:
+            self.other_arguments = event.op
+        remedy = OTHER_ARGUMENTS if other else None
+        self.problem = NonDeterminism(expected, found, event.seq, remedy)
         return None
-
-    @staticmethod
-    def _near(context: RunContext, name: str) -> str:
-        """What the code emitted at the same place, for the message."""
-        branch = name.partition("#")[0] + "#"
-        last = [n for n in context.ops if n.startswith(branch)][-3:]
-        return ", ".join(f"{n} {context.ops[n].name}".strip() for n in last)
 
     def _closing(self, event: Event) -> None:
         """The run's end is recorded: the code must have come to the same."""
@@ -459,10 +450,26 @@ class Replay:
         context.commands.clear()
         return command
 
+    def is_emitted(self, name: str) -> bool:
+        """Whether the code asked for this op, and nothing of it is recorded or over."""
+        op = None if self._context is None else self._context.ops.get(name)
+        return op is not None and op.state is _EMITTED
+
     def op(self, name: str) -> Op:
         """The emitted op of this identity."""
         assert self._context is not None
         return self._context.ops[name]
+
+    def pending_steps(self) -> dict[str, str]:
+        """Op → name of the steps that have an item and no end, in order of creation."""
+        if self._context is None:
+            return {}
+        recorded, step = OpState.RECORDED, OpKind.STEP
+        return {
+            name: op.name
+            for name, op in self._context.ops.items()
+            if op.state is recorded and op.kind is step
+        }
 
     def next_timer(self) -> int | None:
         """When the next timer or deadline is due (µs), or None."""
@@ -500,6 +507,10 @@ class Replay:
             return []
         open_states = (OpState.EMITTED, OpState.RECORDED)
         return [n for n, op in self._context.ops.items() if op.state in open_states]
+
+    def arguments_of(self, op: str) -> str | None:
+        """The arguments that the code gave a step, as payload text, while they are known."""
+        return arguments_of(self._context, op)
 
     def take_warnings(self) -> list[str]:
         """Warnings for people since the last call."""

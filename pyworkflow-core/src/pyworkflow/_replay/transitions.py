@@ -9,6 +9,10 @@ turns committed, so *recorded* is never demanded, only checked: a command event 
 has not emitted, or emitted as something else, has no row here and is non-determinism. An input
 for an op that is over or cancelled changes nothing but the time.
 
+A run ends with its root. The turn that ends it gives up the steps that are pending then: their
+``step.cancelled`` comes before the closing event, and is valid only once the code has ended. The
+rows in ``AFTER_END`` say so.
+
 ``TABLE[kind, state, event type]`` gives the next state and the action. A missing row is
 non-determinism. The diagram in the docs is drawn from this table.
 """
@@ -19,7 +23,7 @@ from enum import StrEnum
 
 from pyworkflow.events import EventType as E
 
-__all__ = ["TABLE", "Action", "OpKind", "OpState"]
+__all__ = ["AFTER_END", "TABLE", "Action", "OpKind", "OpState"]
 
 
 class OpKind(StrEnum):
@@ -59,6 +63,9 @@ _STEP: dict[tuple[OpState, str], tuple[OpState, Action]] = {
     (_S.EMITTED, E.STEP_SCHEDULED): (_S.RECORDED, _A.RECORD),
     (_S.CANCELLED, E.STEP_SCHEDULED): (_S.CANCELLED, _A.RECORD),
     (_S.CANCELLED, E.STEP_CANCELLED): (_S.CANCELLED, _A.RECORD),
+    (_S.EMITTED, E.STEP_CANCELLED): (_S.CANCELLED, _A.RECORD),
+    (_S.RECORDED, E.STEP_CANCELLED): (_S.CANCELLED, _A.RECORD),
+    (_S.OVER, E.STEP_CANCELLED): (_S.OVER, _A.RECORD),
     **{
         (state, ended): outcome
         for ended in (E.STEP_COMPLETED, E.STEP_FAILED)
@@ -90,3 +97,9 @@ TABLE: dict[tuple[OpKind, OpState, str], tuple[OpState, Action]] = {
     for kind, rows in ((OpKind.STEP, _STEP), (OpKind.SLEEP, _SLEEP), (OpKind.TIMER, _TIMER))
     for (state, event), outcome in rows.items()
 }
+
+#: Rows that are valid only once the code has ended. A step that another worker completed while a
+#: very wide run was ending is over, and cancelled all the same.
+AFTER_END: frozenset[tuple[OpState, str]] = frozenset(
+    (state, str(E.STEP_CANCELLED)) for state in (_S.EMITTED, _S.RECORDED, _S.OVER)
+)
