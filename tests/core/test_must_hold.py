@@ -688,7 +688,7 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
             if kind == "memory"
             else FileStorageBackend(tmp_path, fsync=False)
         )
-        second = first.twin()
+        second = first.clone()
         async with first, second, bench(first) as b:
             clients = [Client(storage=s) for s in (first, second, first)]
             try:

@@ -166,11 +166,11 @@ async def _on(embedded: EmbeddedHost, coro: Coroutine[Any, Any, T]) -> T:
 
 
 def _aside(embedded: EmbeddedHost, call: Callable[[Operations], Awaitable[T]]) -> T:
-    """Run on a twin of the store in a thread of its own: the caller holds the host's loop."""
+    """Run on a clone of the store in a thread of its own: the caller holds the host's loop."""
     box: list[T | BaseException] = []
 
     async def main() -> T:
-        async with embedded.storage.twin() as storage:
+        async with embedded.storage.clone() as storage:
             return await call(Operations(storage, None, None))
 
     def body() -> None:

@@ -357,7 +357,7 @@ def _parse(name: str, value: object, source: str, base: Path) -> object:
 
 def _url(name: str, value: object, source: str, base: Path) -> object:
     if not isinstance(value, str):
-        methods = {"storage": "commit", "executor": "ring"}
+        methods = {"storage": "commit", "executor": "notify"}
         if name in methods and callable(getattr(value, methods[name], None)):
             return value
         raise _bad(name, value, source, f"a URL, or an object that is a {name} backend")

@@ -50,7 +50,7 @@ class LocalExecutor:
     async def open(self, config: Mapping[str, str]) -> None:
         """Nothing to connect to."""
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
         """Workers of this machine look for themselves."""
 
     def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:

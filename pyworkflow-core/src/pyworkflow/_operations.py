@@ -170,7 +170,7 @@ class Operations:
             priority=run.priority,
         )
         try:
-            await self._executor.ring([bell])
+            await self._executor.notify([bell])
         except Exception:  # noqa: BLE001 - the run is durable: a plugin's fault must not hide that
             _log.exception("an executor could not ring: executor=%s", self._executor.name)
 
@@ -217,7 +217,9 @@ class Operations:
         held = None
         if self._worker is not None and find_workflow(workflow.name) is not None:
             held = self._worker.held()
-        put = Put(item_id=TURN, kind=ItemKind.TURN, rung=self._executor is not None, claimed=held)
+        put = Put(
+            item_id=TURN, kind=ItemKind.TURN, notified=self._executor is not None, claimed=held
+        )
         key = f"start:{secrets.token_hex(8)}"
         return Change(run_id=run_id, key=key, create=new, events=[started], put=[put]), started
 

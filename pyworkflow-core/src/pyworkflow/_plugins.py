@@ -124,7 +124,9 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
     """
     parsed = parse_url(url, "executor")
     made = _catalogue.make("executor", parsed, {**(config or {}), **parsed.options})
-    if not all(callable(getattr(made, name, None)) for name in ("open", "ring", "serve", "close")):
+    if not all(
+        callable(getattr(made, name, None)) for name in ("open", "notify", "serve", "close")
+    ):
         raise _not_a("executor", parsed, made, "a pyworkflow.spi.Executor")
     return cast("Executor", made)
 

@@ -43,7 +43,7 @@ def create_runtime(
     config: Settings | None = None,
     queues: Sequence[str] | None = None,
     spread: bool = False,
-    ring: Callable[[Sequence[Doorbell]], None] | None = None,
+    notify: Callable[[Sequence[Doorbell]], None] | None = None,
     end_process: Callable[[], None] | None = None,
 ) -> Runtime:
     """The worker of this process, on the configured store or on one that the caller closes.
@@ -56,8 +56,8 @@ def create_runtime(
         config: The settings; None means those of the process.
         queues: What ``next_due`` and claims without a doorbell look at; None means every queue.
         spread: Parallel branches are given to other workers, by doorbells.
-        ring: Tells workers of items that are due. Called in the runtime's loop after commits: it
-            hands over and returns. Without it nobody is told, and workers have to look.
+        notify: Sends doorbells for items that are due. Called in the runtime's loop after commits: it
+            hands over and returns. Without it no worker is notified, and workers poll.
         end_process: Ends this process soon, for a pool to make another: called in the runtime's
             loop when a step outlived its hard timeout. Without it such a step's next try waits
             until its thread has ended, as after any timeout.
@@ -73,7 +73,7 @@ def create_runtime(
         config,
         queues=queues,
         spread=spread,
-        ring=ring,
+        notify=notify,
         end_process=end_process,
         owns_storage=storage is None,
     )

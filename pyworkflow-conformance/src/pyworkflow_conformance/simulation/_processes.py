@@ -107,7 +107,7 @@ class WorkerProcess:
                 self.storage,
                 cluster.settings,
                 spread=setup.spread,
-                ring=cluster.ring if cluster.rings else None,
+                notify=cluster.notify if cluster.rings else None,
             )
             worker.leases = _Leases(
                 self.storage, cluster.settings.lease, cluster.settings.renew_every, worker._lost

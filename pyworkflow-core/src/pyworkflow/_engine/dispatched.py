@@ -28,7 +28,7 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import WorkItem
-from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
+from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, LeaseFor, Settle
 from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class DispatchedSteps:
                 return
             payload = dict(item.payload) | {"attempt": what.attempt + 1}
             await self._commit(
-                item, events, settle=Settle(again_at=from_micros(retry_us), payload=payload)
+                item, events, settle=Settle(reschedule_at=from_micros(retry_us), payload=payload)
             )
         except (PayloadTooLarge, SerializationError) as exc:
             await self._give_up(what, StepEnd(error=exc), item)
@@ -330,7 +330,7 @@ class DispatchedSteps:
         events: list[Event],
         *,
         settle: Settle | None = None,
-        take_turn: Held | None = None,
+        take_turn: LeaseFor | None = None,
     ) -> Committed:
         ref = ref_of(item)
         if settle is not None and not settle.keep:

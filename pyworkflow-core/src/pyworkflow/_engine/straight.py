@@ -177,7 +177,7 @@ class Straight(Turn):
         """Deliver what is durable, and begin the step that the code asks for then."""
         events = self._events
         self._taken(events, answer)
-        if answer.paused or len(answer.others) > SLICE:
+        if answer.paused or len(answer.unseen_events) > SLICE:
             self.leave((answer, events))
             return
         worker = self._worker

@@ -47,7 +47,7 @@ from pyworkflow.spi.storage import (
     ClaimRef,
     ClaimRequest,
     Committed,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     StorageBackend,
@@ -77,7 +77,7 @@ class Worker:
         *,
         queues: Sequence[str] | None = None,
         spread: bool = False,
-        ring: Callable[[Sequence[Doorbell]], None] | None = None,
+        notify: Callable[[Sequence[Doorbell]], None] | None = None,
         end_process: Callable[[], None] | None = None,
         owns_storage: bool = False,
     ) -> None:
@@ -85,12 +85,12 @@ class Worker:
         self._owns_storage = owns_storage
         self.settings = settings
         self.owner = new_owner()
-        self._held = Held(self.owner, settings.lease)
+        self._held = LeaseFor(self.owner, settings.lease)
         self.spread = spread
         """Parallel branches go to other workers too: the executor is distributed."""
         self.on_run_ended: Callable[[str], object] | None = None
         self._queues = None if queues is None else frozenset(queues)
-        self._bells = Bells(self, ring)
+        self._bells = Bells(self, notify)
         self.clock = StorageClock()
         prepare()
         self.guard = shared_guard()
@@ -226,7 +226,7 @@ class Worker:
         while busy := self._busy():
             await asyncio.wait(busy)
 
-    def held(self) -> Held:
+    def held(self) -> LeaseFor:
         """How this worker asks to hold an item."""
         return self._held
 
@@ -516,7 +516,7 @@ class Worker:
             return
         live = self._kept.get(item.run_id)
         after = answer.seen_seq
-        events: Sequence[Event] = sorted([*own, *answer.others], key=lambda e: e.seq)
+        events: Sequence[Event] = sorted([*own, *answer.unseen_events], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:
             after = 0 if live is None else live.replay.fed
             events = await answered(patience, self.storage.get_events, item.run_id, after=after)
