@@ -29,7 +29,7 @@ def note(key):
     return Change(run_id="run", key=key, events=[Event("log.info", "O", {})])
 
 
-def test_two_stores_are_two_stores_and_twins_are_one():
+def test_two_stores_are_two_stores_and_clones_are_one():
     async def main():
         store = MemoryStorageBackend()
         await store.commit(create())
@@ -171,7 +171,7 @@ def test_a_settled_run_owes_nothing():
     asyncio.run(main())
 
 
-def test_the_twin_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
+def test_the_clone_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
     class Named(MemoryStorageBackend):
         name = ""
 
