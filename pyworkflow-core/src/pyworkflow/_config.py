@@ -91,6 +91,8 @@ class Settings:
     """How long a sweep keeps quiet about an item that was rung for."""
     drain: timedelta = timedelta(seconds=10)
     """How long a worker that is told to stop lets what it began go on."""
+    watchdog: timedelta | None = None
+    """How long workflow code may compute without waiting before it is interrupted: 2 s if unset."""
     max_payload: int = 2 * 1024 * 1024
     """Bytes of one encoded value."""
     max_history: int = 51_200
@@ -459,6 +461,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "renew_every": _duration,
     "mute": _duration,
     "drain": _duration,
+    "watchdog": _duration,
     "max_payload": _bytes,
     "max_history": _count,
     "concurrency": _count,

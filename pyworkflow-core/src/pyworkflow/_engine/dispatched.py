@@ -240,6 +240,7 @@ class DispatchedSteps:
         return monotonic() - sent < self._worker.settings.lease.total_seconds() / 2
 
     async def _run(self, what: StepTry, item: WorkItem, *, started: bool) -> None:
+        self._worker.guard.begin()
         body = asyncio.get_running_loop().create_task(
             self._worker.runner.run(what), context=contextvars.Context()
         )

@@ -66,6 +66,8 @@ failpoints.register(
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
+_SPUN, _SPUN_LONGEST = 5, 300
+"""Seconds until code that spins is tried again: doubled each time, up to five minutes."""
 _BYTES = 8 * 1024 * 1024
 """Characters of results after which a change takes no further one."""
 
@@ -401,6 +403,8 @@ class Session(Straight):
         reason = f"{type(problem).__name__}: {problem}"
         # Slowly longer: in a fleet of two versions the worker that fits may be the next to look.
         pause = min(2 ** ((self._claims - 1) // 4), 10)
+        if self._replay.spins:
+            pause = min(_SPUN * 2 ** min(self._claims - 1, 10), _SPUN_LONGEST)
         again = self._worker.clock.micros() + pause * 1_000_000
         await self.stall(reason, from_micros(again), encode_error(problem))
 

@@ -15,8 +15,13 @@ class Slots:
     """
 
     def __init__(self, number: int) -> None:
-        self._free = number
+        self._free = self._number = number
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are taken."""
+        return self._number - self._free
 
     def take(self) -> bool:
         """Take a free slot; False when all are taken."""

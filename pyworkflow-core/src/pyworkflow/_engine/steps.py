@@ -199,6 +199,10 @@ class StepRunner:
                 raise _TimedOut(took_too_long(what)) from None
             raise
 
+    def runs_async(self) -> bool:
+        """Whether an async step is in progress."""
+        return self._slots.in_use > 0
+
     def begin_threads(self) -> None:
         """Start the threads of sync steps now: at the end of a process none can start."""
         self._threads.begin()

@@ -181,7 +181,7 @@ class Straight(Turn):
             self.leave((answer, events))
             return
         worker = self._worker
-        worker.guard.feed(self._replay, self._to_feed(answer, events))
+        worker.guard.feed(self._replay, self._to_feed(answer, events), worker.settings.watchdog)
         self._fed(answer)
         if self._leaving or worker.is_stopping:
             self.leave()

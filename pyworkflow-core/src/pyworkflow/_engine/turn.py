@@ -108,7 +108,7 @@ class Turn:
             part = events[start : start + SLICE]
             if self._worker.codecs is not None:
                 part = await opened_events(part)  # what takes long, beside the loop
-            self._worker.guard.feed(replay, part)
+            self._worker.guard.feed(replay, part, self._worker.settings.watchdog)
 
     def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
         """Owe a step to whoever claims it."""

@@ -22,6 +22,7 @@ from pyworkflow._config import Settings
 from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import Bells
+from pyworkflow._engine.blocking import LoopWatch
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
@@ -124,6 +125,7 @@ class Worker:
         self._stopping = False
         self._looked_for_gone = 0.0
         self._awaited = Awaited()
+        self._unwatch: Callable[[], None] = lambda: None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class Worker:
         self.runner.resources.begin()
         await self.storage.open()
         self.clock.begin(await self.storage.now())
+        self._unwatch = self.guard.watch(LoopWatch(self.runner.runs_async))
         await self.free_gone()
 
     def serve(self) -> None:
@@ -181,6 +184,7 @@ class Worker:
     async def close(self) -> None:
         """Stop at once and let go of coroutines and threads. A store that was given stays open."""
         self._stopping = True
+        self._unwatch()
         self.leases.close()
         tasks = [t for t in self._tasks if not t.done()]
         for task in tasks:
@@ -199,8 +203,7 @@ class Worker:
         """A task of this worker, kept until it ends."""
         # Not the context of the caller or of the step that happens to cause it.
         task = asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.keep_task(task)
         return task
 
     def keep_task(self, task: asyncio.Task[Any]) -> None:
