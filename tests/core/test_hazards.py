@@ -1648,7 +1648,7 @@ def test_h35_log_events_are_recorded_once_and_lines_are_not_repeated_on_replay(
 
 
 def test_h36_history_and_result_agree_for_a_run_started_again_with_its_id() -> None:
-    from pyworkflow import ArgumentError
+    from pyworkflow import RunIdConflict
 
     @workflow
     async def h36_flow(n: int) -> int:
@@ -1658,7 +1658,7 @@ def test_h36_history_and_result_agree_for_a_run_started_again_with_its_id() -> N
         async with bench() as b:
             run_id = await b.start(h36_flow, 1, run_id="mine")
             assert await b.result(run_id) == 1
-            with pytest.raises(ArgumentError, match="mine"):
+            with pytest.raises(RunIdConflict, match="mine"):
                 await b.start(h36_flow, 2, run_id="mine")
             assert await b.result(run_id) == 1
 

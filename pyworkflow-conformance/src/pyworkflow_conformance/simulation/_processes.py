@@ -270,7 +270,7 @@ class Client:
         await self._interfere(job, run_id)
         while True:
             try:
-                job.results.append(await self._operations.result(run_id, 5.0))
+                job.results.append(await self._operations.result(run_id, 5.0, "wait"))
                 return
             except TimeoutError:
                 continue

@@ -75,7 +75,8 @@ class DispatchedSteps:
     def room(self) -> int:
         """How many more may begin."""
         settings = self._worker.settings
-        return settings.concurrency + settings.threads - len(self._running)
+        waiting = self._worker.runner.waiting  # their slots are free
+        return settings.concurrency + settings.threads + waiting - len(self._running)
 
     def begin(self, claim: Claim) -> None:
         """Work on a step item that was claimed."""
