@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from pyworkflow import _plugins, sleep, step, workflow
-from pyworkflow._definitions import RunOptions, _local_workflows
+from pyworkflow._definitions import RunOptions
 from pyworkflow._engine import bells as bells_module
 from pyworkflow._engine.worker import Worker
 from pyworkflow._operations import Operations
+from pyworkflow._registry import WORKFLOWS
 from pyworkflow.spi import Doorbell, Outcome, doorbell_headers, hookimpl
 from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.core._driving import eventually, settings
@@ -29,7 +30,7 @@ class Ringer:
     def __init__(self) -> None:
         self.bells: list[Doorbell] = []
 
-    async def notify(self, bells: Sequence[Doorbell]) -> None:
+    async def ring(self, bells: Sequence[Doorbell]) -> None:
         self.bells += bells
 
 
@@ -43,7 +44,7 @@ class Fleet:
         self.ops = Operations(self.storage, None, self.ringer)  # type: ignore[arg-type]  # rings, which is all that is asked
 
     def worker(self) -> Worker:
-        return Worker(self.storage, settings(), spread=True, notify=self.bells.extend)
+        return Worker(self.storage, settings(), spread=True, ring=self.bells.extend)
 
     async def start(self, definition: Any, *args: Any, **options: Any) -> str:
         return await self.ops.start(definition, args, {}, RunOptions(**options))
@@ -189,7 +190,7 @@ def test_outcomes_of_doorbells_that_find_nothing_to_do() -> None:
             assert await worker.handle(Doorbell(run_id, "step:none")) == Outcome.GONE
             assert await worker.handle(Doorbell("no-such-run", "turn")) == Outcome.GONE
             other = await many.start(sleeper)
-            del _local_workflows["bell_sleeper"]
+            WORKFLOWS.local.remove("bell_sleeper")
             assert await worker.handle(Doorbell(other, "turn")) == Outcome.UNKNOWN_WORKFLOW
             assert (await many.ops.get_run(other)).status == "pending"
             await worker.drain(0)
@@ -366,7 +367,7 @@ def test_an_executor_that_raises_does_not_hide_a_run_that_is_durable(
             many.ops = Operations(
                 many.storage,
                 None,
-                SimpleNamespace(notify=refuse, name="broken"),  # type: ignore[arg-type]  # as above
+                SimpleNamespace(ring=refuse, name="broken"),  # type: ignore[arg-type]  # as above
             )
             run_id = await many.start(unheard)
             assert (await many.ops.get_run(run_id)).status == "pending"

@@ -6,34 +6,61 @@ import asyncio
 import functools
 import importlib
 import inspect
-import os
-import sys
 import typing
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Generic, Literal, NoReturn, ParamSpec, TypeVar, overload
-from weakref import WeakValueDictionary
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Never,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from pyworkflow._duration import parse_duration
+from pyworkflow._registry import (
+    STEPS,
+    WORKFLOWS,
+    check_options,
+    find_step,
+    find_workflow,
+    workflow_names,
+)
 from pyworkflow._replay.context import current_run
 from pyworkflow._retry import RETRIES, Delay, RetryDelay, RetryPolicy, delay_of
 from pyworkflow._serialization import (
     decode,
     decode_arguments,
+    digest_arguments,
     encode,
     encode_arguments,
-    register_portable,
 )
 from pyworkflow._signature import Signature
 from pyworkflow.errors import (
-    ArgumentError,
     DefinitionError,
-    DuplicateName,
     SerializationError,
     WorkflowContextError,
 )
 
-__all__ = ["BoundWorkflow", "RunOptions", "Step", "Workflow", "start_of", "step", "workflow"]
+if TYPE_CHECKING:
+    from pyworkflow._client import Starter
+
+__all__ = [
+    "BoundWorkflow",
+    "RunOptions",
+    "Step",
+    "Workflow",
+    "find_step",
+    "find_workflow",
+    "step",
+    "workflow",
+    "workflow_names",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,18 +94,6 @@ class RunOptions:
         self.tags = tuple(tags)
         self.attributes = dict(attributes or {})
         self.max_duration = None if max_duration is None else parse_duration(max_duration)
-
-    def with_key(self, key: str) -> RunOptions:
-        """The same with an idempotency key."""
-        return RunOptions(
-            run_id=self.run_id,
-            idempotency_key=key,
-            queue=self.queue,
-            priority=self.priority,
-            tags=self.tags,
-            attributes=self.attributes,
-            max_duration=self.max_duration,
-        )
 
 
 class Step(Generic[P, R]):
@@ -132,14 +147,24 @@ class Step(Generic[P, R]):
         self.hard_timeout = hard_timeout
         self.is_async = inspect.iscoroutinefunction(fn)
         self._signature = Signature(fn)
+        self._fresh = self._signature.fresh_defaults((list, dict, set, bytearray))
+        self._labels: dict[str, str] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         self._signature.check(args, kwargs)
         run = current_run()
-        if run is not None:
-            run.check_open(f"step {self.name!r}")
-            return self._durable(args, kwargs)
-        return self._plain(args, kwargs)
+        if run is None:
+            call = self._plain(args, kwargs)
+            call.__qualname__ = f"step {self.name}"  # type: ignore[attr-defined] # coroutines have it
+            return call
+        run.check_open(f"step {self.name!r}")
+        call = self._durable(args, kwargs)
+        # What Python's warning about a forgotten await shows.
+        label = self._labels.get(run.workflow)
+        if label is None:
+            label = self._labels[run.workflow] = f"step {self.name} of workflow {run.workflow}"
+        call.__qualname__ = label  # type: ignore[attr-defined] # as above
+        return call
 
     async def _durable(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> R:
         run = current_run()
@@ -159,9 +184,13 @@ class Step(Generic[P, R]):
         return result
 
     async def _plain(self, args: Any, kwargs: Any) -> R:
-        if self.is_async:
-            return await self.fn(*args, **kwargs)  # type: ignore[no-any-return, misc]  # is_async says so
-        return self.fn(*args, **kwargs)  # type: ignore[return-value]  # not async: the value itself
+        value: Any = cast("Callable[..., Any]", self.fn)(*args, **kwargs)
+        # An ordinary function round an async one returns what is to be awaited.
+        result: R = await value if self.is_async or inspect.isawaitable(value) else value
+        return result
+
+    def __deepcopy__(self, memo: object) -> Step[P, R]:
+        return self  # a definition is one thing, as a function is
 
     # --- what replay and the engine need ------------------------------------------------------
 
@@ -178,6 +207,19 @@ class Step(Generic[P, R]):
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
         """Arguments as payload text."""
         return encode_arguments(args, dict(kwargs))
+
+    def bound_call(self, text: str) -> str:
+        """These arguments with all that can be by position: what digests are made of."""
+        return self._signature.bound_form(text)
+
+    def equal_calls(self, text: str) -> Iterator[str]:
+        """Every way to write the call with these arguments; defaults given or left out."""
+        return self._signature.equal_forms(text)
+
+    def arguments(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for one attempt: lists, dicts and sets that are defaults are copies."""
+        args, kwargs = decode_arguments(text)
+        return self._signature.filled(self._fresh, args, kwargs) if self._fresh else (args, kwargs)
 
     def encode_result(self, value: object) -> str:
         """The result as payload text. ``SerializationError``."""
@@ -212,10 +254,11 @@ class Workflow(Generic[P, R]):
         _check_function("workflow", fn)
         if not inspect.iscoroutinefunction(fn):
             kind = "an async generator" if inspect.isasyncgenfunction(fn) else "not async"
-            raise DefinitionError(
-                f"workflow {fn.__qualname__} is {kind}; write it as `async def` and put what "
-                "blocks into a step"
-            )
+            remedy = "write it as `async def` and put what blocks into a step"
+            if inspect.iscoroutinefunction(inspect.unwrap(fn)):
+                kind = "an async function inside a decorator whose wrapper is not async"
+                remedy = "write the decorator's wrapper as `async def` and await the function"
+            raise DefinitionError(f"workflow {fn.__qualname__} is {kind}; {remedy}")
         if check_args not in ("stall", "warn"):
             raise DefinitionError(f"check_args={check_args!r} is neither 'stall' nor 'warn'")
         functools.update_wrapper(self, fn)
@@ -226,6 +269,7 @@ class Workflow(Generic[P, R]):
                     f"workflow {fn.__qualname__} has a parameter called {reserved!r}, which "
                     "start() and its relatives use themselves; rename it"
                 )
+        self._fresh = self._signature.fresh_defaults(None)
         self.fn = fn
         self.name = _check_name("workflow", name, fn)
         if not isinstance(version, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may lie
@@ -255,19 +299,11 @@ class Workflow(Generic[P, R]):
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Begin a run; returns its id once the run is durable. As ``pyworkflow.start``."""
-        return self.options().start(*args, **kwargs)
+        return _client().start(self, args, kwargs, RunOptions())
 
     async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """``start`` as a coroutine."""
-        return await self.options().start_async(*args, **kwargs)
-
-    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Start, wait for the end, and return the result. As ``pyworkflow.run``."""
-        return self.options().run(*args, **kwargs)
-
-    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """``run`` as a coroutine."""
-        return await self.options().run_async(*args, **kwargs)
+        return await _client().start_async(self, args, kwargs, RunOptions())
 
     def options(
         self,
@@ -279,8 +315,15 @@ class Workflow(Generic[P, R]):
         tags: Sequence[str] = (),
         attributes: Mapping[str, Any] | None = None,
         max_duration: D | None = None,
+        **unknown: Never,
     ) -> BoundWorkflow[P, R]:
-        """This workflow with settings for one start."""
+        """This workflow with settings for one start.
+
+        Raises:
+            DefinitionError: there is no such setting.
+        """
+        if unknown:
+            check_options(f"{self.name}.options", unknown, RunOptions.__slots__)
         return BoundWorkflow(
             self,
             RunOptions(
@@ -301,6 +344,16 @@ class Workflow(Generic[P, R]):
         valid_args, valid_kwargs = self._signature.validate(f"workflow {self.name}", args, kwargs)
         return encode_arguments(valid_args, valid_kwargs)
 
+    def same_call(self, one: str, other: str) -> bool:
+        """Whether two payload texts hold the arguments of the same call."""
+        wanted = digest_arguments(one)
+        if digest_arguments(other) == wanted:
+            return True
+        return any(digest_arguments(form) == wanted for form in self._signature.equal_forms(other))
+
+    def __deepcopy__(self, memo: object) -> Workflow[P, R]:
+        return self  # as a step
+
     def call(self, args: str) -> Coroutine[Any, Any, object]:
         """The coroutine for stored arguments.
 
@@ -312,8 +365,12 @@ class Workflow(Generic[P, R]):
             self._signature.check(positional, named)
         except TypeError as exc:
             raise SerializationError(
-                f"the stored arguments do not fit {self.name}{self._signature.signature}: {exc}"
+                f"the stored arguments do not fit {self.name}{self._signature.signature}: {exc}; "
+                "give new parameters a default, and keep the old ones until no run has them"
             ) from exc
+        positional, named = self._signature.fit_stored(self.name, positional, named)
+        if self._fresh:
+            positional, named = self._signature.filled(self._fresh, positional, named)
         return self.fn(*positional, **named)
 
     def encode_result(self, value: object) -> str:
@@ -343,52 +400,16 @@ class BoundWorkflow(Generic[P, R]):
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """As ``Workflow.start``, with the options."""
-        run_id: str = _functions().start_bound(self, args, kwargs)
-        return run_id
+        return _client().start(self.workflow, args, kwargs, self.options)
 
     async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """``start`` as a coroutine."""
-        run_id: str = await _functions().start_bound_async(self, args, kwargs)
-        return run_id
+        return await _client().start_async(self.workflow, args, kwargs, self.options)
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Start, wait for the end, and return the result."""
-        result: R = _functions().run_bound(self, args, kwargs, None)
+        result: R = _client().run(self.workflow, args, kwargs, self.options)
         return result
-
-    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """``run`` as a coroutine."""
-        result: R = await _functions().run_bound_async(self, args, kwargs, None)
-        return result
-
-    def __repr__(self) -> str:
-        return f"<workflow {self.workflow.name} with options>"
-
-
-def start_of(what: str, workflow: object, key: str | None = None) -> BoundWorkflow[..., Any]:
-    """The workflow to start with its options, given as either; ``key`` beside them.
-
-    Raises:
-        ArgumentError: something else was given, or two idempotency keys.
-    """
-    if isinstance(workflow, Workflow):
-        plain = typing.cast("Workflow[..., Any]", workflow)
-        return BoundWorkflow(plain, RunOptions(idempotency_key=key))
-    if not isinstance(workflow, BoundWorkflow):
-        raise ArgumentError(
-            f"{what} takes a workflow or workflow.options(...), not {workflow!r}; decorate the "
-            "function with @workflow"
-        )
-    bound = typing.cast("BoundWorkflow[..., Any]", workflow)
-    existing = bound.options.idempotency_key
-    if key is None or key == existing:
-        return bound
-    if existing is not None:
-        raise ArgumentError(
-            f"two idempotency keys are given: options={existing!r:.80} idempotency_key={key!r:.80}"
-            "; leave one out"
-        )
-    return BoundWorkflow(bound.workflow, bound.options.with_key(key))
 
 
 @overload
@@ -413,7 +434,8 @@ def workflow(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """
 
     def define(fn: Callable[..., Any]) -> Workflow[Any, Any]:
-        return _register(_workflows, _local_workflows, "workflow", Workflow(fn, **settings))
+        check_options("@workflow", settings, _WORKFLOW_OPTIONS)
+        return WORKFLOWS.add(Workflow(fn, **settings))
 
     return define if fn is None else define(fn)
 
@@ -452,9 +474,19 @@ def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """
 
     def define(fn: Callable[..., Any]) -> Step[Any, Any]:
-        return _register(_steps, _local_steps, "step", Step(fn, **settings))
+        check_options("@step", settings, _STEP_OPTIONS)
+        return STEPS.add(Step(fn, **settings))
 
     return define if fn is None else define(fn)
+
+
+_WORKFLOW_OPTIONS = (
+    "name", "version", "max_duration", "queue", "priority", "tags", "check_args",
+)  # fmt: skip
+_STEP_OPTIONS = (
+    "name", "max_retries", "retry_delay", "timeout", "queue", "priority", "dispatch", "semantics",
+    "hard_timeout",
+)  # fmt: skip
 
 
 class _StepDecorator(typing.Protocol):
@@ -462,66 +494,6 @@ class _StepDecorator(typing.Protocol):
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> Step[P, R]: ...
-
-
-# --- registry -----------------------------------------------------------------------------------
-
-_Definition = TypeVar("_Definition", Workflow[Any, Any], Step[Any, Any])
-
-_workflows: dict[str, Workflow[Any, Any]] = {}
-_steps: dict[str, Step[Any, Any]] = {}
-# Functions defined inside others live as long as somebody keeps them, and so do their names.
-_local_workflows: WeakValueDictionary[str, Workflow[Any, Any]] = WeakValueDictionary()
-_local_steps: WeakValueDictionary[str, Step[Any, Any]] = WeakValueDictionary()
-
-
-def find_workflow(name: str) -> Workflow[Any, Any] | None:
-    """The workflow of this name that this process has defined."""
-    return _workflows.get(name) or _local_workflows.get(name)
-
-
-def find_step(name: str) -> Step[Any, Any] | None:
-    """The step of this name that this process has defined."""
-    return _steps.get(name) or _local_steps.get(name)
-
-
-def workflow_names() -> frozenset[str]:
-    """The names of all workflows that this process has defined."""
-    return frozenset(_workflows) | frozenset(_local_workflows)
-
-
-def _register(
-    named: dict[str, _Definition],
-    local: WeakValueDictionary[str, _Definition],
-    kind: str,
-    definition: _Definition,
-) -> _Definition:
-    name = definition.name
-    standing = named.get(name) or local.get(name)
-    if standing is not None and not _same_function(standing.fn, definition.fn):
-        raise DuplicateName(kind, name, _where(standing.fn), _where(definition.fn))
-    named.pop(name, None)
-    (local if "<locals>" in definition.fn.__qualname__ else named)[name] = definition
-    register_portable(definition.fn.__module__)
-    return definition
-
-
-def _same_function(a: Callable[..., object], b: Callable[..., object]) -> bool:
-    if a.__qualname__ != b.__qualname__:
-        return False
-    return a.__module__ == b.__module__ or (
-        "__main__" in (a.__module__, b.__module__) and _file(a) == _file(b)
-    )
-
-
-def _file(fn: Callable[..., object]) -> str:
-    module = sys.modules.get(fn.__module__)
-    return os.path.realpath(getattr(module, "__file__", None) or fn.__code__.co_filename)
-
-
-def _where(fn: Callable[..., object]) -> str:
-    code = fn.__code__
-    return f"{fn.__module__}:{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _check_name(kind: str, name: object, fn: Callable[..., object]) -> str:
@@ -566,9 +538,19 @@ def _delay(value: RetryDelay) -> Delay:
         raise DefinitionError(f"retry_delay={value!r}: {exc}") from exc
 
 
-# --- the way up: methods that start runs --------------------------------------------------------
+# --- the way up: the client registers itself ------------------------------------------------------
+
+_starter: Starter | None = None
 
 
-def _functions() -> Any:
-    """The module of the client's functions, which is above this one: it loads on first use."""
-    return importlib.import_module("pyworkflow._functions")
+def set_starter(starter: Starter) -> None:
+    """Called by ``_client.py`` on import; the only upward call goes through it."""
+    global _starter
+    _starter = starter
+
+
+def _client() -> Starter:
+    if _starter is None:
+        importlib.import_module("pyworkflow._client")
+    assert _starter is not None
+    return _starter

@@ -58,6 +58,21 @@ def _main_name(spec: str | None, file: str | None) -> str:
     return Path(file).stem if file else "__main__"
 
 
+def _is_main(module_name: str) -> bool:
+    """Whether this is what others call the script: its path ends like the module's name."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return file is not None and _ends_like(file, module_name)
+
+
+@lru_cache(maxsize=256)
+def _ends_like(file: str, module_name: str) -> bool:
+    path, parts = Path(file).resolve(), tuple(module_name.split("."))
+    stem = path.parent if path.name == "__main__.py" else path.with_suffix("")
+    if parts[-1] == "__main__":
+        parts = parts[:-1]
+    return bool(parts) and stem.parts[-len(parts) :] == parts
+
+
 def portable_name(cls: type) -> str:
     """``module:qualname``; ``__main__`` is called by its file's module name.
 
@@ -99,6 +114,11 @@ def resolve_type(name: str) -> type:
 
 
 def _lookup(name: str, module_name: str, qualname: str) -> type:
+    if "<locals>" in qualname:
+        raise SerializationError(
+            f"the history names a type of a function's body: type={name!r}; define the class at "
+            "the top level of its module"
+        )
     for module in _modules(name, module_name):
         found: object = module
         for part in qualname.split("."):
@@ -112,12 +132,13 @@ def _lookup(name: str, module_name: str, qualname: str) -> type:
 
 
 def _modules(name: str, module_name: str) -> Iterator[object]:
-    is_main = module_name == main_name() and "__main__" in sys.modules
+    is_main = "__main__" in sys.modules and (module_name == main_name() or _is_main(module_name))
     if is_main:
         # The file that runs as a script: its classes, not those of a second import of it.
         yield sys.modules["__main__"]
     module = sys.modules.get(module_name)
-    if module is None and is_portable(module_name) and module_name not in _MAIN:
+    # A second import of the script would do all that it does once more.
+    if module is None and not is_main and is_portable(module_name) and module_name not in _MAIN:
         try:
             module = importlib.import_module(module_name)
         except (Exception, SystemExit) as failed:  # an import runs any code

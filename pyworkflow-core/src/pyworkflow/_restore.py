@@ -22,7 +22,7 @@ from pyworkflow._portable import resolve_type
 from pyworkflow._tagged import MARK, Tree
 from pyworkflow.errors import SerializationError
 
-__all__ = ["StoredValueInvalid", "from_text", "restore"]
+__all__ = ["StoredArgumentInvalid", "StoredValueInvalid", "from_text", "restore"]
 
 Decoder = Callable[[dict[str, Tree]], object]
 
@@ -38,6 +38,22 @@ class StoredValueInvalid(SerializationError):
         return (
             f"a stored value no longer fits its type: type={self.type}: {self.why}; make the "
             "change compatible (a default, an optional field), or put the old type back"
+        )
+
+
+class StoredArgumentInvalid(SerializationError):
+    """A stored argument does not fit its parameter's annotation; the run stalls until it does."""
+
+    def __init__(self, workflow: str, parameter: str, expected: str, found: str, why: str) -> None:
+        super().__init__(workflow, parameter, expected, found, why)
+        self.workflow, self.parameter = workflow, parameter
+        self.expected, self.found, self.why = expected, found, why
+
+    def __str__(self) -> str:
+        return (
+            f"a stored argument does not fit its parameter: workflow={self.workflow} "
+            f"parameter={self.parameter} expected={self.expected} found={self.found}: {self.why}; "
+            "let the annotation accept what was stored, or put the old one back"
         )
 
 

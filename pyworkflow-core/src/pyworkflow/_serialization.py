@@ -15,7 +15,7 @@ from pydantic_core import from_json, to_json
 from pyworkflow import _failures
 from pyworkflow._failures import encode_error
 from pyworkflow._portable import is_portable, portable_name, register_portable, resolve_type
-from pyworkflow._restore import StoredValueInvalid, from_text, restore
+from pyworkflow._restore import StoredArgumentInvalid, StoredValueInvalid, from_text, restore
 from pyworkflow._tagged import FLAT, MARK, MARKED, NotSerializable, Refused, text_of, walk
 from pyworkflow.errors import SerializationError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "WRAPPED",
     "NotSerializable",
+    "StoredArgumentInvalid",
     "StoredValueInvalid",
     "adapter_for",
     "canonical",
@@ -312,8 +313,10 @@ def _build(annotation: object) -> TypeAdapter[Any] | None:
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter
     from pydantic.errors import PydanticUndefinedAnnotation
 
+    from pyworkflow._annotations import supported
+
     exact = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
-    form: Any = annotation
+    form: Any = supported(annotation)
     for config in (exact, None):  # types with a config of their own take none from outside
         try:
             return TypeAdapter(form, config=config)

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from pyworkflow._serialization import adapter_for
+from pyworkflow._annotations import Check, NotValidatable, check_for, is_silent
+from pyworkflow._parameters import Parameters
+from pyworkflow._restore import from_text
+from pyworkflow._serialization import StoredArgumentInvalid, adapter_for, unwrapped
+from pyworkflow._tagged import text_of
 from pyworkflow.errors import ArgumentError
 
 __all__ = ["Signature"]
+
+_log = logging.getLogger("pyworkflow.client")
+_PLAIN_DEFAULTS = frozenset({type(None), bool, int, float, str, bytes, type})
+_KEYWORDS = inspect.Parameter.VAR_KEYWORD
+
+
+class _Hints(NamedTuple):
+    found: dict[str, Any]
+    missing: dict[str, str]
+    """Why others cannot be looked up."""
 
 
 class Signature:
@@ -27,21 +42,90 @@ class Signature:
         # The number of positional arguments that certainly fit, for a check without ``bind``.
         self.exact = len(self.signature.parameters) if simple else -1
 
-    @functools.cached_property
+    @property
     def hints(self) -> dict[str, Any]:
         """Annotations that resolve; one that does not is as good as none."""
+        return self._hints.found
+
+    @functools.cached_property
+    def _hints(self) -> _Hints:
         try:
-            return typing.get_type_hints(self._fn, include_extras=True)
+            return _Hints(typing.get_type_hints(self._fn, include_extras=True), {})
         except Exception:  # noqa: BLE001 - a name that only a type checker sees
             found: dict[str, Any] = {}
-            for name, hint in inspect.get_annotations(self._fn).items():
+            missing: dict[str, str] = {}
+            fn = inspect.unwrap(self._fn)
+            for name, hint in inspect.get_annotations(fn).items():
                 holder = types.SimpleNamespace(__annotations__={name: hint})
-                names = getattr(self._fn, "__globals__", {})
+                names = getattr(fn, "__globals__", {})
                 try:
                     found |= typing.get_type_hints(holder, names, include_extras=True)
-                except Exception:  # noqa: BLE001 - as above
+                except Exception as failed:  # noqa: BLE001 - as above
+                    missing[name] = f"{type(failed).__name__}: {failed}"
+            return _Hints(found, missing)
+
+    @functools.cached_property
+    def _checks(self) -> dict[str, Check]:
+        """How arguments are validated, by parameter. What cannot be validated is warned of once."""
+        checks: dict[str, Check] = {}
+        for name, parameter in self.signature.parameters.items():
+            why = self._hints.missing.get(name)
+            hint = self.hints.get(name, Any)
+            if why is None:
+                if is_silent(hint):
                     continue
-            return found
+                if parameter.kind is _KEYWORDS and typing.get_origin(hint) is typing.Unpack:
+                    hint = typing.get_args(hint)[0]
+                try:
+                    checks[name] = check_for(hint)
+                    continue
+                except NotValidatable as failed:
+                    why = str(failed)
+            _log.warning(
+                "arguments are not validated: function=%s parameter=%s annotation=%s (%s); "
+                "annotate it with a type that pydantic can validate and that exists when the "
+                "code runs, or with Any",
+                self._fn.__qualname__,
+                name,
+                parameter.annotation,
+                why,
+            )
+        return checks
+
+    def check_of(self, name: str) -> Check | None:
+        """How the arguments of a parameter are validated, or None."""
+        return self._checks.get(name)
+
+    @functools.cached_property
+    def _parameters(self) -> Parameters:
+        return Parameters(self.signature)
+
+    def fresh_defaults(self, only: Collection[type] | None = None) -> dict[str, object]:
+        """Defaults that each execution gets a copy of; with ``only``, of these types.
+
+        Raises:
+            DefinitionError: one can be changed and not be copied.
+        """
+        if all(type(p.default) in _PLAIN_DEFAULTS for p in self.signature.parameters.values()):
+            return {}
+        return self._parameters.mutable_defaults(self._fn.__qualname__, only)
+
+    def filled(
+        self, fresh: Mapping[str, object], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with copies of the ``fresh`` defaults that they leave out."""
+        return self._parameters.filled(fresh, args, kwargs)
+
+    def bound_form(self, text: str) -> str:
+        """The text of a call's arguments with all that can be by position."""
+        tree = from_text(text)
+        return text_of(self._parameters.bound(tree["args"], tree.get("kwargs", {})))
+
+    def equal_forms(self, text: str) -> Iterator[str]:
+        """The texts of every way to write a call: by position or name, defaults or none."""
+        tree = from_text(unwrapped(text))
+        for call in self._parameters.equal_calls(tree["args"], tree.get("kwargs", {})):
+            yield text_of(call)
 
     def check(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """``TypeError`` when the arguments do not fit the parameters."""
@@ -63,32 +147,69 @@ class Signature:
         problems: list[str] = []
         cause: ValidationError | None = None
         for name, value in bound.arguments.items():
-            # ``None`` is an annotation, and another thing than none at all.
-            adapter = adapter_for(self.hints[name]) if name in self.hints else None
-            if adapter is None:
+            check = self._checks.get(name)
+            if check is None:
                 continue
-            kind = self.signature.parameters[name].kind
             try:
-                if kind is inspect.Parameter.VAR_POSITIONAL:
-                    value = tuple(adapter.validate_python(v) for v in value)
-                elif kind is inspect.Parameter.VAR_KEYWORD:
-                    value = {k: adapter.validate_python(v) for k, v in value.items()}
-                else:
-                    value = adapter.validate_python(value)
+                bound.arguments[name] = self._each(name, value, check.from_caller)
             except ValidationError as exc:
                 cause = exc
                 for error in exc.errors(include_url=False):
                     place = "".join(f"[{part!r}]" for part in error["loc"])
                     problems.append(f"{name}{place}: {error['msg']} (got {error['input']!r:.100})")
-            else:
-                bound.arguments[name] = value
         if problems:
             raise ArgumentError(
                 f"wrong arguments for {what}: {'; '.join(problems)}; nothing was started"
             ) from cause
         return bound.args, bound.kwargs
 
+    def fit_stored(
+        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Stored arguments as the annotations want them today.
+
+        Raises:
+            StoredArgumentInvalid: one does not fit its annotation.
+        """
+        if not self._checks or not (args or kwargs):
+            return args, kwargs
+        bound = self.signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            check = self._checks.get(name)
+            if check is None:
+                continue
+            try:
+                bound.arguments[name] = self._each(name, value, check.from_store)
+            except Exception as failed:  # validators are user code
+                expected = self.hints[name]
+                raise StoredArgumentInvalid(
+                    what,
+                    name,
+                    expected.__qualname__ if isinstance(expected, type) else repr(expected),
+                    type(value).__qualname__,
+                    _problem(failed),
+                ) from failed
+        return bound.args, bound.kwargs
+
+    def _each(self, name: str, value: Any, take: Callable[[object], object]) -> object:
+        kind = self.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            return tuple(take(item) for item in value)
+        if kind is _KEYWORDS and typing.get_origin(self.hints[name]) is not typing.Unpack:
+            return {key: take(item) for key, item in value.items()}
+        return take(value)
+
     @functools.cached_property
     def result(self) -> Any:
         """The adapter of the return annotation, or None."""
         return adapter_for(self.hints["return"]) if "return" in self.hints else None
+
+
+def _problem(failed: Exception) -> str:
+    """What is wrong, without the values: they may be secret, and this is stored."""
+    errors: Callable[..., list[dict[str, Any]]] | None = getattr(failed, "errors", None)
+    if errors is None:
+        return type(failed).__name__
+    found = errors(include_url=False, include_input=False, include_context=False)
+    places = [(".".join(str(part) for part in e["loc"]), e["msg"]) for e in found[:5]]
+    return "; ".join(f"{place}: {said}" if place else str(said) for place, said in places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,14 @@ class StepSpec(Protocol):
 
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
         """Arguments as payload text; the same for equal arguments. ``SerializationError``."""
+        ...
+
+    def bound_call(self, text: str) -> str:
+        """The same arguments with all that can be by position: what digests are made of."""
+        ...
+
+    def equal_calls(self, text: str) -> Iterator[str]:
+        """Every way to write the call with these arguments."""
         ...
 
     def decode_result(self, payload: str) -> object:

@@ -37,7 +37,7 @@ class Op:
 
     __slots__ = (
         "cancel_recorded", "digest", "future", "kind", "name", "number", "recorded", "state", "step",
-        "timer", "until",
+        "text", "timer", "until",
     )  # fmt: skip
 
     def __init__(self, kind: OpKind, number: int) -> None:
@@ -53,6 +53,8 @@ class Op:
         self.until = 0
         """Sleeps and timers: µs since the epoch."""
         self.step: StepSpec | None = None
+        self.text = ""
+        """Steps: the arguments, until the result is there."""
         self.future: asyncio.Future[Any] | None = None
         self.timer: DurableTimer | None = None
 
@@ -104,14 +106,32 @@ class RunContext:
         name = self.loop.branch().next_op("step")
         op = Op(_STEP, len(self.ops))
         op.name = step.name
-        # One brace is the arguments' own: nothing in them has an order to be freed of.
-        made = digest if text.count("{") == 1 else digest_arguments
-        op.digest = made(text, self.salt)
+        if kwargs:
+            op.digest = digest_arguments(step.bound_call(text), self.salt)
+        else:
+            # One brace is the arguments' own: nothing in them has an order to be freed of.
+            made = digest if text.count("{") == 1 else digest_arguments
+            op.digest = made(text, self.salt)
+        op.text = text
         op.step = step
         op.future = self.loop.create_future()
         self.ops[name] = op
         self.commands.append(RunStep(name, step, text, op.digest))
         return name
+
+    def same_call(self, op: Op, recorded: object) -> bool:
+        """Whether a recorded digest is that of the same call, written in another way.
+
+        Code changes ``charge(5)`` into ``charge(amount=5)`` or spells a default out, and 0.1.0
+        made digests of calls as they were written.
+        """
+        if op.step is None or not op.text:
+            return False
+        for text in op.step.equal_calls(op.text):
+            if digest_arguments(text, self.salt) == recorded:
+                op.digest = recorded
+                return True
+        return False
 
     def cancel_step(self, name: str) -> None:
         """The code gave a step up."""

@@ -148,9 +148,6 @@ else:
 class DeterministicLoop(_Loop):
     """One run's event loop. Usable only while ``spin`` or ``run_callback`` is in progress."""
 
-    in_finalizer: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether a finalizer runs in the middle of workflow code: its misuse is not the run's."""
-
     def __init__(self, *, salt: int) -> None:
         self._ready: deque[asyncio.Handle] = deque()
         self._salt = salt
@@ -443,7 +440,7 @@ class DeterministicLoop(_Loop):
     def refuse(self, why: str) -> NoReturn:
         """Refuse something in workflow code: raises at the line, and the run stalls."""
         error = WorkflowContextError(why)
-        if self.run is not None and not self.in_finalizer():
+        if self.run is not None:
             self.run.misused(error)
         raise error
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
+from decimal import Decimal
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,7 @@ from pyworkflow.cli._progress import ENDS, Progress
 from pyworkflow.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from pyworkflow._annotations import Check
     from pyworkflow._definitions import Workflow
     from pyworkflow._local import EmbeddedHost
     from pyworkflow.events import Event
@@ -82,14 +84,13 @@ def command(target: str, named: Sequence[str], document: str | None, key: str | 
         settle_settings()
         workflow = _find(module, name)
         args, kwargs = _arguments(workflow, named, document)
-        text = workflow.encode_call(tuple(args), kwargs)  # wrong arguments need no store
-        from pyworkflow._functions import start_encoded
+        workflow.encode_call(tuple(args), kwargs)  # wrong arguments need no store
         from pyworkflow._local import host
 
         with opening():
             embedded = host()
         keyed = workflow.options(idempotency_key=key)
-        return _follow(embedded, module, lambda: start_encoded(keyed, text))
+        return _follow(embedded, module, lambda: keyed.start(*args, **kwargs))
 
 
 def _find(module: str, name: str) -> Workflow[Any, Any]:
@@ -97,7 +98,6 @@ def _find(module: str, name: str) -> Workflow[Any, Any]:
     import difflib
     from pathlib import Path
 
-    from pyworkflow._declared import DeclaredWorkflow
     from pyworkflow._definitions import Workflow, find_workflow, workflow_names
 
     stem = Path(module).stem if module.endswith(".py") else module
@@ -106,8 +106,6 @@ def _find(module: str, name: str) -> Workflow[Any, Any]:
     registered = find_workflow(found.name if isinstance(found, Workflow) else name)
     if registered is not None:
         return registered
-    if isinstance(found, DeclaredWorkflow):
-        return cast("Workflow[Any, Any]", found)  # its workers are elsewhere
     known = sorted({k for k, v in there.items() if isinstance(v, Workflow)} | workflow_names())
     if found is not None:
         raise ArgumentError(f"{name} in {module} is no workflow; decorate it with @workflow()")
@@ -128,48 +126,68 @@ def _arguments(
     kwargs: dict[str, object] = {}
     if document is not None:
         try:
-            given: object = json.loads(document)
+            given: object = json.loads(document, parse_float=_Digits)
         except ValueError as error:
             raise click.UsageError(f"--args is no JSON: {error}") from error
+        check_of = workflow._signature.check_of
         if isinstance(given, dict):
-            kwargs.update(cast("Mapping[str, object]", given))
+            for key, item in cast("Mapping[str, object]", given).items():
+                kwargs[key] = _numbers(item, check_of(key))
         elif isinstance(given, list):
-            args.extend(cast("Sequence[object]", given))
+            names = [*workflow._signature.signature.parameters]
+            for place, item in enumerate(cast("Sequence[object]", given)):
+                check = check_of(names[place]) if place < len(names) else None
+                args.append(_numbers(item, check))
         else:
             raise click.UsageError("--args takes a JSON object, or a list")
-    hints = workflow._signature.hints
     for one in named:
         name, equals, text = one.partition("=")
         if not equals or not name:
             raise click.UsageError(f"--arg {one!r} is not NAME=VALUE")
         if name in kwargs:
             raise click.UsageError(f"argument {name!r} is given twice; give it once")
-        kwargs[name] = _value(text, hints.get(name))
+        kwargs[name] = _value(text, workflow._signature.check_of(name))
     return args, kwargs
 
 
-def _value(text: str, annotation: object) -> object:
-    """JSON when it is that and fits the annotation, else the text itself: ``--arg id=007``."""
-    from pydantic import ValidationError
+def _value(text: str, check: Check | None) -> object:
+    """What the annotation takes: JSON if it is that, or else the text: ``--arg id=007``.
 
-    from pyworkflow._serialization import adapter_for
+    A type that takes both as they are gets JSON, before one is converted to another. Where the
+    annotation names ``Decimal``, numbers keep every digit.
+    """
+    from pydantic import ValidationError
 
     try:
         value: object = json.loads(text)
     except ValueError:
         return text
-    adapter = adapter_for(annotation)
-    if adapter is None or isinstance(value, str):
+    if check is None or isinstance(value, str):
         return value
-    try:
-        adapter.validate_python(value)
-    except ValidationError:
-        try:
-            adapter.validate_python(text)
-        except ValidationError:
-            return value
-        return text
+    value = _numbers(json.loads(text, parse_float=_Digits), check)
+    for strict in (True, None):
+        for candidate in (value, text):
+            with contextlib.suppress(ValidationError):
+                check.adapter.validate_python(candidate, strict=strict)
+                return candidate
     return value
+
+
+class _Digits(Decimal):
+    """A number with a point in a JSON text."""
+
+
+def _numbers(tree: Any, check: Check | None) -> Any:
+    """The tree with floats; where Decimal is wanted, a number that no float has stays exact."""
+    parts = tree  # the type checkers narrow `tree` to lists of unknown things
+    if isinstance(tree, list):
+        return [_numbers(item, check) for item in parts]
+    if isinstance(tree, dict):
+        return {key: _numbers(item, check) for key, item in cast("dict[str, Any]", tree).items()}
+    if not isinstance(tree, _Digits):
+        return tree
+    exact = check is not None and check.mentions_decimal and repr(float(tree)) != str(tree)
+    return Decimal(tree) if exact else float(tree)
 
 
 # --- following ----------------------------------------------------------------------------------
@@ -207,8 +225,7 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
 
     operations = Operations(embedded.storage, None, None)
     after = 0
-    # With a worker here, too: it may not have the code, or not be for the queue.
-    unseen_since: float | None = monotonic()
+    unseen_since: float | None = monotonic() if embedded.worker is None else None
     while True:
         events = embedded.call(operations.get_events(run_id, after, None))
         for event in events:
