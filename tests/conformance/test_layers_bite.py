@@ -49,9 +49,9 @@ def run(suite: Layers, check_id: str) -> None:
 
 
 class Broken(MemoryStorageBackend):
-    """Twins are broken the same way."""
+    """Clones are broken the same way."""
 
-    def twin(self):
+    def clone(self):
         other = type(self)(namespace=self._namespace)
         other._shared = self._shared
         return other
@@ -201,7 +201,7 @@ def in_memory(kind: type[MemoryStorageBackend]) -> Layers:
         capabilities = MemoryStorageBackend().info().capabilities
 
         async def make(self, namespace):
-            return made.setdefault(namespace, kind(namespace=namespace)).twin()
+            return made.setdefault(namespace, kind(namespace=namespace)).clone()
 
     return Suite()
 

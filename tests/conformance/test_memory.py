@@ -16,4 +16,4 @@ class TestMemory(StorageConformance):
         self.stores = getattr(self, "stores", {})
         if namespace not in self.stores:
             self.stores[namespace] = MemoryStorageBackend(namespace=namespace)
-        return self.stores[namespace].twin()
+        return self.stores[namespace].clone()

@@ -93,7 +93,7 @@ class Bench:
 
     async def result(self, run_id: str, timeout: float = 60.0) -> Any:
         """The result, or the error raised."""
-        return await self.ops.result(run_id, timeout)
+        return await self.ops.result(run_id, timeout, "wait")
 
     async def run(self, workflow: Any, *args: Any, **options: Any) -> Any:
         """Start, and wait for the result."""

@@ -30,7 +30,7 @@ class Ringer:
     def __init__(self) -> None:
         self.bells: list[Doorbell] = []
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
         self.bells += bells
 
 
@@ -44,7 +44,7 @@ class Fleet:
         self.ops = Operations(self.storage, None, self.ringer)  # type: ignore[arg-type]  # rings, which is all that is asked
 
     def worker(self) -> Worker:
-        return Worker(self.storage, settings(), spread=True, ring=self.bells.extend)
+        return Worker(self.storage, settings(), spread=True, notify=self.bells.extend)
 
     async def start(self, definition: Any, *args: Any, **options: Any) -> str:
         return await self.ops.start(definition, args, {}, RunOptions(**options))
@@ -367,7 +367,7 @@ def test_an_executor_that_raises_does_not_hide_a_run_that_is_durable(
             many.ops = Operations(
                 many.storage,
                 None,
-                SimpleNamespace(ring=refuse, name="broken"),  # type: ignore[arg-type]  # as above
+                SimpleNamespace(notify=refuse, name="broken"),  # type: ignore[arg-type]  # as above
             )
             run_id = await many.start(unheard)
             assert (await many.ops.get_run(run_id)).status == "pending"

@@ -19,7 +19,7 @@ from pyworkflow.spi import (
     Control,
     ControlKind,
     Delta,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     RunDelta,
@@ -66,7 +66,7 @@ class Interrupted(MemoryStorageBackend):
 
 async def furnished(store) -> list[str]:
     """Ended, sleeping, purged and long runs, with keys."""
-    async with store.twin() as other:
+    async with store.clone() as other:
         for n in range(3):
             await start_local(quick, n, storage=other, idempotency_key=f"old-{n}")
         await other.purge(before=await other.now() + timedelta(seconds=1), limit=2)
@@ -245,7 +245,7 @@ def test_a_store_in_use_is_refused_and_leases_stay_behind():
                         Put(
                             item_id="turn",
                             kind=ItemKind.TURN,
-                            claimed=Held("w1", timedelta(minutes=1)),
+                            claimed=LeaseFor("w1", timedelta(minutes=1)),
                         )
                     ],
                 )
@@ -266,7 +266,7 @@ def test_the_same_store_twice_is_refused():
     async def main():
         async with MemoryStorageBackend() as store:
             with pytest.raises(StorageError, match="same store"):
-                await copy_store(store, store.twin())
+                await copy_store(store, store.clone())
 
     asyncio.run(main())
 

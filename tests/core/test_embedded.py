@@ -642,7 +642,7 @@ def create(run_id: str) -> Change:
 def test_an_object_belongs_to_the_loop_that_first_used_it() -> None:
     backend = Backend()
     asyncio.run(backend.open())
-    with pytest.raises(StorageError, match=r"another event loop: path=a place; use twin\(\)"):
+    with pytest.raises(StorageError, match=r"another event loop: path=a place; use clone\(\)"):
         asyncio.run(backend.open())
     asyncio.run(backend.close())
     with pytest.raises(StorageError, match="was closed: path=a place; make another object"):
@@ -709,8 +709,8 @@ class Thing:
     def after_fork(self) -> None:
         self.told.append("after")
 
-    def abandon(self) -> None:
-        self.told.append("abandon")
+    def after_fork_in_child(self) -> None:
+        self.told.append("after_fork_in_child")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
@@ -719,7 +719,9 @@ def test_a_fork_is_told_to_both_sides_and_counted_in_the_child() -> None:
     thing, count = Thing(), forks()
     child = os.fork()
     if child == 0:
-        os._exit(0 if thing.told == ["before", "abandon"] and forks() == count + 1 else 1)
+        os._exit(
+            0 if thing.told == ["before", "after_fork_in_child"] and forks() == count + 1 else 1
+        )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert thing.told == ["before", "after"]
     assert forks() == count

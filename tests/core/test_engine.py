@@ -929,7 +929,7 @@ def test_a_claim_is_renewed_while_a_step_outlives_its_lease() -> None:
 
     async def main() -> None:
         store = MemoryStorageBackend()
-        async with bench(store, lease=0.4) as b, bench(store.twin(), lease=0.4):
+        async with bench(store, lease=0.4) as b, bench(store.clone(), lease=0.4):
             assert await b.run(te_kept) == "kept"
         assert calls == [1]
 
@@ -1509,7 +1509,7 @@ def test_a_worker_that_lost_its_claim_stops_and_writes_nothing() -> None:
             return await te_zombie()
 
         store = MemoryStorageBackend()
-        async with bench(store) as first, bench(store.twin(), work=False) as second:
+        async with bench(store) as first, bench(store.clone(), work=False) as second:
             run_id = await first.start(te_fenced)
             await first.has(run_id, "step.scheduled")
             assert first.worker is not None
@@ -1543,7 +1543,7 @@ def test_f14_a_late_result_is_refused_while_the_run_goes_on_elsewhere() -> None:
             return await te_twice()
 
         store = MemoryStorageBackend()
-        async with bench(store) as first, bench(store.twin(), work=False) as second:
+        async with bench(store) as first, bench(store.clone(), work=False) as second:
             run_id = await first.start(te_goes_on)
             await first.has(run_id, "step.scheduled")
             paused = first.worker

@@ -123,7 +123,7 @@ class HostileStorage(MemoryStorageBackend):
         super().__init__()
         self.disturbance = disturbance
 
-    def twin(self) -> HostileStorage:
+    def clone(self) -> HostileStorage:
         other = HostileStorage(self.disturbance)
         other._shared = self._shared
         return other
@@ -164,7 +164,7 @@ class HostileStorage(MemoryStorageBackend):
 
 
 class Cluster:
-    """Workers on twins of one store; time passes only when nobody has anything to do."""
+    """Workers on clones of one store; time passes only when nobody has anything to do."""
 
     def __init__(self, disturbance: Disturbance, workers: int, *, spread: bool = False) -> None:
         self.storage = HostileStorage(disturbance)
@@ -191,7 +191,7 @@ class Cluster:
 
     async def add_worker(self) -> None:
         worker = Worker(
-            self.storage.twin(), Settings(lease=LEASE, renew_every=LEASE / 3), spread=self.spread
+            self.storage.clone(), Settings(lease=LEASE, renew_every=LEASE / 3), spread=self.spread
         )
         await self.storage.calm().open()
         self.workers.append(worker)

@@ -110,6 +110,8 @@ def registered(monkeypatch):
         RetryableError("later", retry_after=timedelta(seconds=3)), StepError("m:T", "msg", "tb"),
         errors.StepTimeout("slow"), errors.NonDeterminism("a", "b", 3), errors.RunNotFound("r1"),
         errors.IdempotencyConflict("k", "r", {"workflow": ("a", "b")}),
+        errors.RunIdConflict("r", {"workflow": ("a", "b")}),
+        errors.RunStalled("r", "NonDeterminism: why"),
         StoredValueInvalid("m:T", "why"), NotSerializable("result", "T", "why", "remedy"),
     ],
     ids=lambda exc: type(exc).__name__,
@@ -127,7 +129,7 @@ def test_m05_portable_exceptions_come_back_as_themselves(exc):
 
 def every_error():
     made = {
-        "DuplicateName": ("step", "a", "b", "c"), "IdempotencyConflict": ("k", "r", {"a": ["b", "c"]}),
+        "DuplicateName": ("step", "a", "b", "c"), "IdempotencyConflict": ("k", "r", {"a": ["b", "c"]}), "RunIdConflict": ("r", {"a": ["b", "c"]}), "RunStalled": ("r", "c"),
         "NonDeterminism": ("a", "b", 1), "PayloadTooLarge": ("x", 1, 2), "HistoryTooLong": (1, 2),
         "RunNotFound": ("r",), "RunClosed": ("r", "s"), "PluginNotFound": ("k", "s", None),
         "PluginBroken": ("a", "b", "c"), "StorageDamaged": ("f", 1, "d"), "SchemaTooNew": ("w", 2, 1),

@@ -261,7 +261,7 @@ def test_h04_an_input_between_settle_and_answer_is_delivered_once_by_one_owner()
                     )
 
         store.before = interfere
-        async with bench(store) as b, bench(store.twin()) as other:
+        async with bench(store) as b, bench(store.clone()) as other:
             run_id = await b.start(h04_flow)
             assert await b.result(run_id) == 5
             assert other.worker is not None
@@ -907,7 +907,7 @@ def test_h15_claims_of_steps_do_not_fence_the_live_turn() -> None:
 
     async def main() -> None:
         store = MemoryStorageBackend()
-        async with bench(store) as b, bench(store.twin()):
+        async with bench(store) as b, bench(store.clone()):
             assert await b.run(h15_fans_out) == 190 + 19_900
         assert set(calls.values()) == {1}
 
@@ -1306,7 +1306,7 @@ def test_h25_events_of_another_worker_are_fed_under_the_rules_of_replay() -> Non
 
     async def main() -> None:
         store = MemoryStorageBackend()
-        async with bench(store) as one, bench(store.twin(), work=False) as two:
+        async with bench(store) as one, bench(store.clone(), work=False) as two:
             run_id = await one.start(h25_logs)
             await one.asleep(run_id)
             kept = one.worker
@@ -1648,7 +1648,7 @@ def test_h35_log_events_are_recorded_once_and_lines_are_not_repeated_on_replay(
 
 
 def test_h36_history_and_result_agree_for_a_run_started_again_with_its_id() -> None:
-    from pyworkflow import ArgumentError
+    from pyworkflow import RunIdConflict
 
     @workflow
     async def h36_flow(n: int) -> int:
@@ -1658,7 +1658,7 @@ def test_h36_history_and_result_agree_for_a_run_started_again_with_its_id() -> N
         async with bench() as b:
             run_id = await b.start(h36_flow, 1, run_id="mine")
             assert await b.result(run_id) == 1
-            with pytest.raises(ArgumentError, match="mine"):
+            with pytest.raises(RunIdConflict, match="mine"):
                 await b.start(h36_flow, 2, run_id="mine")
             assert await b.result(run_id) == 1
 

@@ -65,7 +65,7 @@ class Shop:
         """Start a run that waits for a timer."""
         self.start(run_id)
         (claim,) = self.claim()
-        self.settle(claim.ref, seen=1, settle=Settle(again_at=self.now + delay))
+        self.settle(claim.ref, seen=1, settle=Settle(reschedule_at=self.now + delay))
 
     def finish(self, run_id, status=RunStatus.COMPLETED):
         self.start(run_id)
@@ -116,8 +116,8 @@ def test_found_l09_lists_and_counts_agree_with_the_status_of_each_run(ops):
             if not item or item[0].lease is None or item[0].lease.token != ref.token:
                 continue
             if op == "sleep":
-                again_at = shop.now + timedelta(seconds=45 * (n % 3))
-                shop.settle(ref, seen=1, settle=Settle(again_at=again_at))
+                reschedule_at = shop.now + timedelta(seconds=45 * (n % 3))
+                shop.settle(ref, seen=1, settle=Settle(reschedule_at=reschedule_at))
             elif op == "end":
                 shop.settle(ref, seen=1, settle=Settle(), final=RunStatus.COMPLETED)
             else:

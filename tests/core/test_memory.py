@@ -29,14 +29,14 @@ def note(key):
     return Change(run_id="run", key=key, events=[Event("log.info", "O", {})])
 
 
-def test_two_stores_are_two_stores_and_twins_are_one():
+def test_two_stores_are_two_stores_and_clones_are_one():
     async def main():
         store = MemoryStorageBackend()
         await store.commit(create())
         assert await MemoryStorageBackend().get_run("run") is None
-        twin = store.twin()
+        clone = store.clone()
         await store.close()
-        assert (await twin.get_run("run")).run_id == "run"
+        assert (await clone.get_run("run")).run_id == "run"
 
     asyncio.run(main())
 
@@ -96,7 +96,7 @@ def test_a_waiter_whose_loop_died_stops_nobody():
 def test_workers_are_woken_by_whatever_makes_work(what):
     async def main():
         store = MemoryStorageBackend()
-        worker = store.twin()
+        worker = store.clone()
         await store.commit(create())
         (claim,) = (await worker.claim(ClaimRequest(owner="o", lease=MINUTE))).claims
         assert (await worker.claim(ClaimRequest(owner="o", lease=MINUTE))).claims == []
@@ -120,7 +120,7 @@ def test_workers_are_woken_by_whatever_makes_work(what):
 def test_claims_and_notes_wake_no_worker():
     async def main():
         store = MemoryStorageBackend()
-        worker = store.twin()
+        worker = store.clone()
         await store.commit(create())
         await worker.claim(ClaimRequest(owner="o", lease=MINUTE, limit=0))
         await store.commit(note("k"))
@@ -171,7 +171,7 @@ def test_a_settled_run_owes_nothing():
     asyncio.run(main())
 
 
-def test_the_twin_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
+def test_the_clone_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
     class Named(MemoryStorageBackend):
         name = ""
 
@@ -179,11 +179,11 @@ def test_the_twin_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
         store = Named(namespace="n")
         store.name = "mine"
         await store.commit(create())
-        twin = store.twin()
+        clone = store.clone()
         await store.close()
-        assert type(twin) is Named
-        assert twin.name == "mine"
-        assert twin.info() == store.info()
-        assert (await twin.get_run("run")).run_id == "run"
+        assert type(clone) is Named
+        assert clone.name == "mine"
+        assert clone.info() == store.info()
+        assert (await clone.get_run("run")).run_id == "run"
 
     asyncio.run(main())

@@ -688,7 +688,7 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
             if kind == "memory"
             else FileStorageBackend(tmp_path, fsync=False)
         )
-        second = first.twin()
+        second = first.clone()
         async with first, second, bench(first) as b:
             clients = [Client(storage=s) for s in (first, second, first)]
             try:
@@ -712,7 +712,7 @@ def test_m08_concurrent_starts_with_one_key_give_one_run(kind: str, tmp_path: Pa
                 assert caught.value.run_id == ids[0]
                 assert caught.value.differences == {"n": ("1", "2")}
                 assert "order-7" in str(caught.value)
-                assert "n: standing 1, asked for 2" in str(caught.value)
+                assert "n: existing 1, asked for 2" in str(caught.value)
                 with pytest.raises(IdempotencyConflict, match="m08_other"):
                     await clients[0].start(
                         m08_other, 1, {"a": 1, "b": 2}, idempotency_key="order-7"

@@ -26,7 +26,7 @@ from pyworkflow.spi import (
     ClaimRef,
     ClaimRequest,
     Committed,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     StorageInfo,
@@ -327,7 +327,7 @@ def test_of_a_late_answer_only_claims_that_stand_are_told(
     async def main() -> None:
         storage = Late()
         way = Pipeline(storage, StorageClock(), LEASE.total_seconds())
-        turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=Held("me", LEASE))
+        turn = Put(item_id=TURN, kind=ItemKind.TURN, claimed=LeaseFor("me", LEASE))
         plain, claiming = await asyncio.gather(
             way.commit(created("b")), way.commit(replace(created("a"), put=[turn]))
         )

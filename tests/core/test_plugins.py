@@ -285,7 +285,7 @@ def test_executors_get_the_configuration_overridden_by_the_query(install):
             capabilities = ExecutorCapabilities()
             def __init__(self, options): self.options = options
             async def open(self, config): ...
-            async def ring(self, bells): ...
+            async def notify(self, bells): ...
             def serve(self, runtime, queues): ...
             async def close(self): ...
 
@@ -313,17 +313,17 @@ def test_memory_urls_are_private_or_shared_by_name_and_namespace():
 
     async def check():
         shared = make_storage("memory://of-this-test")
-        twin = make_storage("memory://of-this-test")
+        clone = make_storage("memory://of-this-test")
         elsewhere = make_storage("memory://of-this-test", "tenant")
         private, another = make_storage("memory://"), make_storage("memory://")
         await shared.shift_clock(timedelta(hours=5))
         await private.shift_clock(timedelta(hours=3))
-        assert shared is not twin
-        assert await hours_ahead(shared, twin) == 0
+        assert shared is not clone
+        assert await hours_ahead(shared, clone) == 0
         assert await hours_ahead(shared, elsewhere) == 5
         assert await hours_ahead(private, another) == 3
         await shared.close()
-        await twin.now()
+        await clone.now()
 
     asyncio.run(check())
     with pytest.raises(ConfigurationError, match="options=speed"):
@@ -526,7 +526,7 @@ class _Far:
     capabilities = ExecutorCapabilities(distributed=True)
 
     async def open(self, config): ...
-    async def ring(self, bells): ...
+    async def notify(self, bells): ...
     def serve(self, runtime, queues): ...
     async def close(self): ...
 

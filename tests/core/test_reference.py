@@ -28,7 +28,7 @@ from pyworkflow.spi import (
     ClaimRequest,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     RunQuery,
@@ -80,7 +80,7 @@ class World:
             assert none is None
             assert repeated.duplicate
             assert (repeated.seqs, repeated.skipped) == (answer.seqs, answer.skipped)
-            assert list(repeated.others) == list(answer.others)
+            assert list(repeated.unseen_events) == list(answer.unseen_events)
             assert list(repeated.claims) == list(answer.claims)
         return answer
 
@@ -157,7 +157,7 @@ def put_all(world, wanted):
     for kind, name, delay, claimed in wanted:
         item_id = "turn" if kind is ItemKind.TURN else f"{kind}:{name}"
         due = world.now + timedelta(seconds=delay)
-        held = Held(owner="born", lease=timedelta(seconds=20)) if claimed else None
+        held = LeaseFor(owner="born", lease=timedelta(seconds=20)) if claimed else None
         made.append(Put(item_id=item_id, kind=kind, due_at=due, claimed=held))
     return made
 
@@ -173,7 +173,7 @@ def perform(world, op):
         case ("create", run_id, idempotency, wanted, take):
             new = NewRun(workflow=f"w{run_id}", version="1", args="[]", idempotency_key=idempotency)
             first = Event("workflow.started", "I", {})
-            held = Held(owner="w", lease=timedelta(seconds=9)) if take else None
+            held = LeaseFor(owner="w", lease=timedelta(seconds=9)) if take else None
             change = Change(
                 run_id=run_id,
                 key=key,
@@ -199,7 +199,7 @@ def perform(world, op):
             change.events, change.put = event_all(some), put_all(world, wanted)
             if ref.item_id == "turn":
                 change.seen = seen(world, ref.run_id)
-            again = Settle(again_at=world.now + timedelta(seconds=delay))
+            again = Settle(reschedule_at=world.now + timedelta(seconds=delay))
             if how in ("gone", "final"):
                 change.settle = Settle()
             elif how in ("again", "stall"):
@@ -213,7 +213,7 @@ def perform(world, op):
                 change.control = Control(ControlKind.STALL, "why")
             if how == "take":
                 change.settle = Settle()
-                change.take_turn = Held(owner="w", lease=timedelta(seconds=60))
+                change.take_turn = LeaseFor(owner="w", lease=timedelta(seconds=60))
             answer = world.commit(change)
             if answer is not None:
                 world.claims += [

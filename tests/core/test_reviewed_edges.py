@@ -19,6 +19,7 @@ from pyworkflow import (
     DefinitionError,
     IdempotencyConflict,
     RunCancelled,
+    RunIdConflict,
     SerializationError,
     StorageError,
     WorkflowContextError,
@@ -279,10 +280,9 @@ def test_the_same_start_with_a_run_id_and_a_key_again_gives_the_same_run() -> No
                 assert await b.start(rd_both, 1, key="k", run_id="rd-one") == "rd-one"
             with pytest.raises(IdempotencyConflict, match="rd-one"):
                 await b.start(rd_both, 2, key="k", run_id="rd-one")
-            with pytest.raises(ArgumentError, match="a run of this id exists"):
+            with pytest.raises(RunIdConflict, match="idempotency_key"):
                 await b.start(rd_both, 1, key="other", run_id="rd-one")
-            with pytest.raises(ArgumentError, match="a run of this id exists"):
-                await b.start(rd_both, 1, run_id="rd-one")
+            assert await b.start(rd_both, 1, run_id="rd-one") == "rd-one"
 
     asyncio.run(main())
 

@@ -853,12 +853,12 @@ class Faulty(MemoryStorageBackend):
         self.faults: set[str] = set()
         self.renewed = 0
 
-    def twin(self) -> MemoryStorageBackend:
-        self._fail("twin")
+    def clone(self) -> MemoryStorageBackend:
+        self._fail("clone")
         return self
 
     async def close(self) -> None:
-        """The twin of the lease keeper is this object: it stays open."""
+        """The clone of the lease keeper is this object: it stays open."""
 
     def _fail(self, what: str) -> None:
         if what in self.faults:
@@ -908,7 +908,7 @@ def test_an_unexpected_exception_of_a_claim_does_not_end_the_worker(call: str) -
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("call", ["renew", "twin", "renew: no answer"])
+@pytest.mark.parametrize("call", ["renew", "clone", "renew: no answer"])
 def test_an_unexpected_exception_of_a_renewal_does_not_end_renewal(call: str) -> None:
     async def main() -> None:
         gate = asyncio.Event()

@@ -224,7 +224,7 @@ async def _work(order: Order) -> None:
     _make_small(storage)
     config = Settings(lease=LEASE, renew_every=timedelta(seconds=0.1))
     rung = asyncio.Event()
-    worker = Worker(storage, config, ring=lambda _: rung.set())
+    worker = Worker(storage, config, notify=lambda _: rung.set())
     acks = (order.path / "acks").open("a", encoding="ascii")
     await _insist(worker.open)
     worker.serve()

@@ -13,15 +13,15 @@ import pytest
 from tests.celery import _program
 from tests.celery._harness import Fleet, fleet_on, new_tag
 
-# A client that is killed when its run is durable and nobody was told.
+# A client that is killed when its run is durable and no worker was notified.
 CLIENT = """
 import os, signal, sys
 from pyworkflow_celery._executor import CeleryExecutor
 
-async def ring(self, bells):
+async def notify(self, bells):
     os.kill(os.getpid(), signal.SIGKILL)
 
-CeleryExecutor.ring = ring
+CeleryExecutor.notify = notify
 from tests.celery import _program
 _program.ten.options(idempotency_key=sys.argv[1]).start(sys.argv[1])
 """

@@ -67,7 +67,7 @@ def test_f36_a_storm_of_inputs_during_one_turn_is_logged_once_and_heard(
         run_id = await start_one(storage, _fault_program.fault_flooded, 7, count)
         request = ClaimRequest(owner="a turn", lease=timedelta(minutes=10), items=[(run_id, TURN)])
         (claim,) = (await storage.claim(request)).claims
-        others = [storage, *(storage.twin() for _ in range(3))]
+        others = [storage, *(storage.clone() for _ in range(3))]
         await asyncio.gather(*(storm(others[n % 4], run_id, n) for n in range(writers)))
         for other in others[1:]:
             await other.close()
@@ -119,7 +119,7 @@ async def race_hears(_: int) -> str:
             heard = "heard "
 
 
-class Held(FaultyStorage):
+class LeaseFor(FaultyStorage):
     """Writes only when it is let, so that what its user looked at is old by then."""
 
     def __init__(self, inner: StorageBackend) -> None:
@@ -141,7 +141,7 @@ class Between(FaultyStorage):
     def __init__(self, inner: StorageBackend, nth: int, when: str) -> None:
         super().__init__(inner, FaultPlan(rate=0))
         self.left, self.when = nth, when
-        self.other = Held(inner.twin())
+        self.other = LeaseFor(inner.clone())
         self.act: Callable[[Operations], Awaitable[None]] | None = None
 
     async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
@@ -214,7 +214,7 @@ def every_place(stage: Stage, flow: Any) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
         for when in ("before", "after", "across"):
             for nth in range(1, 20):
-                async with storage.twin() as made:
+                async with storage.clone() as made:
                     outcome = await cancelled_at(made, flow, nth, when)
                 if outcome is None:
                     break

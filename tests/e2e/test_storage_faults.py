@@ -296,7 +296,7 @@ def test_f26_fifty_writers_of_one_run_lose_no_event(stage: Stage) -> None:
     async def main() -> None:
         async with stage.storage() as storage:
             await _create(storage, "run")
-            others = [storage, *(storage.twin() for _ in range(4))]
+            others = [storage, *(storage.clone() for _ in range(4))]
             await asyncio.gather(*(_write(others[n % 5], n) for n in range(50)))
             events = await storage.get_events("run")
             for other in others[1:]:

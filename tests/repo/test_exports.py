@@ -11,8 +11,11 @@ PUBLIC = """
 workflow step Workflow BoundWorkflow Step
 sleep now uuid4 random is_replaying is_evicting logger step_context StepContext current Current resource Resource patched
 deprecate_patch
-start start_async run result get_run list_runs get_events cancel Client Run RunStatus Event
+start run result get_run list_runs get_events cancel Client Run RunStatus Event
 configure configure_logging
+start_async run_async result_async get_run_async list_runs_async get_events_async cancel_async
+declare_workflow DeclaredWorkflow register_plugin unregister_plugin list_plugins PluginInfo
+RunStalled RunIdConflict
 WorkflowError FatalError RetryableError StepError StepTimeout StepInterrupted WorkerLost
 WorkflowTimeout WorkflowContextError DefinitionError DuplicateName ArgumentError SerializationError
 PayloadTooLarge HistoryTooLong NonDeterminism RunNotFound RunClosed RunCancelled RunTerminated

@@ -91,7 +91,7 @@ def change_that_comes_twice_is_applied_twice(put: Any) -> None:
 
     def forgets(self: Any, part: Any) -> None:
         apply(self, part)
-        self.recent.clear()
+        self.answers_by_token.clear()
 
     put(_state.RunState, "apply", forgets)
 
@@ -167,7 +167,7 @@ def end_leaves_the_items_of_steps(put: Any) -> None:
 
 @_bite("calm", 20, "liveness", "work")
 def timers_are_lost_when_a_turn_is_settled(put: Any) -> None:
-    put(session, "Settle", lambda *, again_at=None: Settle())
+    put(session, "Settle", lambda *, reschedule_at=None: Settle())
 
 
 @_bite("calm", 60, "exactly once", "liveness", "work")
@@ -248,7 +248,7 @@ def inputs_of_others_are_not_delivered(put: Any) -> None:
     put(
         turn.Turn,
         "_to_feed",
-        lambda self, answer, events: to_feed(self, replace(answer, others=()), events),
+        lambda self, answer, events: to_feed(self, replace(answer, unseen_events=()), events),
     )
 
 
@@ -335,10 +335,10 @@ def turn_is_taken_from_its_holder(put: Any) -> None:
     def takes(self: Any, held: Any) -> None:
         turn = self._item("turn")
         if turn is not None and turn.due_at <= self.now and not self.paused:
-            self.items["turn"] = _plan.altered(
+            self.items["turn"] = _plan.with_lease(
                 turn, lease=self._lease(held), claims=turn.claims + 1
             )
-            self.born.append("turn")
+            self.leased.append("turn")
 
     put(_plan.Plan, "_take_turn", takes)
 
@@ -414,7 +414,7 @@ def progress_does_not_forgive_claims(put: Any) -> None:
         settle(self, item_id, what)
         after = self._item(item_id)
         if after is not None and after.lease is not None:
-            self.items[item_id] = _plan.altered(after, lease=after.lease, claims=before.claims)
+            self.items[item_id] = _plan.with_lease(after, lease=after.lease, claims=before.claims)
 
     put(_plan.Plan, "_settle", counts)
 
@@ -444,8 +444,8 @@ def repeated_start_meets_its_own_run(put: Any) -> None:
 
 @_bite("calm", 20, "early")
 def retry_does_not_wait(put: Any) -> None:
-    def at_once(*, again_at: Any = None, **other: Any) -> Settle:
-        return Settle(again_at=again_at and datetime(2020, 1, 1, tzinfo=UTC), **other)
+    def at_once(*, reschedule_at: Any = None, **other: Any) -> Settle:
+        return Settle(reschedule_at=reschedule_at and datetime(2020, 1, 1, tzinfo=UTC), **other)
 
     put(dispatched, "Settle", at_once)
 

@@ -224,7 +224,7 @@ def test_plugins_of_the_process_change_nothing_in_a_simulation() -> None:
         (["--backend", f"{__name__}:unwilling"], "RuntimeError('no disk here')"),
         (["--backend", f"{__name__}:Threaded"], "wait for something else"),
         (["--backend", f"{__name__}:OwnClock"], "its clock is not the simulation's"),
-        (["--backend", f"{__name__}:OtherTwin"], "twin() of OtherTwin makes a MemoryStorage"),
+        (["--backend", f"{__name__}:OtherClone"], "clone() of OtherClone makes a MemoryStorage"),
         (["--backend", f"{__name__}:Failing"], "it failed: OSError"),
         (["--backend", f"{__name__}:Used"], "not empty"),
         (["--seeds", "1", "--profile", "crash", "--keep", "99"], "this plan has"),
@@ -257,8 +257,8 @@ class OwnClock(MemoryStorageBackend):
         return datetime(2030, 1, 1, tzinfo=UTC)
 
 
-class OtherTwin(MemoryStorageBackend):
-    def twin(self) -> Any:
+class OtherClone(MemoryStorageBackend):
+    def clone(self) -> Any:
         return MemoryStorageBackend()
 
 

@@ -80,10 +80,10 @@ def test_an_object_belongs_to_the_loop_that_used_it(tmp_path: Path) -> None:
     asyncio.run(store.open())
 
     async def elsewhere() -> None:
-        with pytest.raises(StorageError, match="twin"):
+        with pytest.raises(StorageError, match="clone"):
             await store.get_run("run")
-        async with store.twin() as twin:
-            assert await twin.get_run("run") is None
+        async with store.clone() as clone:
+            assert await clone.get_run("run") is None
         await store.close()
 
     asyncio.run(elsewhere())
@@ -271,7 +271,7 @@ def test_a_path_that_cannot_be_a_directory_is_a_wrong_setting(tmp_path: Path) ->
 
 def test_the_clock_never_goes_back_and_is_moved_for_all(tmp_path: Path) -> None:
     async def both() -> None:
-        async with LmdbStorageBackend(tmp_path) as store, store.twin() as other:
+        async with LmdbStorageBackend(tmp_path) as store, store.clone() as other:
             before = await other.now()
             await store.shift_clock(timedelta(days=1))
             assert await other.now() - before >= timedelta(days=1)

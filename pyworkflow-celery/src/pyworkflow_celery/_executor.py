@@ -55,11 +55,11 @@ class CeleryExecutor:
         """
         await asyncio.to_thread(_checked_app)
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
         """Hand the doorbells to the process's publisher; never waits for the broker."""
         from pyworkflow_celery._publish import publisher_for
 
-        publisher_for(_checked_app()).ring(bells)
+        publisher_for(_checked_app()).notify(bells)
 
     def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:
         """Be a Celery worker, in this process: one event loop, doorbells in threads.

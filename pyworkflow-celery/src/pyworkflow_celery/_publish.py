@@ -78,7 +78,7 @@ class Publisher:
         self.between = threading.Lock()
         """Held while a message is on its way: a fork waits for it."""
 
-    def ring(self, bells: Sequence[Doorbell]) -> None:
+    def notify(self, bells: Sequence[Doorbell]) -> None:
         """Have them sent. Returns at once, from any thread; never raises."""
         self._put([_Message(bell) for bell in bells])
 

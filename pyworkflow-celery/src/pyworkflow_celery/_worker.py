@@ -81,8 +81,8 @@ def _make_host(app: Any) -> Host:
 
 
 def _runtime(app: Any, end_process: Callable[[], None] | None = None) -> Runtime:
-    ring = publisher_for(app).ring
-    return create_runtime(spread=True, ring=ring, end_process=end_process)
+    notify = publisher_for(app).notify
+    return create_runtime(spread=True, notify=notify, end_process=end_process)
 
 
 def prepare_worker(worker: Any) -> None:

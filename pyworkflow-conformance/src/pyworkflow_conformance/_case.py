@@ -407,7 +407,7 @@ async def in_threads(
 ) -> list[R]:
     """The results of ``work`` done at the same time in threads, each with an object and loop."""
     results: list[R | BaseException | None] = [None] * number
-    stores = [case.store.twin() for _ in range(number)]
+    stores = [case.store.clone() for _ in range(number)]
     gate = threading.Barrier(number)
 
     async def one(index: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyworkflow.errors import Fenced, UnseenInput
 from pyworkflow.runs import ItemKind, RunStatus
-from pyworkflow.spi.storage import Control, ControlKind, Held, Settle
+from pyworkflow.spi.storage import Control, ControlKind, LeaseFor, Settle
 from pyworkflow_conformance._case import (
     Case,
     Suite,
@@ -251,7 +251,7 @@ class ClaimChecks(Suite):
             await t.shift(11)
         (claim,) = await t.claim(("run", "step:1"))
         now = await t.store.now()
-        await t.store.commit(under(claim, 1, settle=Settle(again_at=now), events=[note()]))
+        await t.store.commit(under(claim, 1, settle=Settle(reschedule_at=now), events=[note()]))
         assert (await t.items())["step:1"].claims == 4
         (claim,) = await t.claim(("run", "step:1"))
         assert claim.item.claims == 5
@@ -261,7 +261,9 @@ class ClaimChecks(Suite):
         await t.store.commit(under(claim, 1, events=[incoming()]))
         assert (await t.items())["step:1"].claims == 1
         await t.store.commit(
-            under(claim, 2, events=[incoming()], settle=Settle(again_at=now, payload={"try": 2}))
+            under(
+                claim, 2, events=[incoming()], settle=Settle(reschedule_at=now, payload={"try": 2})
+            )
         )
         (claim,) = await t.claim(("run", "step:1"))
         assert (claim.item.claims, claim.item.payload) == (1, {"try": 2})
@@ -278,14 +280,14 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         now = await t.store.now()
         stall = Control(ControlKind.STALL, "x")
-        await t.store.commit(under(claim, control=stall, settle=Settle(again_at=now)))
+        await t.store.commit(under(claim, control=stall, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 2
         heal = Control(ControlKind.UNSTALL)
-        await t.store.commit(under(claim, control=heal, settle=Settle(again_at=now)))
+        await t.store.commit(under(claim, control=heal, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 1
-        await t.store.commit(under(claim, 1, settle=Settle(again_at=now)))
+        await t.store.commit(under(claim, 1, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 2
         await t.store.commit(under(claim, 1, seen=1))
@@ -294,7 +296,7 @@ class ClaimChecks(Suite):
         for expected, payload in ((1, None), (2, {"try": 2}), (1, {"try": 3}), (1, None)):
             (held,) = await t.claim(("run", "step:1"))
             assert held.item.claims == expected
-            await t.store.commit(under(held, settle=Settle(again_at=now, payload=payload)))
+            await t.store.commit(under(held, settle=Settle(reschedule_at=now, payload=payload)))
 
     @scenario
     async def test_CLM_15_poll_excludes_claimed(self, t: Case) -> None:
@@ -317,7 +319,7 @@ class ClaimChecks(Suite):
         ``put``.
         """
         await t.start("a")
-        await t.start("b", put=[turn(rung=True)])
+        await t.start("b", put=[turn(notified=True)])
         mute = seconds(30)
         assert [i.run_id for i in await t.store.announce(10, mute)] == ["a"]
         assert await t.store.announce(10, mute) == []
@@ -383,7 +385,9 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         await t.send(incoming())
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, seen=1, settle=Settle(again_at=far), events=[command()]))
+        await t.store.commit(
+            under(claim, seen=1, settle=Settle(reschedule_at=far), events=[command()])
+        )
         claim = await t.turn()
         assert [e.seq for e in claim.events] == [1, 2, 3]
         assert claim.run.seen_seq == 1
@@ -452,7 +456,7 @@ class ClaimChecks(Suite):
         await t.start(put=[step(payload={"try": 1})])
         (claim,) = await t.claim(("run", "step:1"))
         due = await t.store.now() + seconds(60)
-        await t.store.commit(under(claim, settle=Settle(again_at=due, payload={"try": 2})))
+        await t.store.commit(under(claim, settle=Settle(reschedule_at=due, payload={"try": 2})))
         item = (await t.items())["step:1"]
         assert (item.due_at, item.payload, item.lease) == (due, {"try": 2}, None)
         await t.refused(Fenced, under(claim, 2, events=[note()]))
@@ -524,12 +528,19 @@ class ClaimChecks(Suite):
         A turn after a turn costs one round trip less. Usual cause: the turn is taken although it is
         paused, not due, or held.
         """
-        held = Held(owner="me", lease=seconds(60))
+        held = LeaseFor(owner="me", lease=seconds(60))
         await t.start(put=[step()])
         claim = await t.turn()
         far = await t.store.now() + seconds(3600)
         answer = await t.store.commit(
-            under(claim, 1, seen=1, events=[command()], settle=Settle(again_at=far), take_turn=held)
+            under(
+                claim,
+                1,
+                seen=1,
+                events=[command()],
+                settle=Settle(reschedule_at=far),
+                take_turn=held,
+            )
         )
         assert list(answer.claims) == []
         (running,) = await t.claim(("run", "step:1"))
@@ -538,7 +549,7 @@ class ClaimChecks(Suite):
         )
         (mine,) = answer.claims
         assert (mine, mine.claims) == ((await t.items())["turn"], 1)
-        assert [e.seq for e in answer.others] == [2]
+        assert [e.seq for e in answer.unseen_events] == [2]
         # Held by somebody else it is not taken; nor when the run is paused.
         await t.store.commit(t.outside(put=[step("2"), step("3")]))
         (second,) = await t.claim(("run", "step:2"))
@@ -571,8 +582,8 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         await t.send(incoming("a"), note())
         answer = await t.store.commit(under(claim, 1, seen=1, events=[command(), note()]))
-        assert [e.seq for e in answer.others] == [2, 3]
+        assert [e.seq for e in answer.unseen_events] == [2, 3]
         assert list(answer.seqs) == [4, 5]
         answer = await t.store.commit(under(claim, 2, seen=2, events=[note()]))
-        assert [e.seq for e in answer.others] == [3, 4, 5]
-        assert list((await t.send(note())).others) == []
+        assert [e.seq for e in answer.unseen_events] == [3, 4, 5]
+        assert list((await t.send(note())).unseen_events) == []

@@ -22,7 +22,7 @@ from pyworkflow.spi.storage import (
     ClaimRef,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     NewRun,
     RunQuery,
     Settle,
@@ -277,8 +277,8 @@ class ContractChecks(Suite):
         await t.store.migrate()
         await t.store.migrate()
         assert await t.picture() == before
-        async with t.store.twin() as twin:
-            assert (await twin.get_run("run")) == await t.run()
+        async with t.store.clone() as clone:
+            assert (await clone.get_run("run")) == await t.run()
 
     @scenario
     async def test_CON_13_use_after_close_raises(self, t: Case) -> None:
@@ -351,7 +351,7 @@ class ContractChecks(Suite):
         A worker starts steps in place without a second round trip. Usual cause: the item is stored
         free and claimed after the commit.
         """
-        held = Held(owner="me", lease=timedelta(seconds=60))
+        held = LeaseFor(owner="me", lease=timedelta(seconds=60))
         committed = await t.start(put=[turn(claimed=held), deliver(claimed=held)])
         assert {i.item_id for i in committed.claims} == {"turn", "deliver:1"}
         assert {i.item_id: i for i in committed.claims} == await t.items()

@@ -262,11 +262,11 @@ async def _fill(t: Case) -> None:
             seen=1,
             events=[command(), note("\u00e9\x00", key="n")],
             update=Update(error=error, next="later", attributes={"d": 1}),
-            settle=Settle(again_at=far, payload={"later": True}),
+            settle=Settle(reschedule_at=far, payload={"later": True}),
         )
     )
     await t.store.commit(t.outside("rich", key="signal:1", events=[incoming("i")]))
-    await t.start("done", put=[deliver(rung=True)])
+    await t.start("done", put=[deliver(notified=True)])
     await t.end("done")
     await t.start("paused", put=[turn(due_at=far)])
     await t.store.commit(t.outside("paused", control=Control(ControlKind.PAUSE)))

@@ -56,7 +56,7 @@ async def _answer(
     asked: dict[str, Any], ringing: Operations, silent: Operations, executor: Executor
 ) -> dict[str, Any]:
     if "bells" in asked:
-        await executor.ring([Doorbell(run_id, item) for run_id, item in asked["bells"]])
+        await executor.notify([Doorbell(run_id, item) for run_id, item in asked["bells"]])
         return {}
     flow = find_workflow(f"conformance_exe.{asked['start']}")
     assert flow is not None, asked["start"]

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from pyworkflow.errors import KeyTaken, UnseenInput
 from pyworkflow.runs import RunStatus
-from pyworkflow.spi.storage import Change, Held, NewRun, Settle
+from pyworkflow.spi.storage import Change, LeaseFor, NewRun, Settle
 from pyworkflow_conformance._case import (
     Case,
     Suite,
@@ -162,7 +162,7 @@ class KeyChecks(Suite):
         A worker that lost the answer must learn what it holds. Usual cause: the answer is computed
         anew, after others wrote.
         """
-        held = Held(owner="me", lease=timedelta(seconds=60))
+        held = LeaseFor(owner="me", lease=timedelta(seconds=60))
         created = await t.start(put=[turn(claimed=held)])
         again = await t.start(put=[turn(claimed=held)])
         assert list(again.claims) == list(created.claims)
@@ -176,16 +176,16 @@ class KeyChecks(Suite):
             take_turn=held,
         )
         first = await t.store.commit(change)
-        assert [e.seq for e in first.others] == [2]
+        assert [e.seq for e in first.unseen_events] == [2]
         assert (list(first.seqs), first.skipped) == ([3, 2], frozenset({1}))
         assert {i.item_id for i in first.claims} == {"step:1", "turn"}
         await t.send(note("later"))
         again = await t.store.commit(change)
         assert again.duplicate
-        assert (list(again.seqs), again.skipped, list(again.others)) == (
+        assert (list(again.seqs), again.skipped, list(again.unseen_events)) == (
             list(first.seqs),
             first.skipped,
-            list(first.others),
+            list(first.unseen_events),
         )
         assert (again.last_seq, again.seen_seq, again.timestamp) == (3, 1, first.timestamp)
         assert {i.item_id for i in again.claims} == {"step:1", "turn"}
@@ -207,7 +207,9 @@ class KeyChecks(Suite):
         for _ in range(64):
             claim = await t.turn()
             await t.store.commit(under(claim, 1, events=[note()]))
-            change = under(claim, 2, events=[note()], settle=Settle(again_at=claim.item.due_at))
+            change = under(
+                claim, 2, events=[note()], settle=Settle(reschedule_at=claim.item.due_at)
+            )
             await t.store.commit(change)
             changes.append(change)
         length = (await t.run()).history_length

@@ -225,7 +225,11 @@ async def write_sample(store: StorageBackend) -> None:
     (claim,) = (await store.claim(request)).claims
     await store.commit(
         under(
-            claim, 1, seen=1, events=[command(), note("kept", key="n")], settle=Settle(again_at=due)
+            claim,
+            1,
+            seen=1,
+            events=[command(), note("kept", key="n")],
+            settle=Settle(reschedule_at=due),
         )
     )
     await store.commit(_worker.creation("done", "sample-done"))

@@ -23,7 +23,7 @@ from pyworkflow.spi.storage import (
     ClaimRequest,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     RunQuery,
@@ -159,13 +159,13 @@ class Actions:
             if pick.below(4) == 0:
                 fields["claimed"] = self._held(pick)
             else:
-                fields["rung"] = pick.below(3) == 0
+                fields["notified"] = pick.below(3) == 0
             name = TURN if kind is ItemKind.TURN else f"{kind}:{pick.choice(['1', '2'])}"
             made.append(Put(item_id=name, kind=kind, **fields))
         return made
 
-    def _held(self, pick: Chooser) -> Held:
-        return Held(owner=pick.choice(OWNERS), lease=seconds(pick.choice([20, 500])))
+    def _held(self, pick: Chooser) -> LeaseFor:
+        return LeaseFor(owner=pick.choice(OWNERS), lease=seconds(pick.choice([20, 500])))
 
     def _update(self, pick: Chooser) -> Update | None:
         error = ErrorInfo(type="m:E", message="x", details={"a": [1]})
@@ -317,7 +317,7 @@ class Actions:
             [
                 None,
                 Settle(),
-                Settle(again_at=again or await self.pair.store.now(), payload=payload),
+                Settle(reschedule_at=again or await self.pair.store.now(), payload=payload),
                 Settle(keep=True, payload=payload),
             ]
         )

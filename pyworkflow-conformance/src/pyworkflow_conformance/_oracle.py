@@ -436,7 +436,7 @@ def _parts(change: Change) -> list[str]:
             found.append("under a claim")
         elif settle.keep:
             found.append("settle keep")
-        elif settle.again_at is None:
+        elif settle.reschedule_at is None:
             found.append("settle gone")
         else:
             found.append("settle again")

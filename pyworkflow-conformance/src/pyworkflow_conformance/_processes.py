@@ -60,7 +60,7 @@ class ProcessChecks(Suite):
             await child.finished()
             said = [line for line in child.lines if "fork" in line]
             parents = [line for line in child.lines if "parent" in line]
-        kinds = ["object", "twin", "new"]
+        kinds = ["object", "clone", "new"]
         assert [line["fork"] for line in said] == kinds, f"a forked child says nothing: {said}"
         for line in said:
             assert (

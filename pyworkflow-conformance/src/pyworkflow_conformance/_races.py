@@ -79,7 +79,7 @@ class RaceChecks(Suite):
             sent, settled = await asyncio.gather(t.send(incoming(f"k{n}")), t.store.commit(settle))
             run = await t.run()
             assert run.seen_seq == seen < sent.seqs[0]
-            told = [e.seq for e in settled.others]
+            told = [e.seq for e in settled.unseen_events]
             assert told in ([], [sent.seqs[0]])
 
     @scenario

@@ -48,7 +48,7 @@ class Record:
         """Calls made in all."""
 
     def of(self, store: StorageBackend) -> StorageBackend:
-        """The same store, with its calls recorded, and those of its twins."""
+        """The same store, with its calls recorded, and those of its clones."""
         self._stores += 1
         make = cast("Callable[[StorageBackend, Record, int], StorageBackend]", _Recorded)
         return make(store, self, self._stores)
@@ -127,11 +127,11 @@ class _State:
     def info(self) -> StorageInfo:
         return self.recorded.info()
 
-    def twin(self) -> StorageBackend:
-        return self.record.of(self.recorded.twin())
+    def clone(self) -> StorageBackend:
+        return self.record.of(self.recorded.clone())
 
 
-#: A proxy and not a changed object: a backend may copy itself to make a twin.
+#: A proxy and not a changed object: a backend may copy itself to make a clone.
 _Recorded = type(
     "Recorded",
     (_State, StorageBackend),

@@ -113,7 +113,7 @@ async def _client(
                 claim,
                 seen=length,
                 events=[command(change=mark)],
-                settle=Settle(again_at=(await store.now())),
+                settle=Settle(reschedule_at=(await store.now())),
             )
             try:
                 told.append(await _commit(store, change, mark))

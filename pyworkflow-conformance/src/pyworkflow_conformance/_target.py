@@ -49,13 +49,13 @@ def suite_for(
         namespace_prefix = prefix
 
         async def make(self, namespace: str) -> StorageBackend:
-            # In memory the first object is the store: others are its twins, as in the engine.
+            # In memory the first object is the store: others are its clones, as in the engine.
             standing = first.get(namespace)
             if standing is not None and not reachable:
-                return standing.twin()
+                return standing.clone()
             store = await _made(make, namespace)
             first.setdefault(namespace, store)
-            return store if reachable else store.twin()
+            return store if reachable else store.clone()
 
         async def finished(self) -> None:
             names = list(first) if reachable else []

@@ -8,7 +8,7 @@ from typing import Any
 from pyworkflow.errors import Fenced, RunClosed
 from pyworkflow.events import Event
 from pyworkflow.runs import RunStatus
-from pyworkflow.spi.storage import Control, ControlKind, Held, RunQuery, Settle, Update
+from pyworkflow.spi.storage import Control, ControlKind, LeaseFor, RunQuery, Settle, Update
 from pyworkflow_conformance._case import (
     Case,
     Suite,
@@ -52,7 +52,9 @@ class TurnChecks(Suite):
         await t.send(incoming())
         claim = await t.turn()
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, seen=4, settle=Settle(again_at=far), events=[command()]))
+        await t.store.commit(
+            under(claim, seen=4, settle=Settle(reschedule_at=far), events=[command()])
+        )
         assert await t.store.next_due() == far
         assert (await t.run()).status == RunStatus.SUSPENDED
         await t.send(incoming("k"))
@@ -115,7 +117,9 @@ class TurnChecks(Suite):
         claim = await t.turn()
         assert (await t.run()).status == RunStatus.RUNNING
         far = await t.store.now() + seconds(100)
-        await t.store.commit(under(claim, seen=1, settle=Settle(again_at=far), events=[command()]))
+        await t.store.commit(
+            under(claim, seen=1, settle=Settle(reschedule_at=far), events=[command()])
+        )
         assert (await t.run()).status == RunStatus.SUSPENDED
         await t.shift(101)
         assert (await t.run()).status == RunStatus.RUNNING
@@ -161,7 +165,7 @@ class TurnChecks(Suite):
         answer = await t.store.commit(under(claim, 1, seen=1, events=[command()]))
         assert answer.paused
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, 2, settle=Settle(again_at=far)))
+        await t.store.commit(under(claim, 2, settle=Settle(reschedule_at=far)))
         assert (await t.run()).status == RunStatus.PAUSED
         assert await t.claim(limit=9) == []
         await t.store.commit(t.outside(control=UNPAUSE))
@@ -178,7 +182,7 @@ class TurnChecks(Suite):
         claim = await t.turn()
         await t.refused(Fenced, t.outside(control=STALL))
         due = await t.store.now() + seconds(30)
-        stalled = under(claim, control=STALL, events=[note()], settle=Settle(again_at=due))
+        stalled = under(claim, control=STALL, events=[note()], settle=Settle(reschedule_at=due))
         await t.store.commit(stalled)
         run = await t.run()
         assert (run.status, run.stalled) == (RunStatus.STALLED, "the code has changed")
@@ -207,7 +211,7 @@ class TurnChecks(Suite):
         await t.start()
         claim = await t.turn()
         due = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, control=STALL, settle=Settle(again_at=due)))
+        await t.store.commit(under(claim, control=STALL, settle=Settle(reschedule_at=due)))
         assert await t.claim() == []
         await t.store.commit(t.outside(control=UNSTALL))
         await t.turn()
@@ -234,7 +238,7 @@ class TurnChecks(Suite):
         await t.shift(11)
         await t.refused(Fenced, t.outside("held", **cancelled), run_id="held")
         due = await t.store.now() + seconds(60)
-        await t.store.commit(under(claim, 2, control=STALL, settle=Settle(again_at=due)))
+        await t.store.commit(under(claim, 2, control=STALL, settle=Settle(reschedule_at=due)))
         await t.store.commit(t.outside("held", **cancelled))
         run = await t.run("held")
         assert (run.status, run.finished_at) == (RunStatus.CANCELLED, run.updated_at)
@@ -278,7 +282,7 @@ class TurnChecks(Suite):
                 final=RunStatus.COMPLETED,
                 update=Update(result="1"),
                 put=[deliver(payload={"to": "parent"}), step("late"), turn()],
-                take_turn=Held(owner="me", lease=seconds(60)),
+                take_turn=LeaseFor(owner="me", lease=seconds(60)),
             )
         )
         assert set(await t.items()) == {"deliver:1"}
@@ -286,7 +290,7 @@ class TurnChecks(Suite):
         assert (delivery.item.payload, delivery.run.status) == ({"to": "parent"}, "completed")
         assert await t.store.renew([delivery.ref], seconds(60)) == [True]
         now = await t.store.now()
-        again = under(delivery, 1, settle=Settle(again_at=now, payload={"try": 2}))
+        again = under(delivery, 1, settle=Settle(reschedule_at=now, payload={"try": 2}))
         await t.store.commit(again)
         (delivery,) = await t.claim()
         assert (delivery.item.claims, delivery.item.payload) == (1, {"try": 2})

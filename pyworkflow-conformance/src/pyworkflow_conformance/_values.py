@@ -426,14 +426,14 @@ class ValueChecks(Suite):
         """
         await t.start()
         due = await t.store.now() + seconds(10)
-        wait = under(await t.turn(), seen=1, settle=Settle(again_at=due))
+        wait = under(await t.turn(), seen=1, settle=Settle(reschedule_at=due))
         await t.store.commit(wait)
         await t.shift(11)
         claim = await t.turn(lease=60)
         await t.shift(-3600)
         assert await t.claim(("run", "turn"), owner="b") == []
         assert await t.claim(owner="b") == []
-        done = under(claim, events=[incoming("timer")], settle=Settle(again_at=due))
+        done = under(claim, events=[incoming("timer")], settle=Settle(reschedule_at=due))
         await t.store.commit(done)
         assert (await t.store.commit(done)).duplicate
         assert len(await t.store.get_events("run")) == 2

@@ -191,10 +191,10 @@ async def flush_fails(store: StorageBackend, options: Options, flushes: Flushes)
 
 
 async def forks(store: StorageBackend, options: Options) -> None:
-    """Use the store, fork, and use object and twin in the forked child; then in the parent."""
+    """Use the store, fork, and use object and clone in the forked child; then in the parent."""
     run_id = options["run_id"]
     await store.commit(batch(run_id, "before", 0))
-    for kind in ("object", "twin", "new"):
+    for kind in ("object", "clone", "new"):
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
@@ -216,8 +216,8 @@ def _in_fork(store: StorageBackend, options: Options, kind: str) -> int:
 
     async def use() -> None:
         used = store
-        if kind == "twin":
-            used = store.twin()
+        if kind == "clone":
+            used = store.clone()
         elif kind == "new":
             used = make_storage(options["url"], options["namespace"])
         try:

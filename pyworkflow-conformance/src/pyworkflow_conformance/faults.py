@@ -96,7 +96,7 @@ class FaultPlan:
 class FaultyStorage(StorageBackend):
     """A store that fails as networks and processes do: never wrongly, often at the worst moment.
 
-    ``open``, ``close`` and ``info`` are never disturbed. ``twin`` shares the plan.
+    ``open``, ``close`` and ``info`` are never disturbed. ``clone`` shares the plan.
     """
 
     def __init__(self, inner: StorageBackend, plan: FaultPlan | None = None) -> None:
@@ -140,9 +140,9 @@ class FaultyStorage(StorageBackend):
         """What the store behind says."""
         return self.inner.info()
 
-    def twin(self) -> FaultyStorage:
+    def clone(self) -> FaultyStorage:
         """Another object under the same plan."""
-        return FaultyStorage(self.inner.twin(), self.plan)
+        return FaultyStorage(self.inner.clone(), self.plan)
 
     async def migrate(self) -> None:
         """Migrate the store behind."""

@@ -9,21 +9,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyworkflow._client import (
-        Client,
+    from pyworkflow._client import Client
+    from pyworkflow._config import configure
+    from pyworkflow._context import Current, StepContext, current
+    from pyworkflow._declared import DeclaredWorkflow, declare_workflow
+    from pyworkflow._definitions import BoundWorkflow, Step, Workflow, step, workflow
+    from pyworkflow._functions import (
         cancel,
+        cancel_async,
         get_events,
+        get_events_async,
         get_run,
+        get_run_async,
         list_runs,
+        list_runs_async,
         result,
+        result_async,
         run,
+        run_async,
         start,
         start_async,
     )
-    from pyworkflow._config import configure
-    from pyworkflow._context import Current, StepContext, current
-    from pyworkflow._definitions import BoundWorkflow, Step, Workflow, step, workflow
     from pyworkflow._logging import configure_logging, logger
+    from pyworkflow._plugins import PluginInfo, list_plugins, register_plugin, unregister_plugin
     from pyworkflow._primitives import (
         deprecate_patch,
         is_evicting,
@@ -51,7 +59,9 @@ if TYPE_CHECKING:
         RetryableError,
         RunCancelled,
         RunClosed,
+        RunIdConflict,
         RunNotFound,
+        RunStalled,
         RunTerminated,
         SchemaTooNew,
         SerializationError,
@@ -73,12 +83,16 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _HOMES = {
-    "pyworkflow._client": (
-        "Client", "cancel", "get_events", "get_run", "list_runs", "result", "run", "start",
-        "start_async",
-    ),
+    "pyworkflow._client": ("Client",),
     "pyworkflow._config": ("configure",),
     "pyworkflow._context": ("Current", "StepContext", "current"),
+    "pyworkflow._declared": ("DeclaredWorkflow", "declare_workflow"),
+    "pyworkflow._functions": (
+        "cancel", "cancel_async", "get_events", "get_events_async", "get_run", "get_run_async",
+        "list_runs", "list_runs_async", "result", "result_async", "run", "run_async", "start",
+        "start_async",
+    ),
+    "pyworkflow._plugins": ("PluginInfo", "list_plugins", "register_plugin", "unregister_plugin"),
     "pyworkflow._definitions": ("BoundWorkflow", "Step", "Workflow", "step", "workflow"),
     "pyworkflow._logging": ("configure_logging", "logger"),
     "pyworkflow._primitives": (
@@ -90,7 +104,7 @@ _HOMES = {
         "ArgumentError", "ConfigurationError", "DefinitionError", "DuplicateName", "FatalError",
         "HistoryTooLong", "IdempotencyConflict", "NonDeterminism", "PayloadTooLarge",
         "PluginBroken", "PluginNotFound", "RetryableError", "RunCancelled", "RunClosed",
-        "RunNotFound", "RunTerminated", "SchemaTooNew", "SerializationError", "StepError",
+        "RunIdConflict", "RunNotFound", "RunStalled", "RunTerminated", "SchemaTooNew", "SerializationError", "StepError",
         "StepInterrupted", "StepTimeout", "StorageDamaged", "StorageError", "StorageFull",
         "StorageUnavailable", "WorkerLost", "WorkflowContextError", "WorkflowError",
         "WorkflowTimeout",
@@ -106,6 +120,7 @@ __all__ = [
     "Client",
     "ConfigurationError",
     "Current",
+    "DeclaredWorkflow",
     "DefinitionError",
     "DuplicateName",
     "Event",
@@ -115,13 +130,16 @@ __all__ = [
     "NonDeterminism",
     "PayloadTooLarge",
     "PluginBroken",
+    "PluginInfo",
     "PluginNotFound",
     "Resource",
     "RetryableError",
     "Run",
     "RunCancelled",
     "RunClosed",
+    "RunIdConflict",
     "RunNotFound",
+    "RunStalled",
     "RunStatus",
     "RunTerminated",
     "SchemaTooNew",
@@ -141,27 +159,37 @@ __all__ = [
     "WorkflowError",
     "WorkflowTimeout",
     "cancel",
+    "cancel_async",
     "configure",
     "configure_logging",
     "current",
+    "declare_workflow",
     "deprecate_patch",
     "get_events",
+    "get_events_async",
     "get_run",
+    "get_run_async",
     "is_evicting",
     "is_replaying",
+    "list_plugins",
     "list_runs",
+    "list_runs_async",
     "logger",
     "now",
     "patched",
     "random",
+    "register_plugin",
     "resource",
     "result",
+    "result_async",
     "run",
+    "run_async",
     "sleep",
     "start",
     "start_async",
     "step",
     "step_context",
+    "unregister_plugin",
     "uuid4",
     "workflow",
 ]

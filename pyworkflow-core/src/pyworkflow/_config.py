@@ -89,8 +89,16 @@ class Settings:
     """A third of ``lease`` when only that is set. Shorter than ``lease``."""
     mute: timedelta = timedelta(seconds=30)
     """How long a sweep keeps quiet about an item that was rung for."""
+    worker: bool = True
+    """Whether ``start``, ``run``, ``result`` and ``Client`` have a worker in this process."""
+    queues: tuple[str, ...] = ()
+    """The queues that such a worker takes from; empty means every queue."""
+    stalled_after: timedelta = timedelta(seconds=10)
+    """How long a run is stalled before ``result`` raises ``RunStalled``."""
     drain: timedelta = timedelta(seconds=10)
     """How long a worker that is told to stop lets what it began go on."""
+    watchdog: timedelta | None = None
+    """How long workflow code may compute without waiting before it is interrupted: 2 s if unset."""
     max_payload: int = 2 * 1024 * 1024
     """Bytes of one encoded value."""
     max_history: int = 51_200
@@ -357,7 +365,7 @@ def _parse(name: str, value: object, source: str, base: Path) -> object:
 
 def _url(name: str, value: object, source: str, base: Path) -> object:
     if not isinstance(value, str):
-        methods = {"storage": "commit", "executor": "ring"}
+        methods = {"storage": "commit", "executor": "notify"}
         if name in methods and callable(getattr(value, methods[name], None)):
             return value
         raise _bad(name, value, source, f"a URL, or an object that is a {name} backend")
@@ -448,6 +456,20 @@ def _bytes(name: str, value: object, source: str, _base: Path) -> object:
     return value
 
 
+def _flag(name: str, value: object, source: str, _base: Path) -> object:
+    if isinstance(value, str):
+        value = _FLAGS.get(value.strip().lower(), value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise _bad(name, value, source, "true or false (1 or 0)")
+
+
+_FLAGS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
 _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "storage": _url,
     "executor": _url,
@@ -458,7 +480,11 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "lease": _duration,
     "renew_every": _duration,
     "mute": _duration,
+    "worker": _flag,
+    "queues": _list,
+    "stalled_after": _duration,
     "drain": _duration,
+    "watchdog": _duration,
     "max_payload": _bytes,
     "max_history": _count,
     "concurrency": _count,
@@ -472,7 +498,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "codec_offload_threshold": _bytes,
     "codec_max_size": _bytes,
 }
-_MAY_BE_EMPTY = frozenset({"modules", "disable_plugins", "codecs"})
+_MAY_BE_EMPTY = frozenset({"modules", "disable_plugins", "codecs", "queues"})
 assert set(_PARSERS) | {"storage_is_default", "threads"} == {f.name for f in fields(Settings)}
 
 

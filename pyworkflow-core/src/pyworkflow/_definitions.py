@@ -10,7 +10,6 @@ import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import (
-    TYPE_CHECKING,
     Any,
     Generic,
     Literal,
@@ -42,13 +41,11 @@ from pyworkflow._serialization import (
 )
 from pyworkflow._signature import Signature
 from pyworkflow.errors import (
+    ArgumentError,
     DefinitionError,
     SerializationError,
     WorkflowContextError,
 )
-
-if TYPE_CHECKING:
-    from pyworkflow._client import Starter
 
 __all__ = [
     "BoundWorkflow",
@@ -57,6 +54,7 @@ __all__ = [
     "Workflow",
     "find_step",
     "find_workflow",
+    "start_of",
     "step",
     "workflow",
     "workflow_names",
@@ -94,6 +92,18 @@ class RunOptions:
         self.tags = tuple(tags)
         self.attributes = dict(attributes or {})
         self.max_duration = None if max_duration is None else parse_duration(max_duration)
+
+    def with_key(self, key: str) -> RunOptions:
+        """The same with an idempotency key."""
+        return RunOptions(
+            run_id=self.run_id,
+            idempotency_key=key,
+            queue=self.queue,
+            priority=self.priority,
+            tags=self.tags,
+            attributes=self.attributes,
+            max_duration=self.max_duration,
+        )
 
 
 class Step(Generic[P, R]):
@@ -299,11 +309,19 @@ class Workflow(Generic[P, R]):
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Begin a run; returns its id once the run is durable. As ``pyworkflow.start``."""
-        return _client().start(self, args, kwargs, RunOptions())
+        return self.options().start(*args, **kwargs)
 
     async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """``start`` as a coroutine."""
-        return await _client().start_async(self, args, kwargs, RunOptions())
+        return await self.options().start_async(*args, **kwargs)
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Start, wait for the end, and return the result. As ``pyworkflow.run``."""
+        return self.options().run(*args, **kwargs)
+
+    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """``run`` as a coroutine."""
+        return await self.options().run_async(*args, **kwargs)
 
     def options(
         self,
@@ -400,16 +418,52 @@ class BoundWorkflow(Generic[P, R]):
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """As ``Workflow.start``, with the options."""
-        return _client().start(self.workflow, args, kwargs, self.options)
+        run_id: str = _functions().start_bound(self, args, kwargs)
+        return run_id
 
     async def start_async(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """``start`` as a coroutine."""
-        return await _client().start_async(self.workflow, args, kwargs, self.options)
+        run_id: str = await _functions().start_bound_async(self, args, kwargs)
+        return run_id
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Start, wait for the end, and return the result."""
-        result: R = _client().run(self.workflow, args, kwargs, self.options)
+        result: R = _functions().run_bound(self, args, kwargs, None)
         return result
+
+    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """``run`` as a coroutine."""
+        result: R = await _functions().run_bound_async(self, args, kwargs, None)
+        return result
+
+    def __repr__(self) -> str:
+        return f"<workflow {self.workflow.name} with options>"
+
+
+def start_of(what: str, workflow: object, key: str | None = None) -> BoundWorkflow[..., Any]:
+    """The workflow to start with its options, given as either; ``key`` beside them.
+
+    Raises:
+        ArgumentError: something else was given, or two idempotency keys.
+    """
+    if isinstance(workflow, Workflow):
+        plain = typing.cast("Workflow[..., Any]", workflow)
+        return BoundWorkflow(plain, RunOptions(idempotency_key=key))
+    if not isinstance(workflow, BoundWorkflow):
+        raise ArgumentError(
+            f"{what} takes a workflow or workflow.options(...), not {workflow!r}; decorate the "
+            "function with @workflow"
+        )
+    bound = typing.cast("BoundWorkflow[..., Any]", workflow)
+    existing = bound.options.idempotency_key
+    if key is None or key == existing:
+        return bound
+    if existing is not None:
+        raise ArgumentError(
+            f"two idempotency keys are given: options={existing!r:.80} idempotency_key={key!r:.80}"
+            "; leave one out"
+        )
+    return BoundWorkflow(bound.workflow, bound.options.with_key(key))
 
 
 @overload
@@ -538,19 +592,9 @@ def _delay(value: RetryDelay) -> Delay:
         raise DefinitionError(f"retry_delay={value!r}: {exc}") from exc
 
 
-# --- the way up: the client registers itself ------------------------------------------------------
-
-_starter: Starter | None = None
+# --- the way up: methods that start runs --------------------------------------------------------
 
 
-def set_starter(starter: Starter) -> None:
-    """Called by ``_client.py`` on import; the only upward call goes through it."""
-    global _starter
-    _starter = starter
-
-
-def _client() -> Starter:
-    if _starter is None:
-        importlib.import_module("pyworkflow._client")
-    assert _starter is not None
-    return _starter
+def _functions() -> Any:
+    """The module of the client's functions, which is above this one: it loads on first use."""
+    return importlib.import_module("pyworkflow._functions")

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Literal, cast
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
 
-__all__ = ["around", "ask", "call", "error_class", "hooks_active", "observe", "observer_errors"]
+__all__ = [
+    "around",
+    "ask",
+    "call",
+    "error_class",
+    "hooks_active",
+    "observe",
+    "observe_once",
+    "observer_errors",
+]
 
 _log = logging.getLogger("pyworkflow.plugins")
 
@@ -38,6 +47,16 @@ def observe(hook: str, /, **kwargs: object) -> None:
     if hook in _table.active:
         for impl in _table.impls(hook):
             _guarded(impl, hook, call, impl, kwargs)
+
+
+def observe_once(hook: str, /, **kwargs: object) -> None:
+    """As ``observe``, but never twice for one plugin of this process."""
+    for impl in _table.impls(hook):
+        with _table.lock:
+            if (hook, id(impl.plugin)) in _table.told:
+                continue
+            _table.told.add((hook, id(impl.plugin)))
+        _guarded(impl, hook, call, impl, kwargs)
 
 
 def ask(hook: str, /, **kwargs: object) -> object:
@@ -136,6 +155,8 @@ class HookTable:
         self.lock = threading.RLock()
         self.active: frozenset[str] = frozenset()
         """Names of the hooks that some plugin implements: what the hot path looks at."""
+        self.told: set[tuple[str, int]] = set()
+        """(hook, id of a plugin) of what is observed once."""
         self._manager: PluginManager | None = None
 
     def register(self, plugin: object, name: str) -> None:
@@ -162,6 +183,7 @@ class HookTable:
             manager = self._pluggy()
             if manager.is_registered(plugin):
                 manager.unregister(plugin)
+            self.told = {pair for pair in self.told if pair[1] != id(plugin)}
             self._refresh()
 
     def impls(self, hook: str) -> list[HookImpl]:

@@ -17,8 +17,8 @@ from pyworkflow._config import Settings, settings
 from pyworkflow._duration import format_duration
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
-from pyworkflow._plugins import make_executor, make_storage
-from pyworkflow.errors import ConfigurationError, StorageError, WorkflowContextError
+from pyworkflow._plugins import load_observers, make_executor, make_storage
+from pyworkflow.errors import ConfigurationError, StorageError
 from pyworkflow.runs import Run, RunStatus
 from pyworkflow.spi.capabilities import ExecutorCapabilities
 from pyworkflow.spi.executor import Doorbell, Executor, Runtime
@@ -31,8 +31,9 @@ __all__ = [
     "configured_executor",
     "configured_storage",
     "host",
-    "refuse_in_host",
+    "host_is_here",
     "reset_host",
+    "running_host",
 ]
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class LocalExecutor:
     async def open(self, config: Mapping[str, str]) -> None:
         """Nothing to connect to."""
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
         """Workers of this machine look for themselves."""
 
     def serve(self, runtime: Runtime, queues: Sequence[str]) -> None:
@@ -76,7 +77,7 @@ def configured_executor(config: Settings) -> Executor:
 
 
 def check_shared(storage: StorageBackend, executor: Executor, *, is_default: bool) -> None:
-    """Refuse a store that the workers of a distributed executor can never see.
+    """Refuse a store that the workers of other processes can never see.
 
     Warns of the default one, which they see only when they run in the same directory.
 
@@ -87,8 +88,9 @@ def check_shared(storage: StorageBackend, executor: Executor, *, is_default: boo
     if not info.capabilities.multi_process:
         raise ConfigurationError(
             f"the store exists in this process only: storage={info.location} "
-            f"executor={executor.name}; its workers would never see a run: set PYWORKFLOW_STORAGE "
-            "to postgresql://…, redis://…, or on one machine sqlite:////PATH or file:///PATH"
+            f"executor={executor.name}; workers of other processes would never see a run: set "
+            "PYWORKFLOW_STORAGE to postgresql://…, redis://…, or on one machine "
+            "sqlite:////PATH or file:///PATH"
         )
     if is_default:
         _log.warning(
@@ -138,12 +140,15 @@ class EmbeddedHost:
 
     async def _open(self) -> None:
         await self.storage.open()
-        if self.executor.capabilities.distributed:
-            is_default = self.config.storage_is_default
-            check_shared(self.storage, self.executor, is_default=is_default)
+        load_observers()
+        is_distributed = self.executor.capabilities.distributed
+        if is_distributed or not self.config.worker:
+            if is_distributed or isinstance(self.config.storage, str):
+                is_default = is_distributed and self.config.storage_is_default
+                check_shared(self.storage, self.executor, is_default=is_default)
             await self.executor.open({})
             return
-        self.worker = Worker(self.storage, self.config)
+        self.worker = Worker(self.storage, self.config, queues=self.config.queues or None)
         # From 3.12 on no thread can start once the script has ended, while runs may still go on:
         # those that sync steps and asyncio.to_thread() need start now.
         self.worker.runner.begin_threads()
@@ -154,6 +159,7 @@ class EmbeddedHost:
         for _ in range(_DEFAULT_THREADS):
             default.submit(barrier.wait, 10.0)
         self.loop.set_default_executor(default)
+        self.worker.on_run_started = self.started.add
         self.worker.on_run_ended = self.started.discard
         await self.worker.open()
         self.worker.serve()
@@ -311,10 +317,14 @@ def reset_host() -> None:
         standing.finish()
 
 
-def refuse_in_host(what: str) -> None:
-    """Raise when the caller would wait for itself."""
-    if _host is not None and _host.is_here:
-        raise WorkflowContextError(
-            f"{what} was called in an async step of the embedded worker, which would wait for "
-            "itself; use `await Client().…`, or a sync step"
-        )
+def running_host() -> EmbeddedHost | None:
+    """The process's host, if it runs already. Takes no lock."""
+    found = _host
+    if found is None or found.pid != os.getpid() or not found.thread.is_alive():
+        return None
+    return found
+
+
+def host_is_here() -> bool:
+    """Whether the caller is in the thread of the process's host."""
+    return _host is not None and _host.is_here

@@ -65,7 +65,7 @@ class _Waiter:
 
 
 class _Shared:
-    """What all twins have in common. Every method that touches the store holds the lock."""
+    """What all clones have in common. Every method that touches the store holds the lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -127,7 +127,7 @@ class _Shared:
 class MemoryStorageBackend(StorageBackend):
     """Everything in this process, gone with it.
 
-    One object may be used by several event loops and threads; ``twin`` gives another object on the
+    One object may be used by several event loops and threads; ``clone`` gives another object on the
     same data, which is closed on its own.
     """
 
@@ -138,7 +138,7 @@ class MemoryStorageBackend(StorageBackend):
         self._closed = False
         self._looked = 0
 
-    def twin(self) -> Self:
+    def clone(self) -> Self:
         """Another object on the same data; of a subclass, with all that this one has."""
         other = copy.copy(self)
         other._closed = False
@@ -150,7 +150,7 @@ class MemoryStorageBackend(StorageBackend):
         self._use()
 
     async def close(self) -> None:
-        """Later calls raise; the data lives while a twin does."""
+        """Later calls raise; the data lives while a clone does."""
         self._closed = True
 
     def info(self) -> StorageInfo:
@@ -162,13 +162,13 @@ class MemoryStorageBackend(StorageBackend):
         self._use()
 
     async def now(self) -> datetime:
-        """This process's idea of now, moved by ``shift_clock``; the same for all twins."""
+        """This process's idea of now, moved by ``shift_clock``; the same for all clones."""
         shared = self._use()
         with shared.lock:
             return shared.now()
 
     async def shift_clock(self, by: timedelta) -> None:
-        """Move the clock of all twins."""
+        """Move the clock of all clones."""
         shared = self._use()
         with shared.lock:
             shared.offset += by
@@ -176,7 +176,7 @@ class MemoryStorageBackend(StorageBackend):
 
     def _use(self) -> _Shared:
         if self._closed:
-            raise StorageError("the memory storage is closed; make another one, or a twin before")
+            raise StorageError("the memory storage is closed; make another one, or a clone before")
         return self._shared
 
     def _check(self, change: Change) -> None:

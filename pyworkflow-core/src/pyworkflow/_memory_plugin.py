@@ -43,4 +43,4 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
         if first is None:
             first = _named[name, namespace] = MemoryStorageBackend(namespace=namespace)
     # An object belongs to the loop that first uses it: everybody gets one of their own.
-    return first.twin()
+    return first.clone()

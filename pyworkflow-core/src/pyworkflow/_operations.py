@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pyworkflow import _plugins
 from pyworkflow._clock import LAST
 from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
+from pyworkflow._declared import known_workflow
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import bell_of_put
+from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
+from pyworkflow._engine.places import current_place
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
 from pyworkflow._registry import check_findable
@@ -38,19 +43,22 @@ from pyworkflow.errors import (
     RunCancelled,
     RunClosed,
     RunExists,
+    RunIdConflict,
     RunNotFound,
+    RunStalled,
     RunTerminated,
     SerializationError,
     StorageError,
     StorageUnavailable,
 )
 from pyworkflow.events import Event, EventClass, EventType
-from pyworkflow.runs import ItemKind, Run, RunStatus
+from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus
 from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
     TURN,
     Change,
     Claim,
+    Committed,
     Control,
     ControlKind,
     NewRun,
@@ -62,7 +70,7 @@ from pyworkflow.spi.storage import (
 )
 from pyworkflow.storekit import failpoints
 
-__all__ = ["Operations"]
+__all__ = ["IfStalled", "Operations", "stalled_since"]
 
 D = str | int | float | timedelta
 
@@ -73,7 +81,16 @@ failpoints.register(
     {"client.after_start": "a run is durable, nobody was told, and its caller has no id yet"},
 )
 
+IfStalled = Literal["raise", "wait"]
+
 _POLL = timedelta(seconds=5)
+_HELP = timedelta(milliseconds=50)
+_MOST_HELP = timedelta(seconds=2)
+_LEAST = timedelta(milliseconds=10)
+_STALLED = timedelta(seconds=1)
+"""Between two looks at a stalled run: the store's clock may be ahead of the loop's."""
+_BACKWARDS = 100
+"""Events of one look into a history from its end."""
 _NEVER = 2**62
 _LOCAL = 1.0
 """Seconds that a result waits for this process's own turn before it watches the store: who else ends
@@ -91,7 +108,7 @@ class Operations:
         self.storage = storage
         self._worker = worker
         self._executor = executor
-        self._settings = settings()
+        self._settings = settings() if worker is None else worker.settings
         if worker is not None:
             self._pipeline = worker.pipeline
         else:
@@ -107,7 +124,72 @@ class Operations:
         options: RunOptions,
     ) -> str:
         """Make a run durable and have it begun; its id."""
-        text = workflow.encode_call(args, kwargs)
+        return await self.start_encoded(workflow, workflow.encode_call(args, kwargs), options)
+
+    async def start_encoded(
+        self, workflow: Workflow[Any, Any], text: str, options: RunOptions
+    ) -> str:
+        """As ``start``, with arguments that ``Workflow.encode_call`` has encoded."""
+        limit = await self._limit(workflow, text, options)
+        run_id = options.run_id or _new_id()
+        change, started = await self._creation(run_id, workflow, text, options, limit)
+        while True:
+            try:
+                answer = await self._pipeline.commit(change)
+            except KeyTaken as refusal:
+                run_id = await self._attach(refusal.owner, workflow, text, key=refusal.key)
+                return self.begun_here(run_id, workflow, options)
+            except RunExists:
+                existing = await self.storage.get_run(run_id)
+                if existing is None:
+                    continue  # it was purged meanwhile
+                await self._attach(run_id, workflow, text, asked_key=options.idempotency_key)
+                return self.begun_here(run_id, workflow, options)
+            break
+        if failpoints.active:
+            failpoints.hit("client.after_start")
+        created = cast("NewRun", change.create)
+        event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
+        _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
+        self._observe(run_id, workflow.name, [event])
+        self.begun_here(run_id, workflow, options)
+        turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        if self._worker is not None and turn is not None:
+            fresh = _fresh_run(run_id, created, answer.timestamp)
+            claim = Claim(item=turn, run=fresh, events=(event,))
+            # Nothing of the caller's context is for the run.
+            contextvars.Context().run(self._worker.begin_turn, claim)
+        else:
+            await self._ring(run_id, created)
+        return run_id
+
+    def begun_here(self, run_id: str, workflow: Workflow[Any, Any], options: RunOptions) -> str:
+        """Tell the worker of a run that it can drive."""
+        worker = self._worker
+        if (
+            worker is not None
+            and worker.on_run_started is not None
+            and self._is_for(worker, workflow, options)
+        ):
+            worker.on_run_started(run_id)
+        return run_id
+
+    def wake(self) -> None:
+        """There may be something to claim for the worker."""
+        if self._worker is not None:
+            self._worker.wake()
+
+    @staticmethod
+    def _is_for(worker: Worker, workflow: Workflow[Any, Any], options: RunOptions) -> bool:
+        queue = options.queue or workflow.queue or "default"
+        return find_workflow(workflow.name) is not None and worker.serves(queue)
+
+    def _observe(self, run_id: str, workflow: str, events: list[Event]) -> None:
+        if hooks := observed_hooks():
+            tell_observers(hooks, run_id, workflow, events)
+
+    async def _limit(self, workflow: Workflow[Any, Any], text: str, options: RunOptions) -> int:
+        """The largest payload of the run; what is asked for is checked first."""
         key: Any = options.idempotency_key
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= _LONGEST_KEY):
             raise ArgumentError(
@@ -138,46 +220,24 @@ class Operations:
             limit = min(limit, codecs.most_arguments(self.storage.info().max_payload))
         if codecs is None and (size := payload_size(text)) > limit:
             raise PayloadTooLarge(f"the arguments of workflow {workflow.name!r}", size, limit)
-        run_id = options.run_id or _new_id()
-        change, started = await self._creation(run_id, workflow, text, options, limit)
-        try:
-            answer = await self._pipeline.commit(change)
-        except KeyTaken as refusal:
-            return await self._standing(refusal.owner, refusal.key, workflow, text)
-        except RunExists:
-            standing = await self.storage.get_run(run_id)
-            key = options.idempotency_key
-            if key is not None and standing is not None and standing.idempotency_key == key:
-                return await self._standing(run_id, key, workflow, text)  # the same call again
-            raise ArgumentError(
-                f"a run of this id exists: run_id={run_id}; leave run_id out, or take another"
-            ) from None
-        if failpoints.active:
-            failpoints.hit("client.after_start")
-        _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
-        turn = next((i for i in answer.claims if i.item_id == TURN), None)
-        if self._worker is not None and turn is not None:
-            created = cast("NewRun", change.create)
-            event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
-            fresh = _fresh_run(run_id, created, answer.timestamp)
-            self._worker.begin_turn(Claim(item=turn, run=fresh, events=(event,)))
-        else:
-            await self._ring(run_id, cast("NewRun", change.create))
-        return run_id
+        return limit
 
     async def _ring(self, run_id: str, run: Run | NewRun) -> None:
         """Tell workers that the run has a turn; how a broker takes that is the executor's affair."""
+        put = Put(item_id=TURN, kind=ItemKind.TURN)
+        if self._worker is not None:
+            self._worker.tell_of(run_id, run, [put])
         if self._executor is None:
             return
         bell = bell_of_put(
             run_id,
-            Put(item_id=TURN, kind=ItemKind.TURN),
+            put,
             workflow=run.workflow,
             queue=run.queue,
             priority=run.priority,
         )
         try:
-            await self._executor.ring([bell])
+            await self._executor.notify([bell])
         except Exception:  # noqa: BLE001 - the run is durable: a plugin's fault must not hide that
             _log.exception("an executor could not ring: executor=%s", self._executor.name)
 
@@ -221,31 +281,53 @@ class Operations:
         if self._pipeline.codecs is not None and self._pipeline.codecs.secret:
             data["salt"] = encode(secrets.token_hex(16))
         started = Event(EventType.WORKFLOW_STARTED, EventClass.INPUT, data, None, "started")
-        held = None
-        if self._worker is not None and find_workflow(workflow.name) is not None:
-            held = self._worker.held()
-        put = Put(item_id=TURN, kind=ItemKind.TURN, rung=self._executor is not None, claimed=held)
+        worker, held = self._worker, None
+        if worker is not None and not worker.rings and self._is_for(worker, workflow, options):
+            held = worker.held()
+        notified = self._executor is not None or (worker is not None and worker.rings)
+        put = Put(item_id=TURN, kind=ItemKind.TURN, notified=notified, claimed=held)
         key = f"start:{secrets.token_hex(8)}"
         return Change(run_id=run_id, key=key, create=new, events=[started], put=[put]), started
 
-    async def _standing(
-        self, run_id: str, key: str, workflow: Workflow[Any, Any], text: str
+    async def _attach(
+        self,
+        run_id: str,
+        workflow: Workflow[Any, Any],
+        text: str,
+        *,
+        key: str | None = None,
+        asked_key: str | None = None,
     ) -> str:
-        """The run that has the key, if it was started with the same."""
-        standing = await self.storage.get_run(run_id)
-        if standing is None:
+        """The existing run of this id, or with ``key`` of this key, if it was started with the same.
+
+        Raises:
+            IdempotencyConflict: the run has the key, and was started with something else.
+            RunIdConflict: the run has the id, and was started with something else.
+        """
+        existing = await self.storage.get_run(run_id)
+        if existing is None:
             return run_id  # purged: its key is kept so that nothing happens again
-        standing = await opened_run(standing)
+        existing = await opened_run(existing)
         differences: dict[str, tuple[str, str]] = {}
-        if standing.workflow != workflow.name:
-            differences["workflow"] = (standing.workflow, workflow.name)
-        elif not workflow.same_call(str(standing.args), text):
-            old, new = _named(workflow, str(standing.args)), _named(workflow, text)
+        if existing.workflow != workflow.name:
+            differences["workflow"] = (existing.workflow, workflow.name)
+        elif not workflow.same_call(str(existing.args), text):
+            old, new = _named(workflow, str(existing.args)), _named(workflow, text)
             for name in dict.fromkeys((*old, *new)):
                 if old.get(name, "—") != new.get(name, "—"):
                     differences[name] = (old.get(name, "—"), new.get(name, "—"))
-        if differences:
+            if not differences:  # what differs is not to be seen in the values as text
+                differences["arguments"] = (str(existing.args)[:200], text[:200])
+        if asked_key is not None:
+            if existing.idempotency_key == asked_key:
+                key = asked_key
+            else:
+                known = existing.idempotency_key
+                differences["idempotency_key"] = (repr(known), repr(asked_key))
+        if differences and key is not None:
             raise IdempotencyConflict(key, run_id, differences)
+        if differences:
+            raise RunIdConflict(run_id, differences)
         return run_id
 
     async def get_run(self, run_id: str) -> Run:
@@ -255,10 +337,34 @@ class Operations:
             raise RunNotFound(run_id)
         return _decoded(await opened_run(found))
 
-    async def result(self, run_id: str, timeout: D | None) -> Any:
-        """Wait for the run's end; its result, or its error raised."""
+    async def result(
+        self, run_id: str, timeout: D | None, if_stalled: IfStalled | None = None
+    ) -> Any:
+        """Wait for the run's end; its result, or its error raised. In a step, help it on."""
+        if if_stalled not in (None, "raise", "wait"):
+            raise ArgumentError(f"if_stalled={if_stalled!r} is neither 'raise' nor 'wait'")
+        end = None
+        if timeout is not None:
+            now = asyncio.get_running_loop().time()
+            end = now + parse_duration(timeout).total_seconds()
+        helps = _Help(self._worker)
+        while True:
+            with helps.awaiting(run_id):
+                found = await self._end_of(run_id, timeout, end, if_stalled, helps)
+            if found.next is None:
+                return _outcome(await opened_run(found))
+            run_id = found.next
+
+    async def _end_of(
+        self,
+        run_id: str,
+        timeout: D | None,
+        end: float | None,
+        if_stalled: IfStalled | None,
+        helps: _Help,
+    ) -> Run:
+        """The run, once it has ended."""
         loop = asyncio.get_running_loop()
-        end = None if timeout is None else loop.time() + parse_duration(timeout).total_seconds()
         while True:
             if self._worker is not None and (busy := self._worker.following(run_id)):
                 # The usual end of a short run: no need to ask the store until it is there.
@@ -268,29 +374,32 @@ class Operations:
             if found is None:
                 raise RunNotFound(run_id)
             if found.status.is_terminal:
-                if found.next is None:
-                    return _outcome(await opened_run(found))
-                run_id = found.next
-                continue
+                return found
             wait = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
             if wait <= timedelta(0):
-                if found.stalled is not None:
-                    raise TimeoutError(
-                        f"the run is stalled: run_id={run_id}: {found.stalled}; it goes on when "
-                        f"a worker has code that fits, `pyworkflow runs show {run_id}` tells more"
-                    )
-                raise TimeoutError(
-                    f"the run has not ended within timeout={timeout}: run_id={run_id} "
-                    f"status={found.status}; it goes on, ask again later"
-                )
+                raise _still_running(found, timeout)
             if self._closed:
                 raise StorageError(
                     f"the client was closed before the run had ended: run_id={run_id} "
                     f"status={found.status}; another client can wait for it"
                 )
+            if found.stalled is not None and if_stalled != "wait":
+                wait = min(wait, await self._check_stalled(found))
+            if await helps.with_run(run_id):
+                continue
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
-            await self._watch(run_id, min(wait, _POLL))
+            await self._watch(run_id, min(wait, _POLL, helps.pause))
+
+    async def _check_stalled(self, run: Run) -> timedelta:
+        """How long the run may go on to be stalled. ``RunStalled``."""
+        since = await stalled_since(self.storage, run)
+        if since is None:
+            return _STALLED
+        left = since + self._settings.stalled_after - await self.storage.now()
+        if left <= timedelta(0):
+            raise RunStalled(run.run_id, str(run.stalled))
+        return min(max(left, _LEAST), _STALLED)
 
     async def _watch(self, run_id: str, timeout: timedelta) -> None:
         watch = asyncio.ensure_future(self.storage.watch(run_id, after=_NEVER, timeout=timeout))
@@ -343,22 +452,113 @@ class Operations:
         key = f"cancel:{secrets.token_hex(8)}"
         try:
             if found.status in (RunStatus.PENDING, RunStatus.STALLED):
+                change = _closed_without_code(run_id, key, reason)
                 try:
-                    await self._pipeline.commit(_closed_without_code(run_id, key, reason))
+                    answer = await self._pipeline.commit(change)
                 except Fenced:
                     key += "+"  # a worker took it meanwhile: ask its code
                 else:
+                    self._tell(found, change, answer)
+                    self._tell_end(found, cancelled_error(reason))
                     return
             data: dict[str, Any] = {"reason": reason}
             event = Event(EventType.CANCEL_REQUESTED, EventClass.INPUT, data, None, key)
-            await self._pipeline.commit(Change(run_id=run_id, key=key, events=[event]))
+            change = Change(run_id=run_id, key=key, events=[event])
+            self._tell(found, change, await self._pipeline.commit(change))
         except RunClosed as closed:
             if closed.status != RunStatus.CANCELLED:
                 raise
+        await self._ring(run_id, found)
+
+    def _tell(self, run: Run, change: Change, answer: Committed) -> None:
+        """Tell observers of the events of a change."""
+        self._observe(
+            run.run_id,
+            run.workflow,
+            [
+                e._replace(run_id=run.run_id, seq=answer.seqs[i], timestamp=answer.timestamp)
+                for i, e in enumerate(change.events)
+                if i not in answer.skipped
+            ],
+        )
+
+    def _tell_end(self, run: Run, error: ErrorInfo) -> None:
         if self._worker is not None:
-            self._worker.wake()
-        else:
-            await self._ring(run_id, found)
+            self._worker.run_ended(run, RunStatus.CANCELLED, error)
+            return
+        _plugins.observe(
+            "pyworkflow_run_ended",
+            run_id=run.run_id,
+            workflow=run.workflow,
+            status=RunStatus.CANCELLED,
+            error=error,
+        )
+
+
+class _Help:
+    """What a step that waits for a run does for it, in a worker that works on doorbells.
+
+    Each look that finds nothing to do doubles the pause before the next one.
+    """
+
+    def __init__(self, worker: Worker | None) -> None:
+        self._worker = worker if worker is not None and current_place() is not None else None
+        self.pause = _POLL if self._worker is None else _HELP
+        # A worker without doorbells that looks for nothing itself belongs to a test.
+        self._most = _HELP if worker is not None and not worker.rings else _MOST_HELP
+
+    @contextmanager
+    def awaiting(self, run_id: str) -> Generator[None]:
+        """A step waits for the run meanwhile."""
+        if self._worker is None:
+            yield
+            return
+        awaited = self._worker.runner.awaited
+        awaited[run_id] += 1
+        try:
+            yield
+        finally:
+            awaited[run_id] -= 1
+            if not awaited[run_id]:
+                del awaited[run_id]
+
+    async def with_run(self, run_id: str) -> bool:
+        """Work on what is due of the run; whether there was something."""
+        if self._worker is None or self._worker.is_serving:
+            self.pause = _POLL
+            return False
+        helped = await self._worker.help_with(run_id)
+        self.pause = _HELP if helped else min(self.pause * 2, self._most)
+        return helped
+
+
+async def stalled_since(storage: StorageBackend, run: Run) -> datetime | None:
+    """Since when a stalled run has been stalled without a break; None when it is not any more."""
+    before, since = run.history_length, None
+    while before > 0:
+        after = max(0, before - _BACKWARDS)
+        events = await storage.get_events(run.run_id, after=after, limit=before - after)
+        for event in reversed(events):
+            if event.type == EventType.WORKFLOW_UNSTALLED:
+                return since
+            if event.type == EventType.WORKFLOW_STALLED:
+                since = event.timestamp
+        before = after
+        if since is not None and not events:
+            break
+    return since
+
+
+def _still_running(run: Run, timeout: D | None) -> TimeoutError:
+    if run.stalled is not None:
+        return TimeoutError(
+            f"the run is stalled: run_id={run.run_id}: {run.stalled}; it resumes when a worker "
+            f"has code that fits, `pyworkflow runs show {run.run_id}` tells more"
+        )
+    return TimeoutError(
+        f"the run has not ended within timeout={timeout}: run_id={run.run_id} "
+        f"status={run.status}; it is not cancelled, ask again later"
+    )
 
 
 def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
@@ -407,7 +607,7 @@ def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
 
 def _decoded(found: Run) -> Run:
     """The run with its values instead of payload text; what cannot be decoded here stays text."""
-    workflow = find_workflow(found.workflow)
+    workflow = known_workflow(found.workflow)
     args, value = found.args, found.result
     try:
         positional, named = decode_arguments(str(found.args))
@@ -429,7 +629,7 @@ def _decoded(found: Run) -> Run:
 def _outcome(found: Run) -> Any:
     match found.status:
         case RunStatus.COMPLETED:
-            workflow = find_workflow(found.workflow)
+            workflow = known_workflow(found.workflow)
             text = str(found.result)
             return (workflow.decode_result if workflow is not None else decode)(text)
         case RunStatus.FAILED if found.error is not None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from pyworkflow import _hooks
-from pyworkflow._config import check_namespace, settings
+from pyworkflow._config import Settings, check_namespace, settings
 from pyworkflow._hooks import around, ask, error_class, hooks_active, observe, observer_errors
 from pyworkflow._urls import ParsedUrl, parse_url, redact_url, resolve_url
 from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound, WorkflowError
@@ -33,6 +33,7 @@ __all__ = [
     "hooks_active",
     "list_plugins",
     "load_all",
+    "load_observers",
     "make_codec",
     "make_executor",
     "make_storage",
@@ -41,7 +42,10 @@ __all__ = [
     "parse_url",
     "redact_url",
     "register",
+    "register_plugin",
+    "tell_settings",
     "unregister",
+    "unregister_plugin",
 ]
 
 GROUP = "pyworkflow"
@@ -64,6 +68,10 @@ _WELL_KNOWN = {
     "rediss": "pyworkflow-storage-redis",
     "sqlite": "pyworkflow-storage-sql[sqlite]",
 }
+#: Distributions of this project whose plugins serve URLs and observe nothing.
+_SERVE_URLS = frozenset({CORE, *(name.partition("[")[0] for name in _WELL_KNOWN.values())})
+_SECRET_SETTINGS = ("storage", "executor", "broker_url")
+"""They may carry credentials."""
 _KINDS = {
     "pyworkflow_make_codec": "codec",
     "pyworkflow_make_executor": "executor",
@@ -124,7 +132,9 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
     """
     parsed = parse_url(url, "executor")
     made = _catalogue.make("executor", parsed, {**(config or {}), **parsed.options})
-    if not all(callable(getattr(made, name, None)) for name in ("open", "ring", "serve", "close")):
+    if not all(
+        callable(getattr(made, name, None)) for name in ("open", "notify", "serve", "close")
+    ):
         raise _not_a("executor", parsed, made, "a pyworkflow.spi.Executor")
     return cast("Executor", made)
 
@@ -158,20 +168,53 @@ def list_plugins() -> list[PluginInfo]:
     return load_all()
 
 
-def register(plugin: object, name: str | None = None) -> None:
-    """Add an object or module of the application that has hooks; a second time is a no-op.
+def load_observers() -> None:
+    """Load the installed plugins that may observe, and tell them the settings; once.
 
-    Its factories are asked before the installed plugins.
+    For every runtime, the embedded worker and clients as well: plugins that serve this project's
+    own URLs are left out, since they load when a URL asks for them.
+    """
+    _catalogue.load_observers()
+    tell_settings(settings())
+
+
+def tell_settings(config: Settings) -> None:
+    """Tell plugins the settings that carry no credentials: each plugin once."""
+    if not hooks_active("pyworkflow_configure"):
+        return
+    shown = {
+        field.name: str(getattr(config, field.name))
+        for field in fields(config)
+        if field.name not in _SECRET_SETTINGS
+    }
+    _hooks.observe_once("pyworkflow_configure", config=shown)
+
+
+def register_plugin(plugin: object, name: str | None = None) -> None:
+    """Add an object or a module that has hooks; a second time is a no-op.
+
+    Its hooks are the methods or functions that ``pyworkflow.spi.hookimpl`` marks, named as in
+    ``pyworkflow.spi.hookspecs``. They are called from now on, whatever works in this process. Its
+    factories are asked before those of installed plugins.
+
+    Args:
+        plugin: The object.
+        name: How messages and ``list_plugins`` call it; by default the module's name, or the
+            type's.
 
     Raises:
-        ConfigurationError: A hook of the wrong form, or the name is taken.
+        ConfigurationError: a hook of the wrong form, or the name is taken.
     """
     _catalogue.add(plugin, name)
 
 
-def unregister(plugin: object) -> None:
-    """Take away what ``register`` added; a no-op when it is not there."""
+def unregister_plugin(plugin: object) -> None:
+    """Remove what ``register_plugin`` added; a no-op when it is not there."""
     _catalogue.remove(plugin)
+
+
+register = register_plugin
+unregister = unregister_plugin
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +255,7 @@ class _Catalogue:
         self._loaded: dict[str, object] = {}
         self._broken: dict[str, str] = {}
         self._application: dict[str, object] = {}
+        self._has_observers = False
 
     def make(self, kind: str, url: ParsedUrl, options: Mapping[str, str]) -> object:
         """The first answer of the application's plugins, then of the scheme's own plugin."""
@@ -272,8 +316,25 @@ class _Catalogue:
             for name, plugin in [*self._application.items()]
         ]
 
+    def load_observers(self) -> None:
+        if self._has_observers:
+            return
+        with self._loading:
+            for _, found in sorted(self._entry_points().items()):
+                enabled = [one for one in found if not one.disabled]
+                if len(enabled) != 1 or _normal(enabled[0].distribution) in _SERVE_URLS:
+                    continue
+                try:
+                    self._load(enabled[0])
+                except PluginBroken:
+                    continue  # it was logged, and `pyworkflow plugins` lists it
+            self._has_observers = True
+
+    def is_added(self, plugin: object) -> bool:
+        return any(plugin is existing for existing in [*self._application.values()])
+
     def add(self, plugin: object, name: str | None) -> None:
-        if any(plugin is standing for standing in [*self._application.values()]):
+        if self.is_added(plugin):
             return
         named = name or getattr(plugin, "__name__", "")
         named = named or f"{type(plugin).__qualname__}-{id(plugin):x}"

@@ -29,7 +29,9 @@ __all__ = [
     "RetryableError",
     "RunCancelled",
     "RunClosed",
+    "RunIdConflict",
     "RunNotFound",
+    "RunStalled",
     "RunTerminated",
     "SchemaTooNew",
     "SerializationError",
@@ -255,10 +257,46 @@ class RunTerminated(WorkflowError):
         return f"the run was terminated: run_id={self.run_id} reason={self.reason!r}"
 
 
+class RunStalled(WorkflowError):
+    """The run has been stalled for longer than the setting ``stalled_after``; it has not ended.
+
+    ``cause`` says why no worker can drive it now.
+    """
+
+    def __init__(self, run_id: str, cause: str) -> None:
+        super().__init__(run_id, cause)
+        self.run_id, self.cause = run_id, cause
+
+    def __str__(self) -> str:
+        return (
+            f"the run is stalled: run_id={self.run_id}: {self.cause}; it resumes when a worker has "
+            f"code that fits: `pyworkflow runs show {self.run_id}` tells more, and "
+            'result(run_id, if_stalled="wait") waits on'
+        )
+
+
+class RunIdConflict(WorkflowError):
+    """The run id belongs to a run that was started with something else.
+
+    ``differences`` maps ``workflow``, ``idempotency_key`` or an argument's name to
+    (existing, asked for) as text.
+    """
+
+    def __init__(self, run_id: str, differences: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(run_id, differences)
+        self.run_id, self.differences = run_id, differences
+
+    def __str__(self) -> str:
+        return (
+            f"the run id is taken by another start: run_id={self.run_id} "
+            f"({_shown(self.differences)}); use another run id, or the same arguments"
+        )
+
+
 class IdempotencyConflict(WorkflowError):
     """The idempotency key belongs to a run that was started with something else.
 
-    ``differences`` maps ``workflow`` or an argument's name to (standing, asked for) as text.
+    ``differences`` maps ``workflow`` or an argument's name to (existing, asked for) as text.
     """
 
     def __init__(self, key: str, run_id: str, differences: Mapping[str, Sequence[str]]) -> None:
@@ -266,14 +304,17 @@ class IdempotencyConflict(WorkflowError):
         self.key, self.run_id, self.differences = key, run_id, differences
 
     def __str__(self) -> str:
-        shown = "; ".join(
-            f"{name}: standing {old}, asked for {new}"
-            for name, (old, new) in self.differences.items()
-        )
         return (
             f"the idempotency key is taken by another start: key={self.key!r} "
-            f"run_id={self.run_id} ({shown}); use another key, or the same arguments"
+            f"run_id={self.run_id} ({_shown(self.differences)}); use another key, or the same "
+            "arguments"
         )
+
+
+def _shown(differences: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(
+        f"{name}: existing {old}, asked for {new}" for name, (old, new) in differences.items()
+    )
 
 
 # --- for operators ----------------------------------------------------------------------------

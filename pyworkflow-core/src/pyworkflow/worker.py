@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 from pyworkflow import _plugins
-from pyworkflow._client import Importing
 from pyworkflow._config import Settings, provisional_settings, settings
 from pyworkflow._definitions import workflow_names
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
 from pyworkflow._logging import replay_filter
+from pyworkflow._routing import Importing
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
@@ -43,8 +42,9 @@ def create_runtime(
     config: Settings | None = None,
     queues: Sequence[str] | None = None,
     spread: bool = False,
-    ring: Callable[[Sequence[Doorbell]], None] | None = None,
+    notify: Callable[[Sequence[Doorbell]], None] | None = None,
     end_process: Callable[[], None] | None = None,
+    serves: Collection[str] | None = None,
 ) -> Runtime:
     """The worker of this process, on the configured store or on one that the caller closes.
 
@@ -55,9 +55,10 @@ def create_runtime(
         storage: The store; None makes the configured one, which ``close`` closes.
         config: The settings; None means those of the process.
         queues: What ``next_due`` and claims without a doorbell look at; None means every queue.
+        serves: The queues whose work is for this process; None means ``queues``.
         spread: Parallel branches are given to other workers, by doorbells.
-        ring: Tells workers of items that are due. Called in the runtime's loop after commits: it
-            hands over and returns. Without it nobody is told, and workers have to look.
+        notify: Sends doorbells for items that are due. Called in the runtime's loop after commits: it
+            hands over and returns. Without it no worker is notified, and workers poll.
         end_process: Ends this process soon, for a pool to make another: called in the runtime's
             loop when a step outlived its hard timeout. Without it such a step's next try waits
             until its thread has ended, as after any timeout.
@@ -73,9 +74,10 @@ def create_runtime(
         config,
         queues=queues,
         spread=spread,
-        ring=ring,
+        notify=notify,
         end_process=end_process,
         owns_storage=storage is None,
+        serves=serves,
     )
 
 
@@ -108,13 +110,7 @@ class _Modules:
 def _load_plugins(config: Settings) -> None:
     """Load every plugin, tell it the settings, and import the modules that it names."""
     _plugins.load_all()
-    hidden = ("storage", "executor", "broker_url")  # they may carry credentials
-    shown = {
-        field.name: str(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in hidden
-    }
-    _plugins.observe("pyworkflow_configure", config=shown)
+    _plugins.tell_settings(config)
     modules = _Modules()
     _plugins.observe("pyworkflow_register", registry=modules)
     import_modules(modules.names)

@@ -56,7 +56,7 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
     that returned survives the death of the process, and with ``fsync`` (the default) power loss.
     A thread writes; a lone small change is written by the loop itself while flushes take less than
     a millisecond, since waking the thread would take about as long.
-    An object belongs to the event loop that first used it; ``twin`` makes one for another.
+    An object belongs to the event loop that first used it; ``clone`` makes one for another.
     After a fork, parent and child go on with files of their own.
 
     The clock is the machine's, plus the offset of ``shift_clock``. When somebody sets it, by more
@@ -119,13 +119,13 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
         """There is one format so far; opening checks it."""
         await self.open()
 
-    def twin(self) -> FileStorageBackend:
+    def clone(self) -> FileStorageBackend:
         """Another object on the same directory and namespace."""
-        twin = type(self)(self.path, namespace=self.namespace, fsync=self._fsync)
-        twin._calls = self._calls
-        twin._lock_timeout = self._lock_timeout
-        twin._segment_bytes = self._segment_bytes
-        return twin
+        clone = type(self)(self.path, namespace=self.namespace, fsync=self._fsync)
+        clone._calls = self._calls
+        clone._lock_timeout = self._lock_timeout
+        clone._segment_bytes = self._segment_bytes
+        return clone
 
     # --- clock --------------------------------------------------------------------------------
 

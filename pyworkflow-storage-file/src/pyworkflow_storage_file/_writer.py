@@ -291,7 +291,7 @@ class Writer(Forkable):
             self._rewrite_at = max(_REWRITE_BYTES, journal.size)
             _log.warning("the journal was not rewritten: %s", error)
 
-    def abandon(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the parent's files, without unlocking them.
 
         Kept open, they would keep the lock when the parent dies; unlocked, it would lose it.

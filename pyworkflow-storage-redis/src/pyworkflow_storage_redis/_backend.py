@@ -73,7 +73,7 @@ class RedisStorageBackend(StorageBackend):
     A commit that returned survives the death of the server's process as far as the server's
     append-only file has it: with ``appendfsync always`` it survives power loss, too, and ``info``
     says ``durable`` once an open connection has shown that.
-    An object belongs to the event loop that first used it; ``twin`` makes one for another.
+    An object belongs to the event loop that first used it; ``clone`` makes one for another.
     After a fork, parent and child go on with connections of their own.
 
     Args:
@@ -180,16 +180,16 @@ class RedisStorageBackend(StorageBackend):
         """The numbers of the migrations that ``migrate`` would apply; writes nothing."""
         return await self._started().pending_migrations()
 
-    def twin(self) -> RedisStorageBackend:
+    def clone(self) -> RedisStorageBackend:
         """Another object on the same server and namespace."""
-        twin = type(self)(
+        clone = type(self)(
             self._url,
             namespace=self.namespace,
             timeout=self._timeout,
             durable=self._must_be_durable,
         )
-        twin._durable = self._durable
-        return twin
+        clone._durable = self._durable
+        return clone
 
     # --- clock --------------------------------------------------------------------------------
 
@@ -546,7 +546,7 @@ class RedisStorageBackend(StorageBackend):
                 return link
             raise other_loop(self._address.location)
         if link is not None:
-            link.abandon(self._news)
+            link.after_fork_in_child(self._news)
         # The first use, or the first one in a forked child.
         self._link = link = Link(
             self._address,

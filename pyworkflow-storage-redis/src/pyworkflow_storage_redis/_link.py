@@ -129,7 +129,7 @@ class Link:
         """Let go of the connection."""
         await self._hang_up()
 
-    def abandon(self, *others: object) -> None:
+    def after_fork_in_child(self, *others: object) -> None:
         """In a forked child: the connection is the parent's, and so are those of ``others``."""
         _inherited.extend((self._channel, *others))
         self._channel = None
@@ -290,5 +290,5 @@ def other_loop(location: str) -> StorageError:
     """The error for an object that belongs elsewhere."""
     return StorageError(
         f"the storage object belongs to another event loop: location={location}; "
-        "use twin() to make one for this loop"
+        "use clone() to make one for this loop"
     )

@@ -110,8 +110,8 @@ def change_out(change: Change) -> list[bytes]:
         entry: dict[str, Any] = {}
         if settle.keep:
             entry["keep"] = True
-        if settle.again_at is not None:
-            entry["due"] = micros(settle.again_at)
+        if settle.reschedule_at is not None:
+            entry["due"] = micros(settle.reschedule_at)
         if settle.payload is not None:
             entry["payload"] = True
             texts.append(text_of(dict(settle.payload)))
@@ -181,7 +181,7 @@ def _put_out(put: Put, texts: list[str]) -> dict[str, Any]:
     if put.payload:
         entry["payload"] = True
         texts.append(text_of(dict(put.payload)))
-    if put.rung:
+    if put.notified:
         entry["rung"] = True
     if put.claimed is not None:
         entry["held"] = (put.claimed.owner, span(put.claimed.lease))
@@ -196,7 +196,7 @@ def answer_in(raw: Sequence[Any], change: Change) -> Answer:
     """
     run_id = change.run_id
     if type(raw[0]) is not str:
-        again, last, seen, paused, at, now, seqs, skipped, others, claims = raw
+        again, last, seen, paused, at, now, seqs, skipped, unseen, claims = raw
         moment = instant(now)
         return Committed(
             last_seq=last,
@@ -206,7 +206,7 @@ def answer_in(raw: Sequence[Any], change: Change) -> Answer:
             now=moment,
             seqs=seqs,
             skipped=frozenset(skipped) if skipped else _NONE,
-            others=events_in(run_id, others) if others else (),
+            unseen_events=events_in(run_id, unseen) if unseen else (),
             claims=[item_in(run_id, item) for item in claims] if claims else (),
             duplicate=bool(again),
         )

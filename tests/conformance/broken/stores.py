@@ -15,9 +15,9 @@ SOON = timedelta(milliseconds=50)
 
 
 class Broken(MemoryStorageBackend):
-    """Twins are broken the same way."""
+    """Clones are broken the same way."""
 
-    def twin(self):
+    def clone(self):
         other = type(self)(namespace=self._namespace)
         other._shared = self._shared
         return other
@@ -335,7 +335,7 @@ class SettleKeepsEarlier(Broken):
 
     async def commit(self, change):
         settle, claim = change.settle, change.claim
-        if settle is None or claim is None or settle.again_at is None:
+        if settle is None or claim is None or settle.reschedule_at is None:
             return await super().commit(change)
         before = {i.item_id: i for i in await self.list_work(change.run_id)}.get(claim.item_id)
         committed = await super().commit(change)

@@ -54,7 +54,7 @@ def check(kind: type[MemoryStorageBackend], check_id: str) -> None:
         capabilities = MemoryStorageBackend().info().capabilities
 
         async def make(self, namespace):
-            return made.setdefault(namespace, kind(namespace=namespace)).twin()
+            return made.setdefault(namespace, kind(namespace=namespace)).clone()
 
     (name,) = (name for name in dir(Suite) if name.startswith(f"test_{check_id}_"))
     getattr(Suite(), name)()
@@ -79,7 +79,7 @@ class Sound(StorageConformance):
 
     async def make(self, namespace):
         made = vars(self).setdefault("made", {})
-        return made.setdefault(namespace, MemoryStorageBackend(namespace=namespace)).twin()
+        return made.setdefault(namespace, MemoryStorageBackend(namespace=namespace)).clone()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_gap_that_fails_is_expected_and_one_that_passes_must_go():
 
         async def make(self, namespace):
             made = vars(self).setdefault("made", {})
-            return made.setdefault(namespace, stores.OutOfOrder(namespace=namespace)).twin()
+            return made.setdefault(namespace, stores.OutOfOrder(namespace=namespace)).clone()
 
     with pytest.raises(pytest.xfail.Exception, match="newest first"):
         Gaps().test_ORD_05_read_after_excludes()
@@ -149,7 +149,7 @@ def test_a_failure_tells_seed_calls_and_state():
 
         async def make(self, namespace):
             made = vars(self).setdefault("made", {})
-            return made.setdefault(namespace, stores.OutOfOrder(namespace=namespace)).twin()
+            return made.setdefault(namespace, stores.OutOfOrder(namespace=namespace)).clone()
 
     with pytest.raises(AssertionError) as caught:
         Fails().test_ORD_05_read_after_excludes()

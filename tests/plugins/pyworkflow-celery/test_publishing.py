@@ -59,7 +59,7 @@ def body_of(message):
 
 
 def test_a_message_holds_ids_only_and_names_what_it_is_for_in_a_header(broker, publisher):
-    publisher.ring([Doorbell("run_1", "turn", name="orders", headers={"traceparent": "00-1"})])
+    publisher.notify([Doorbell("run_1", "turn", name="orders", headers={"traceparent": "00-1"})])
     assert publisher.flush(10)
     (message,) = messages(broker)
     args, kwargs, embedded = body_of(message)
@@ -78,7 +78,7 @@ def test_a_message_holds_ids_only_and_names_what_it_is_for_in_a_header(broker, p
 
 
 def test_queues_and_priorities_pass_through(broker, publisher):
-    publisher.ring(
+    publisher.notify(
         [
             Doorbell("r", "a", queue="gpu"),
             Doorbell("r", "b", priority=9),
@@ -100,7 +100,7 @@ def test_one_that_is_passed_on_goes_back_to_where_it_came_from(broker, publisher
 
 
 def test_doorbells_keep_their_order(broker, publisher):
-    publisher.ring([Doorbell("r", str(n)) for n in range(50)])
+    publisher.notify([Doorbell("r", str(n)) for n in range(50)])
     assert publisher.flush(20)
     sent = [body_of(message)[1]["item_id"] for message in messages(broker)]
     assert sent == [str(n) for n in range(50)]
@@ -109,7 +109,7 @@ def test_doorbells_keep_their_order(broker, publisher):
 def test_a_broker_that_is_down_is_told_once(caplog):
     publisher = Publisher(app_on(closed_port()))
     for n in range(200):
-        publisher.ring([Doorbell("r", str(n))])
+        publisher.notify([Doorbell("r", str(n))])
     until(lambda: caplog.records, "the warning")
     assert not publisher.flush(0.1)
     (record,) = caplog.records
@@ -120,10 +120,10 @@ def test_a_broker_that_is_down_is_told_once(caplog):
 
 
 def test_what_could_not_be_sent_is_sent_when_the_broker_answers(broker, publisher, caplog):
-    publisher.ring([Doorbell("r", "first")])
+    publisher.notify([Doorbell("r", "first")])
     assert publisher.flush(10)
     broker.kill()
-    publisher.ring([Doorbell("r", "second")])
+    publisher.notify([Doorbell("r", "second")])
     until(lambda: caplog.records, "the warning")
     broker.start()
     until(
@@ -135,10 +135,10 @@ def test_what_could_not_be_sent_is_sent_when_the_broker_answers(broker, publishe
 def test_a_broker_that_does_not_answer_is_given_up_within_seconds(broker, make_proxy, caplog):
     proxy = make_proxy(broker.url)
     publisher = Publisher(app_on(proxy.url))
-    publisher.ring([Doorbell("r", "first")])
+    publisher.notify([Doorbell("r", "first")])
     assert publisher.flush(10)
     proxy.blackhole()
-    publisher.ring([Doorbell("r", "second")])
+    publisher.notify([Doorbell("r", "second")])
     until(lambda: caplog.records, "the warning", deadline=20)
     proxy.heal()
     until(lambda: messages(broker)[1:], "the second doorbell", deadline=30)
@@ -148,7 +148,7 @@ def test_a_broker_that_does_not_answer_is_given_up_within_seconds(broker, make_p
 def test_more_than_can_wait_pushes_the_oldest_out(monkeypatch):
     monkeypatch.setattr("pyworkflow_celery._publish._MOST", 10)
     publisher = Publisher(app_on(closed_port()))
-    publisher.ring([Doorbell("r", str(n)) for n in range(100)])
+    publisher.notify([Doorbell("r", str(n)) for n in range(100)])
     waiting = publisher._state
     until(lambda: waiting.broken, "the broker to be found down")
     assert len(waiting.queue) <= 11
@@ -158,7 +158,7 @@ def test_more_than_can_wait_pushes_the_oldest_out(monkeypatch):
 
 def test_a_message_that_cannot_be_sent_does_not_hold_up_the_next(broker, publisher, caplog):
     publisher._app.conf.task_create_missing_queues = False
-    publisher.ring([Doorbell("r", "a", queue="unknown"), Doorbell("r", "b")])
+    publisher.notify([Doorbell("r", "a", queue="unknown"), Doorbell("r", "b")])
     assert publisher.flush(10)
     assert [body_of(m)[1]["item_id"] for m in messages(broker)] == ["b"]
     assert "dropped=1" in caplog.text
@@ -169,18 +169,18 @@ def test_a_message_that_cannot_be_sent_does_not_hold_up_the_next(broker, publish
 def test_a_forked_process_has_a_publisher_and_a_connection_of_its_own(broker):
     app = app_on(broker.url)
     parents = publisher_for(app)
-    parents.ring([Doorbell("r", "parent")])
+    parents.notify([Doorbell("r", "parent")])
     assert parents.flush(10)
     child = os.fork()
     if child == 0:
         try:
             own = publisher_for(app)
-            own.ring([Doorbell("r", "child")])
+            own.notify([Doorbell("r", "child")])
             os._exit(0 if own is not parents and own.flush(10) else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    parents.ring([Doorbell("r", "parent again")])
+    parents.notify([Doorbell("r", "parent again")])
     assert parents.flush(10)
     assert [body_of(m)[1]["item_id"] for m in messages(broker)] == [
         "parent",
@@ -194,7 +194,7 @@ def test_a_doorbell_is_of_the_second_protocol_whatever_the_application_sends(bro
     app = app_on(broker.url)
     app.conf.task_protocol = 1
     publisher = Publisher(app)
-    publisher.ring([Doorbell("run", "turn")])
+    publisher.notify([Doorbell("run", "turn")])
     assert publisher.flush(10)
     publisher.close()
     (message,) = messages(broker)

@@ -187,15 +187,15 @@ def test_an_object_that_was_dropped_ends_its_thread(tmp_path):
             assert not thread.is_alive()
 
 
-def test_another_loop_is_refused_and_twin_is_the_remedy(tmp_path):
+def test_another_loop_is_refused_and_clone_is_the_remedy(tmp_path):
     backend = FileStorageBackend(tmp_path, namespace="n")
     asyncio.run(backend.commit(create("r")))
 
     async def other():
-        with pytest.raises(StorageError, match=r"twin\(\)"):
+        with pytest.raises(StorageError, match=r"clone\(\)"):
             await backend.get_run("r")
-        async with backend.twin() as twin:
-            assert await twin.get_run("r") is not None
+        async with backend.clone() as clone:
+            assert await clone.get_run("r") is not None
         await backend.close()
 
     asyncio.run(other())
@@ -253,9 +253,9 @@ if pid is None:
     asyncio.run(child()); os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 async def check():
-    async with backend.twin() as twin:
+    async with backend.clone() as clone:
         from pyworkflow.spi import RunQuery
-        runs = (await twin.list_runs(RunQuery(limit=1000))).items
+        runs = (await clone.list_runs(RunQuery(limit=1000))).items
         print(len(runs), open("/proc/self/stat") and len(os.listdir("/proc/self/fd")) < 30)
 asyncio.run(check())
 """
@@ -302,7 +302,7 @@ def test_a_path_that_becomes_usable_is_used(tmp_path):
     (tmp_path / "store").write_text("")
 
     async def main():
-        async with FileStorageBackend(tmp_path / "twin") as backend:
+        async with FileStorageBackend(tmp_path / "clone") as backend:
             await backend.open()
         backend = FileStorageBackend(tmp_path / "store")
         with pytest.raises(ConfigurationError):

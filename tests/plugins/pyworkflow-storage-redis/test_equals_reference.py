@@ -22,8 +22,8 @@ from pyworkflow.spi import (
     ControlKind,
     ErrorInfo,
     Event,
-    Held,
     ItemKind,
+    LeaseFor,
     NewRun,
     ParentRef,
     Put,
@@ -136,8 +136,8 @@ class Pair:
             queue=pick.choice([None, *QUEUES]),
             priority=pick.choice([None, 5, -3]),
             payload=pick.choice([{}, {"p": 2**60, "s": "\0é"}]),
-            rung=pick.random() < 0.3,
-            claimed=Held("w", seconds(pick.randint(1, 60)))
+            notified=pick.random() < 0.3,
+            claimed=LeaseFor("w", seconds(pick.randint(1, 60)))
             if kind is ItemKind.STEP and pick.random() < 0.3
             else None,
         )
@@ -159,7 +159,7 @@ class Pair:
                 next=pick.choice([None, "next"]),
             )
         if pick.random() < 0.3:
-            fields["take_turn"] = Held("w", seconds(pick.randint(1, 60)))
+            fields["take_turn"] = LeaseFor("w", seconds(pick.randint(1, 60)))
         key = f"outside:{self.number}"
         if pick.random() < 0.2:
             key = f"create:{run_id}:{pick.randint(0, 1)}"
@@ -182,7 +182,7 @@ class Pair:
             fields["claim"] = claim
             if pick.random() < 0.6:
                 fields["settle"] = Settle(
-                    again_at=pick.choice([None, self.now + seconds(pick.randint(-5, 30))]),
+                    reschedule_at=pick.choice([None, self.now + seconds(pick.randint(-5, 30))]),
                     payload=pick.choice([None, {"try": 2}]),
                     keep=pick.random() < 0.4,
                 )
@@ -293,7 +293,10 @@ class Pair:
 
 def plain(committed: Committed) -> Committed:
     """With sequences of one type."""
-    committed.others, committed.claims = list(committed.others), list(committed.claims)
+    committed.unseen_events, committed.claims = (
+        list(committed.unseen_events),
+        list(committed.claims),
+    )
     committed.seqs = list(committed.seqs)
     return committed
 

@@ -454,7 +454,7 @@ def test_an_object_belongs_to_one_loop_and_ends_with_close(
         await store.now()
 
         def elsewhere() -> None:
-            with pytest.raises(StorageError, match="twin"):
+            with pytest.raises(StorageError, match="clone"):
                 asyncio.run(store.open())
 
         await asyncio.to_thread(elsewhere)

@@ -203,7 +203,7 @@ def test_a_server_that_takes_no_writes_now_says_so_and_is_used_again_when_it_doe
                 await _commit_on(store)  # until the session has read the file
             assert await store.get_run("run") is not None
             # Opening what is there writes nothing.
-            async with store.twin() as other:
+            async with store.clone() as other:
                 assert await other.get_run("run") is not None
                 with pytest.raises(StorageUnavailable, match="standby"):
                     await other.claim(ClaimRequest(owner="me", lease=timedelta(seconds=9)))
@@ -245,7 +245,7 @@ def test_a_statement_that_the_server_cancels_is_an_unknown_outcome(postgres: Giv
     url = postgres.database()
 
     async def main() -> None:
-        async with PostgresStorageBackend(url) as store, store.twin() as other:
+        async with PostgresStorageBackend(url) as store, store.clone() as other:
             await store.commit(start("run"))
             connections = other._connections
             held = await connections.borrow()
@@ -372,7 +372,7 @@ def test_after_a_fork_parent_and_child_go_on_with_connections_of_their_own(
         loop.close()
 
 
-def test_another_loop_is_refused_and_a_twin_serves_it(postgres: Given) -> None:
+def test_another_loop_is_refused_and_a_clone_serves_it(postgres: Given) -> None:
     url = postgres.database()
     refused: list[BaseException] = []
 
@@ -387,12 +387,12 @@ def test_another_loop_is_refused_and_a_twin_serves_it(postgres: Given) -> None:
             thread = threading.Thread(target=lambda: asyncio.run(use(store)))
             thread.start()
             await asyncio.to_thread(thread.join)
-            twin = store.twin()
+            clone = store.clone()
 
             def elsewhere() -> None:
                 async def own() -> None:
-                    async with twin:
-                        await twin.commit(start("run"))
+                    async with clone:
+                        await clone.commit(start("run"))
 
                 asyncio.run(own())
 
@@ -400,7 +400,7 @@ def test_another_loop_is_refused_and_a_twin_serves_it(postgres: Given) -> None:
             assert await store.get_run("run") is not None
 
     asyncio.run(main())
-    assert "twin()" in str(refused[0])
+    assert "clone()" in str(refused[0])
     assert isinstance(pickle.loads(pickle.dumps(refused[0])), StorageError)
 
 

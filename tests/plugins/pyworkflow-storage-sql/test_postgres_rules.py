@@ -21,9 +21,9 @@ from pyworkflow.spi import (
     ControlKind,
     ErrorInfo,
     Event,
-    Held,
     ItemKind,
     Json,
+    LeaseFor,
     NewRun,
     Put,
     RunStatus,
@@ -157,7 +157,9 @@ class _Pair:
                 fields["drop"] = ["step:1", "step:2"]
             if r.random() < 0.5:
                 fields["settle"] = Settle(
-                    again_at=r.choice([None, datetime.fromisoformat("2020-01-01T00:00:00+02:00")]),
+                    reschedule_at=r.choice(
+                        [None, datetime.fromisoformat("2020-01-01T00:00:00+02:00")]
+                    ),
                     payload=r.choice([None, {"p": r.choice(_ODD)}]),
                     keep=r.random() < 0.4,
                 )
@@ -181,15 +183,15 @@ class _Pair:
                 item_id=name,
                 kind=ItemKind.TURN if name == "turn" else ItemKind(name.partition(":")[0]),
                 due_at=r.choice([None, None, datetime.fromisoformat("2090-01-01T00:00:00+00:00")]),
-                rung=r.random() < 0.3,
+                notified=r.random() < 0.3,
                 payload={"q": r.choice(_ODD)},
-                claimed=Held("me\x00", _LEASE) if r.random() < 0.3 and not closes else None,
+                claimed=LeaseFor("me\x00", _LEASE) if r.random() < 0.3 and not closes else None,
             )
             for name in ("turn", "step:1", "step:2", "deliver:" + "z" * 800)
             if r.random() < 0.12
         ]
         if r.random() < 0.3:
-            fields["take_turn"] = Held("me", _LEASE)
+            fields["take_turn"] = LeaseFor("me", _LEASE)
         change = Change(run_id=run_id, key=key, claim=claim, **fields)
         self.sent.append(change)
         return change
@@ -212,7 +214,10 @@ class _Pair:
 
 def _plain(answer: Committed) -> Committed:
     return replace(
-        answer, seqs=list(answer.seqs), others=list(answer.others), claims=list(answer.claims)
+        answer,
+        seqs=list(answer.seqs),
+        unseen_events=list(answer.unseen_events),
+        claims=list(answer.claims),
     )
 
 

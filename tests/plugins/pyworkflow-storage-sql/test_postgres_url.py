@@ -52,7 +52,7 @@ def test_both_schemes_are_served(scheme: str) -> None:
 def test_making_one_does_no_io_and_shows_no_password() -> None:
     store = made(f"{BASE}?sslmode=require&timeout=2.5&connections=3&schema=own")
     assert store.info().location == "postgresql://127.0.0.1:1/base?schema=own"
-    shown = [repr(store), str(store), repr(store.info()), repr(store.twin()), repr(vars(store))]
+    shown = [repr(store), str(store), repr(store.info()), repr(store.clone()), repr(vars(store))]
     assert not [text for text in shown if SECRET in text]
 
 

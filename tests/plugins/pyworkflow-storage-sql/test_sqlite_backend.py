@@ -22,8 +22,8 @@ from pyworkflow.spi import (
     ClaimRequest,
     ConfigurationError,
     Event,
-    Held,
     ItemKind,
+    LeaseFor,
     NewRun,
     Put,
     RunClosed,
@@ -259,9 +259,9 @@ def test_a_cancelled_caller_leaves_no_lock_and_no_claim(tmp_path: Path) -> None:
                     await storage.release(claim.ref)
         while await storage.holders():  # noqa: ASYNC110 - the last ones are on their way back
             await asyncio.sleep(0.001)
-        twin = storage.twin()
-        async with twin:
-            claimed = await twin.claim(ClaimRequest(owner="me", lease=LEASE, limit=50))
+        clone = storage.clone()
+        async with clone:
+            claimed = await clone.claim(ClaimRequest(owner="me", lease=LEASE, limit=50))
             assert len(claimed.claims) == 3
             assert {claim.item.claims for claim in claimed.claims} == {1}
 
@@ -305,7 +305,7 @@ def test_the_clock_stands_still_when_the_machines_is_set_back(
 # --- watching ---------------------------------------------------------------------------------
 
 
-def test_a_twin_in_another_thread_is_woken(tmp_path: Path) -> None:
+def test_a_clone_in_another_thread_is_woken(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     fill(path)
     waiting = threading.Event()
@@ -359,8 +359,8 @@ def test_after_a_fork_parent_and_child_go_on(tmp_path: Path) -> None:
     async def child(storage: SQLiteStorageBackend) -> None:
         await storage.commit(note("r0", "child"))
         assert await storage.get_run("r0") is not None
-        async with storage.twin() as twin:
-            await twin.commit(note("r0", "twin"))
+        async with storage.clone() as clone:
+            await clone.commit(note("r0", "clone"))
         await storage.close()
 
     async def parent() -> None:
@@ -380,7 +380,7 @@ def test_after_a_fork_parent_and_child_go_on(tmp_path: Path) -> None:
         _, status = await asyncio.to_thread(os.waitpid, pid, 0)
         assert status == 0
         keys = {event.key for event in await storage.get_events("r0")}
-        assert keys == {"started", "parent", "child", "twin"}
+        assert keys == {"started", "parent", "child", "clone"}
         await storage.close()
 
     asyncio.run(parent())
@@ -437,7 +437,7 @@ def test_a_process_killed_inside_a_transaction_leaves_nothing_of_it(tmp_path: Pa
 def test_use_after_close_and_in_another_loop_is_refused(tmp_path: Path) -> None:
     storage = SQLiteStorageBackend(tmp_path / "a.db")
     asyncio.run(_nothing(storage))
-    with pytest.raises(StorageError, match=r"twin\(\)"):
+    with pytest.raises(StorageError, match=r"clone\(\)"):
         asyncio.run(_nothing(storage))
     asyncio.run(storage.close())
     with pytest.raises(StorageError, match="closed"):
@@ -446,11 +446,11 @@ def test_use_after_close_and_in_another_loop_is_refused(tmp_path: Path) -> None:
 
 def test_born_claimed_items_are_held_across_objects(tmp_path: Path) -> None:
     async def body(storage: SQLiteStorageBackend) -> None:
-        committed = await storage.commit(create("r0", take_turn=Held("me", LEASE)))
+        committed = await storage.commit(create("r0", take_turn=LeaseFor("me", LEASE)))
         assert [item.item_id for item in committed.claims] == ["turn"]
-        async with storage.twin() as twin:
-            claimed = await twin.claim(ClaimRequest(owner="you", lease=LEASE))
+        async with storage.clone() as clone:
+            claimed = await clone.claim(ClaimRequest(owner="you", lease=LEASE))
             assert claimed.claims == []
-            assert await twin.holders() == ["me"]
+            assert await clone.holders() == ["me"]
 
     use(tmp_path / "a.db", body)

@@ -18,8 +18,8 @@ from pyworkflow.spi import (
     ClaimRequest,
     ErrorInfo,
     Event,
-    Held,
     ItemKind,
+    LeaseFor,
     NewRun,
     Put,
     RunStatus,
@@ -32,7 +32,7 @@ _TABLES = Path(__file__).parents[3] / "docs" / "reference" / "tables-sqlite.md"
 _RACER = """
 import asyncio, sys
 from datetime import timedelta
-from pyworkflow.spi import Change, ClaimRequest, Event, Held, NewRun
+from pyworkflow.spi import Change, ClaimRequest, Event, LeaseFor, NewRun
 from pyworkflow_storage_sql import SQLiteStorageBackend
 
 async def main(path, name):
@@ -142,7 +142,7 @@ async def _fill(path: Path) -> None:
                     key="start",
                     create=NewRun(workflow="order", version="1", args="[]", tags=("eu",)),
                     events=[Event("workflow.started", "I", {"args": "[]"})],
-                    take_turn=Held("me", timedelta(hours=1)),
+                    take_turn=LeaseFor("me", timedelta(hours=1)),
                     put=[Put(item_id="step:1", kind=ItemKind.STEP, queue="slow")],
                 )
             )

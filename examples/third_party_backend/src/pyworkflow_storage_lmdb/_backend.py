@@ -76,7 +76,7 @@ class LmdbStorageBackend(StorageBackend):
     def __repr__(self) -> str:
         return f"LmdbStorageBackend({str(self.path)!r}, namespace={self.namespace!r})"
 
-    def twin(self) -> LmdbStorageBackend:
+    def clone(self) -> LmdbStorageBackend:
         """Another object on the same store, for another event loop."""
         return LmdbStorageBackend(self.path, namespace=self.namespace, max_size=self.max_size)
 
@@ -133,7 +133,7 @@ class LmdbStorageBackend(StorageBackend):
         if loop is not self._loop:
             raise StorageError(
                 f"the storage object belongs to another event loop: path={self.path}; "
-                "use twin() to make one for this loop"
+                "use clone() to make one for this loop"
             )
         return await loop.run_in_executor(self._thread, self._transact, work, write)
 

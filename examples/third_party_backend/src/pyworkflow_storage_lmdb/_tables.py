@@ -265,8 +265,8 @@ class StoredRun:
         self.last_input: int = self.row["last_input"]
         self.keys: Named[int] = Named(tables, b"k" + prefix, tuple)
         self.items = Named(tables, b"w" + prefix, self._item)
-        self.outside = Named(tables, b"a" + prefix, _outside)
-        self.recent = Named(tables, b"t" + prefix, _recent)
+        self.external_answers = Named(tables, b"a" + prefix, _external_answer)
+        self.answers_by_token = Named(tables, b"t" + prefix, _answer_of_token)
         state = RunState(self.run_id)
         state.apply(part_from_json(self.run_id, {"set": self.row["set"]}))
         self.state = state
@@ -293,21 +293,21 @@ class StoredRun:
 
     def export(self) -> RunDelta:
         """The run without its events."""
-        recent = [self.recent[token] for token in self.row["tokens"]]
+        answers_by_token = [self.answers_by_token[token] for token in self.row["tokens"]]
         return RunDelta(
             self.run_id,
             self.state.row(),
             items=[item for _, item in sorted(self.items.items())],
-            records=[*self.outside.values(), *recent],
+            records=[*self.external_answers.values(), *answers_by_token],
         )
 
 
-def _outside(raw: Any) -> tuple[str, Record]:
+def _external_answer(raw: Any) -> tuple[str, Record]:
     record = record_from_json(raw)
     return record.key, record
 
 
-def _recent(raw: Any) -> tuple[str, Record]:
+def _answer_of_token(raw: Any) -> tuple[str, Record]:
     record = record_from_json(raw)
     return record.token or "", record
 

@@ -52,8 +52,8 @@ class _Broker:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
-        self._cluster.ring(bells)
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
+        self._cluster.notify(bells)
 
 
 @dataclass(slots=True)
@@ -242,7 +242,7 @@ class Cluster:
 
     # --- doorbells --------------------------------------------------------------------------------
 
-    def ring(self, bells: Sequence[Doorbell]) -> None:
+    def notify(self, bells: Sequence[Doorbell]) -> None:
         """Send doorbells to whatever worker takes them."""
         for bell in bells:
             self._rung += 1
@@ -349,7 +349,7 @@ class Cluster:
         self.server = Server(self, store)
 
     def _begin(self) -> None:
-        self.checks = Checks(self.server.inner.twin(), self.saw)
+        self.checks = Checks(self.server.inner.clone(), self.saw)
         if self.plan.profile == "calm" and self.settings.concurrency == 100:
             self.checks.longest_wait = _PROMPT
         self.checks.on_commit = self._committed
@@ -436,7 +436,7 @@ class Cluster:
             self.saw("step handed off")
         if change.take_turn is not None and answer.claims:
             self.saw("turn taken with a result")
-        if answer.others:
+        if answer.unseen_events:
             self.saw("inputs of others delivered")
         if self.evicted and (who, run_id) in self.evicted:
             self.evicted.discard((who, run_id))

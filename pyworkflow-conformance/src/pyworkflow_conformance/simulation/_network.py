@@ -74,11 +74,11 @@ class Server:
         """Commits and claims among them."""
         self.down = False
         """Whether no call gets through."""
-        other = type(inner.twin())
+        other = type(inner.clone())
         if other is not type(inner):
             raise ConfigurationError(
-                f"the backend cannot be simulated: twin() of {type(inner).__name__} makes a "
-                f"{other.__name__}, and every process has a twin; let it make one of its own kind"
+                f"the backend cannot be simulated: clone() of {type(inner).__name__} makes a "
+                f"{other.__name__}, and every process has a clone; let it make one of its own kind"
             )
         self._direct = type(inner) is MemoryStorageBackend
         if isinstance(inner, MemoryStorageBackend):
@@ -271,7 +271,11 @@ def _change(change: Change) -> str:
         parts.append(f"seen={change.seen}")
     parts += [f"{event.type}({event.op or ''})" for event in change.events]
     if change.settle is not None:
-        again = "" if change.settle.again_at is None else f" until {change.settle.again_at:%T.%f}"
+        again = (
+            ""
+            if change.settle.reschedule_at is None
+            else f" until {change.settle.reschedule_at:%T.%f}"
+        )
         parts.append(f"settle{again}")
     parts += [f"put {put.item_id}" for put in change.put]
     parts += [f"drop {item_id}" for item_id in change.drop]
@@ -292,7 +296,7 @@ def _answered(result: Any) -> str:
     if isinstance(result, Committed):
         again = " again" if result.duplicate else ""
         taken = "".join(f" holds {_holding(item)}" for item in result.claims)
-        return f"last_seq={result.last_seq}{again} others={len(result.others)}{taken}"
+        return f"last_seq={result.last_seq}{again} others={len(result.unseen_events)}{taken}"
     if isinstance(result, Run):
         return str(result.status)
     if isinstance(result, list):
@@ -316,12 +320,12 @@ class SimulatedStorage(StorageBackend):
     def __init__(self, server: Server, loop: ProcessLoop) -> None:
         self._server = server
         self._loop = loop
-        self._inner = server.inner.twin()
+        self._inner = server.inner.clone()
         self._closed = False
 
     async def _call(self, method: str, *args: Any, **named: Any) -> Any:
         if self._closed:
-            raise StorageError("the storage is closed; make another one, or a twin before")
+            raise StorageError("the storage is closed; make another one, or a clone before")
         return await self._server.send(self._loop, self._inner, method, args, named)
 
     async def open(self) -> None:
@@ -338,7 +342,7 @@ class SimulatedStorage(StorageBackend):
     async def migrate(self) -> None:
         """The server has done it."""
 
-    def twin(self) -> SimulatedStorage:
+    def clone(self) -> SimulatedStorage:
         """Another object of the same process."""
         return SimulatedStorage(self._server, self._loop)
 

@@ -107,7 +107,7 @@ class WorkerProcess:
                 self.storage,
                 cluster.settings,
                 spread=setup.spread,
-                ring=cluster.ring if cluster.rings else None,
+                notify=cluster.notify if cluster.rings else None,
             )
             worker.leases = _Leases(
                 self.storage, cluster.settings.lease, cluster.settings.renew_every, worker._lost
@@ -270,7 +270,7 @@ class Client:
         await self._interfere(job, run_id)
         while True:
             try:
-                job.results.append(await self._operations.result(run_id, 5.0))
+                job.results.append(await self._operations.result(run_id, 5.0, "wait"))
                 return
             except TimeoutError:
                 continue

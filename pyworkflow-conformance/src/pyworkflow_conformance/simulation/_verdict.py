@@ -29,7 +29,7 @@ def judge(ended: Ended, version: str, expected: Sequence[object] | None) -> list
 
 
 async def _judge(ended: Ended, version: str, expected: Sequence[object] | None) -> list[object]:
-    store = ended.store.twin()
+    store = ended.store.clone()
     results: list[object] = []
     owners: set[str] = set()
     for number, job in enumerate(ended.jobs):

@@ -48,9 +48,9 @@ _HOOKS = ("pyworkflow_route", "pyworkflow_inject_headers")
 class Bells:
     """The doorbells of one worker."""
 
-    def __init__(self, worker: Worker, ring: Callable[[Sequence[Doorbell]], None] | None) -> None:
+    def __init__(self, worker: Worker, notify: Callable[[Sequence[Doorbell]], None] | None) -> None:
         self._worker = worker
-        self._ring = ring
+        self._notify_broker = notify
         self._followed: set[str] = set()
         """Runs whose turns here a ``handle`` sees through."""
         self._free_since = 0.0
@@ -65,7 +65,7 @@ class Bells:
     @property
     def rings(self) -> bool:
         """Whether others are told of new items."""
-        return self._ring is not None
+        return self._notify_broker is not None
 
     def ended(self, run_id: str) -> None:
         """A run ended here: bells for its turns may still be on their way."""
@@ -169,8 +169,8 @@ class Bells:
         """Ring for due items that nobody was told of lately; how many."""
         began = monotonic()
         items = await self._worker.storage.announce(limit, self._worker.settings.mute)
-        if items and self._ring is not None:
-            self._ring(await asyncio.gather(*(self._bell(item) for item in items)))
+        if items and self._notify_broker is not None:
+            self._notify_broker(await asyncio.gather(*(self._bell(item) for item in items)))
         _plugins.observe(
             "pyworkflow_sweep_ended", announced=len(items), seconds=monotonic() - began
         )
@@ -188,7 +188,7 @@ class Bells:
 
     def tell_of(self, run_id: str, run: Run | NewRun, puts: Sequence[Put]) -> None:
         """Ring for what these puts made due."""
-        if self._ring is None:
+        if self._notify_broker is None:
             return
         bells = [
             bell_of_put(run_id, put, workflow=run.workflow, queue=run.queue, priority=run.priority)
@@ -198,7 +198,7 @@ class Bells:
         if bells:
             if failpoints.active:
                 failpoints.hit("ring.before")
-            self._ring(bells)
+            self._notify_broker(bells)
 
 
 def bell_of_put(run_id: str, put: Put, *, workflow: str, queue: str, priority: int) -> Doorbell:

@@ -89,7 +89,7 @@ async def _start(worker: Worker, run_id: str, key: str, payload: dict[str, Any])
         root=run.get("root"),
     )
     started = Event("workflow.started", EventClass.INPUT, payload["started"], None, "started")
-    put = Put(item_id=TURN, kind=ItemKind.TURN, rung=worker.rings)
+    put = Put(item_id=TURN, kind=ItemKind.TURN, notified=worker.rings)
     change = Change(run_id=run_id, key=key, create=new, events=[started], put=[put])
     try:
         await worker.pipeline.commit(change)

@@ -28,7 +28,7 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import WorkItem
-from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, Held, Settle
+from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, LeaseFor, Settle
 from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class DispatchedSteps:
     def room(self) -> int:
         """How many more may begin."""
         settings = self._worker.settings
-        return settings.concurrency + settings.threads - len(self._running)
+        waiting = self._worker.runner.waiting  # their slots are free
+        return settings.concurrency + settings.threads + waiting - len(self._running)
 
     def begin(self, claim: Claim) -> None:
         """Work on a step item that was claimed."""
@@ -240,6 +241,7 @@ class DispatchedSteps:
         return monotonic() - sent < self._worker.settings.lease.total_seconds() / 2
 
     async def _run(self, what: StepTry, item: WorkItem, *, started: bool) -> None:
+        self._worker.guard.begin()
         body = asyncio.get_running_loop().create_task(
             self._worker.runner.run(what), context=contextvars.Context()
         )
@@ -286,7 +288,7 @@ class DispatchedSteps:
                 return
             payload = dict(item.payload) | {"attempt": what.attempt + 1}
             await self._commit(
-                item, events, settle=Settle(again_at=from_micros(retry_us), payload=payload)
+                item, events, settle=Settle(reschedule_at=from_micros(retry_us), payload=payload)
             )
         except (PayloadTooLarge, SerializationError) as exc:
             await self._give_up(what, StepEnd(error=exc), item)
@@ -330,7 +332,7 @@ class DispatchedSteps:
         events: list[Event],
         *,
         settle: Settle | None = None,
-        take_turn: Held | None = None,
+        take_turn: LeaseFor | None = None,
     ) -> Committed:
         ref = ref_of(item)
         if settle is not None and not settle.keep:

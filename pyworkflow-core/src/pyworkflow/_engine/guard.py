@@ -1,29 +1,34 @@
 """What keeps workflow code from holding its worker: an audit hook, and a watchdog thread.
 
 The hook refuses input, output, threads and ``time.sleep`` in workflow code at the very line; the
-watchdog interrupts code that computes for too long.
+watchdog interrupts code that computes for too long. Finalizers that run in the middle of workflow
+code, since the garbage collector or the end of a reference chose that moment, are not the
+workflow's doing: they may do what they do.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import sys
 import threading
 import time
 import zoneinfo
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from time import monotonic
 from types import FrameType
 from typing import Any
 
+from pyworkflow._engine.blocking import LoopWatch
 from pyworkflow._replay.context import current_run
-from pyworkflow._replay.loop import WorkflowBlocked
+from pyworkflow._replay.loop import DeterministicLoop, WorkflowBlocked
 from pyworkflow._replay.replay import Replay
 from pyworkflow.events import Event
 
-__all__ = ["Guard", "shared_guard"]
+__all__ = ["Guard", "in_finalizer", "shared_guard"]
 
 #: Audit events that workflow code may not cause. Imports open files too: they are let through.
 _REFUSED = {
@@ -73,16 +78,39 @@ _MACHINERY = frozenset(
 _LIMIT = 2.0
 _POLL = 0.25
 
-# Thread id → the replay whose code that thread is running, and since when.
-_spinning: dict[int, tuple[Replay, float]] = {}
+# Thread id → the replay whose code that thread is running, since when, and for how long it may.
+_spinning: dict[int, tuple[Replay, float, float]] = {}
 _lock = threading.Lock()
+# The thread in which the garbage collector is at work. There is one collection at a time.
+_collecting = 0
+
+
+def _on_collection(phase: str, _info: dict[str, int]) -> None:
+    global _collecting
+    _collecting = threading.get_ident() if phase == "start" else 0
+
+
+def in_finalizer() -> bool:
+    """Whether the running code is a finalizer: called by the collector, or a ``__del__``."""
+    if _collecting and _collecting == threading.get_ident():
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_replay(frame):
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") == "weakref":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_replay(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")) == "pyworkflow._replay.replay"
 
 
 def _audit(event: str, args: tuple[object, ...]) -> None:
     if event not in _REFUSED:
         return
     run = current_run()
-    if run is None or run.evicting or _of_the_machinery(sys._getframe(1)):
+    if run is None or run.evicting or _of_the_machinery(sys._getframe(1)) or in_finalizer():
         return
     if event == "open" and str(args[0]).startswith(zoneinfo.TZPATH):
         return  # the C part of zoneinfo reads them in the name of whoever asks
@@ -141,18 +169,25 @@ class Guard:
     def __init__(self, limit: float = _LIMIT) -> None:
         self._limit = limit
         self._watching = False
+        self._loops: list[LoopWatch] = []
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._forked)
+        gc.callbacks.append(_on_collection)
+        DeterministicLoop.in_finalizer = staticmethod(in_finalizer)
         sys.addaudithook(_audit)
         _audit_sleep()
         _audit_threads()
 
-    def feed(self, replay: Replay, events: Sequence[Event]) -> None:
-        """``replay.feed(events)``, interrupted when its code holds the thread for too long."""
+    def feed(self, replay: Replay, events: Sequence[Event], limit: timedelta | None = None) -> None:
+        """``replay.feed(events)``, interrupted when its code takes longer than ``limit``."""
         thread = threading.get_ident()
         if not self._watching:
             self.begin()
-        _spinning[thread] = (replay, monotonic())
+        _spinning[thread] = (
+            replay,
+            monotonic(),
+            self._limit if limit is None else limit.total_seconds(),
+        )
         try:
             replay.feed(events)
         except WorkflowBlocked:
@@ -163,6 +198,16 @@ class Guard:
                 if replay.is_interrupted:
                     # It may not have been raised yet, and must not hit the worker's own code.
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def watch(self, loop: LoopWatch) -> Callable[[], None]:
+        """Name the steps that block this loop, until what this returns is called."""
+        self._loops.append(loop)
+
+        def unwatch() -> None:
+            if loop in self._loops:
+                self._loops.remove(loop)
+
+        return unwatch
 
     def begin(self) -> None:
         """See to it that the watchdog's thread runs."""
@@ -178,6 +223,7 @@ class Guard:
 
     def _forked(self) -> None:
         self._watching = False  # threads stay behind
+        self._loops.clear()
 
     def _run(self) -> None:
         idle = 0
@@ -186,18 +232,20 @@ class Guard:
             tick.wait(_POLL)
             idle += 1
             with _lock:
-                if idle > 240 and not _spinning:
+                if idle > 240 and not _spinning and not any(w.is_busy() for w in self._loops):
                     self._watching = False  # a minute without work; the next feed begins another
                     return
                 now = monotonic()
-                for thread, (replay, since) in list(_spinning.items()):
+                for thread, (replay, since, limit) in list(_spinning.items()):
                     idle = 0
-                    if now - since > self._limit and replay.interrupt():
+                    if now - since > limit and replay.interrupt():
                         # Once more after as long: a destructor may have swallowed it.
-                        _spinning[thread] = replay, now
+                        _spinning[thread] = replay, now, limit
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(thread), ctypes.py_object(WorkflowBlocked)
                         )
+            for loop in tuple(self._loops):
+                loop.look(monotonic())
 
 
 _guard: Guard | None = None

@@ -1,6 +1,6 @@
 """Keeping what was claimed: renewal in a thread of its own, so that no step can starve it.
 
-The thread has its own event loop and its own object on the store (``twin``). It stops renewing
+The thread has its own event loop and its own object on the store (``clone``). It stops renewing
 when the worker's loop has not answered for a lease: then another worker is better off.
 """
 
@@ -173,7 +173,7 @@ class LeaseKeeper:
                     last = monotonic()
                     try:
                         if storage is None:
-                            storage = self._storage.twin()
+                            storage = self._storage.clone()
                         await self._renew_once(storage)
                     except Exception as exc:  # noqa: BLE001 - a backend's bug must not end renewal
                         _log.warning("leases could not be renewed: %r", exc)

@@ -66,6 +66,8 @@ failpoints.register(
 
 #: Seconds after which a step that still runs in place is handed off to an item of its own.
 FLUSH = 0.1
+_SPUN, _SPUN_LONGEST = 5, 300
+"""Seconds until code that spins is tried again: doubled each time, up to five minutes."""
 _BYTES = 8 * 1024 * 1024
 """Characters of results after which a change takes no further one."""
 
@@ -316,7 +318,7 @@ class Session(Straight):
         again: Settle | None = None
         if settle:
             timer = self._replay.next_timer()
-            again = Settle(again_at=None if timer is None else from_micros(timer))
+            again = Settle(reschedule_at=None if timer is None else from_micros(timer))
             if not handing and not self._puts:
                 self._events.extend(suspension(self._replay.waiting_for(), timer))
         answer, events = await self._commit(settle=again, take_turn=held if settle else None)
@@ -401,6 +403,8 @@ class Session(Straight):
         reason = f"{type(problem).__name__}: {problem}"
         # Slowly longer: in a fleet of two versions the worker that fits may be the next to look.
         pause = min(2 ** ((self._claims - 1) // 4), 10)
+        if self._replay.spins:
+            pause = min(_SPUN * 2 ** min(self._claims - 1, 10), _SPUN_LONGEST)
         again = self._worker.clock.micros() + pause * 1_000_000
         await self.stall(reason, from_micros(again), encode_error(problem))
 
@@ -429,8 +433,8 @@ class Session(Straight):
         """Record before anything runs that the run is tried again."""
         await self._commit()
 
-    async def stall(self, reason: str, again_at: Any, error: Any = None) -> None:
-        """Mark the run stalled, its turn due again at ``again_at``."""
+    async def stall(self, reason: str, reschedule_at: Any, error: Any = None) -> None:
+        """Mark the run stalled, its turn due again at ``reschedule_at``."""
         events: list[Event] = []
         if self._run.stalled != reason:
             data: dict[str, Any] = {"reason": reason, "error": error}
@@ -444,7 +448,7 @@ class Session(Straight):
                 claim=self._ref,
                 control=Control(ControlKind.STALL, reason),
                 events=events,
-                settle=Settle(again_at=again_at),
+                settle=Settle(reschedule_at=reschedule_at),
             )
         )
         self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
@@ -472,7 +476,7 @@ class Session(Straight):
             settle: Settle | None = None
             if not self._handing and not self._ended:
                 timer = self._replay.next_timer()
-                settle = Settle(again_at=None if timer is None else from_micros(timer))
+                settle = Settle(reschedule_at=None if timer is None else from_micros(timer))
             answer, _ = await self._commit(settle=settle)
             self._take_over(handing, answer)
             if settle is not None:

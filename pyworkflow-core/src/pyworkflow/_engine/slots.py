@@ -15,8 +15,13 @@ class Slots:
     """
 
     def __init__(self, number: int) -> None:
-        self._free = number
+        self._free = self._number = number
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are taken."""
+        return self._number - self._free
 
     def take(self) -> bool:
         """Take a free slot; False when all are taken."""
@@ -25,12 +30,15 @@ class Slots:
         self._free -= 1
         return True
 
-    async def acquire(self) -> None:
-        """Wait for a slot."""
+    async def acquire(self, *, first: bool = False) -> None:
+        """Wait for a slot; ``first`` before all that wait for one now."""
         if self.take():
             return
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(slot)
+        if first:
+            self._waiting.appendleft(slot)
+        else:
+            self._waiting.append(slot)
         try:
             await slot
         except asyncio.CancelledError:
@@ -38,8 +46,15 @@ class Slots:
                 self.release()  # it was given just before
             raise
 
+    def force(self) -> None:
+        """Take a slot although none is free: the next ones that are released make up for it."""
+        self._free -= 1
+
     def release(self) -> None:
         """Give a slot back."""
+        if self._free < 0:
+            self._free += 1
+            return
         waiting = self._waiting
         while waiting:
             slot = waiting.popleft()

@@ -8,16 +8,18 @@ import functools
 import inspect
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._context import StepContext, mark_cancelled, running_step, step_context
 from pyworkflow._definitions import Step
+from pyworkflow._engine.places import Place, running_try
 from pyworkflow._engine.resources import WorkerResources
 from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import Ended, StepThreads
@@ -35,6 +37,9 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Json
 from pyworkflow.storekit import failpoints
+
+if TYPE_CHECKING:
+    from pyworkflow._engine.worker import Worker
 
 __all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict", "took_too_long"]
 
@@ -64,6 +69,11 @@ class StepTry:
     """When the body began, by this machine's clock; for people."""
     context: StepContext | None = None
     """What the body sees of itself, once it is about to begin."""
+    runner: StepRunner | None = None
+    """Where the body runs, or ran."""
+    place: Place | None = None
+    """The same for clients in the body, once one asked."""
+    is_over: bool = False
 
     def payload(self, attempt: int | None = None) -> dict[str, Json]:
         """The payload of the work item that owes this step."""
@@ -121,6 +131,18 @@ class StepRunner:
         self._max_payload = max_payload
         self._busy = Slots(threads)
         self._may_end_process = may_end_process
+        self.worker: Worker | None = None
+        """Whose steps these are: what clients inside them talk to."""
+        self.waiting = 0
+        """Steps that wait for a run, with their slot released."""
+        self.awaited: Counter[str] = Counter()
+        """The runs that steps wait for."""
+
+    def place_of(self, what: StepTry) -> Place:
+        """Where the attempt runs."""
+        assert self.worker is not None
+        slots, threads = (self._slots, None) if what.step.is_async else (self._busy, self._threads)
+        return Place(self.worker, slots, threads, is_over=what.is_over)
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
@@ -129,6 +151,8 @@ class StepRunner:
         )
         running_step.set(context)
         running_opener.set(self.resources)
+        what.runner = self
+        running_try.set(what)
         slots = self._slots if what.step.is_async else self._busy
         threads: list[asyncio.Future[Ended]] = []
         if not slots.take():
@@ -177,13 +201,16 @@ class StepRunner:
                 failpoints.hit("step.after_body")
             # The task may go on with the turn that this end brings, which is not the step.
             running_step.set(None)
+            running_try.set(None)
             return end
         finally:
             if threads and not threads[0].done():
                 # A thread cannot be stopped: its slot is free when it has ended.
-                threads[0].add_done_callback(lambda _: slots.release())
+                threads[0].add_done_callback(lambda _: _over(what, slots))
+                if what.place is not None:
+                    what.place.end_waits()
             else:
-                slots.release()
+                _over(what, slots)
 
     async def _call(
         self, what: StepTry, args: Any, kwargs: Any, threads: list[asyncio.Future[Ended]]
@@ -200,6 +227,10 @@ class StepRunner:
             if limit.expired():
                 raise _TimedOut(took_too_long(what)) from None
             raise
+
+    def runs_async(self) -> bool:
+        """Whether an async step is in progress."""
+        return self._slots.in_use > 0
 
     def begin_threads(self) -> None:
         """Start the threads of sync steps now: at the end of a process none can start."""
@@ -261,6 +292,8 @@ class StepRunner:
             raise _TimedOut(
                 message + "; its thread is still running, for threads cannot be stopped"
             )
+        if what.place is not None:
+            what.place.end_waits()
         # A thread cannot be stopped: the next try starts when this one has ended, never beside it.
         await asyncio.wait({body})
         raise _TimedOut(message)
@@ -309,6 +342,15 @@ class StepRunner:
     def close(self) -> None:
         """Let go of the threads; those that still run a step end by themselves."""
         self._threads.close()
+
+
+def _over(what: StepTry, slots: Slots) -> None:
+    """The body has ended, and its thread with it."""
+    what.is_over = True
+    if what.place is None:
+        slots.release()
+    else:
+        what.place.end()
 
 
 def _encoded(what: StepTry, value: object) -> str:

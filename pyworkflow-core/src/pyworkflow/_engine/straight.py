@@ -177,11 +177,11 @@ class Straight(Turn):
         """Deliver what is durable, and begin the step that the code asks for then."""
         events = self._events
         self._taken(events, answer)
-        if answer.paused or len(answer.others) > SLICE:
+        if answer.paused or len(answer.unseen_events) > SLICE:
             self.leave((answer, events))
             return
         worker = self._worker
-        worker.guard.feed(self._replay, self._to_feed(answer, events))
+        worker.guard.feed(self._replay, self._to_feed(answer, events), worker.settings.watchdog)
         self._fed(answer)
         if self._leaving or worker.is_stopping:
             self.leave()

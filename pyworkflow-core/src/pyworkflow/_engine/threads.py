@@ -11,7 +11,12 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-__all__ = ["Ended", "StepThreads"]
+from pyworkflow.errors import WorkflowContextError
+
+__all__ = ["MOST_WAITING", "Ended", "StepThreads"]
+
+MOST_WAITING = 1000
+"""Threads that may wait for runs at once: each of them has a stack of its own."""
 
 #: What a call returned, and what it raised: never the exception of a future, for asyncio and the
 #: coroutines under it take some of those (StopIteration, GeneratorExit) for their own.
@@ -28,6 +33,7 @@ class StepThreads:
         self._lock = threading.Lock()
         self._begun = 0
         self._idle = 0
+        self._lent = 0
 
     def begin(self, most: int = 32) -> None:
         """Begin up to ``most`` of them now: at the end of a process none can start."""
@@ -51,6 +57,35 @@ class StepThreads:
         self._calls.put((loop, future, call))
         return future
 
+    def lend(self) -> None:
+        """One of the threads waits for a run: another may take its place.
+
+        Raises:
+            WorkflowContextError: no other thread can be started, or too many wait already.
+        """
+        with self._lock:
+            if self._lent >= MOST_WAITING:
+                raise WorkflowContextError(
+                    f"too many threads of this worker wait for runs: waiting={self._lent}; wait in "
+                    "an async step, with `await result_async(...)`"
+                )
+            if self._idle <= 0:
+                try:
+                    self._start()
+                except RuntimeError as exc:
+                    raise WorkflowContextError(
+                        "no thread is left to run what this step waits for, and none can start: "
+                        f"{exc}; wait in an async step, with `await result_async(...)`"
+                    ) from exc
+            self._lent += 1
+            self._number += 1
+
+    def take_back(self) -> None:
+        """The thread resumes; a surplus one ends after its next call."""
+        with self._lock:
+            self._lent -= 1
+            self._number -= 1
+
     def close(self) -> None:
         """Let the threads end once they have nothing to do."""
         for _ in range(self._begun):
@@ -72,12 +107,18 @@ class StepThreads:
             except BaseException as exc:  # noqa: BLE001 - it is the step's result
                 error = exc
             with self._lock:
-                self._idle += 1
+                surplus = self._begun > self._number and self._idle >= 0
+                if surplus:
+                    self._begun -= 1
+                else:
+                    self._idle += 1
             try:
                 loop.call_soon_threadsafe(_resolve, future, value, error)
             except RuntimeError:
                 pass  # the loop is closed: the step was given back long ago
             del item, future, call, value, error
+            if surplus:
+                return
 
 
 def _resolve(future: asyncio.Future[Ended], value: object, error: BaseException | None) -> None:

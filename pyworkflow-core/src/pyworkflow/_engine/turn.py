@@ -33,7 +33,7 @@ from pyworkflow.spi.storage import (
     Committed,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     Put,
     Settle,
     Update,
@@ -108,7 +108,7 @@ class Turn:
             part = events[start : start + SLICE]
             if self._worker.codecs is not None:
                 part = await opened_events(part)  # what takes long, beside the loop
-            self._worker.guard.feed(replay, part)
+            self._worker.guard.feed(replay, part, self._worker.settings.watchdog)
 
     def _dispatch(self, what: StepTry, *, attempt: int = 1, due_us: int | None = None) -> None:
         """Owe a step to whoever claims it."""
@@ -121,7 +121,7 @@ class Turn:
         *,
         attempt: int = 1,
         due_us: int | None = None,
-        claimed: Held | None = None,
+        claimed: LeaseFor | None = None,
     ) -> Put:
         return Put(
             item_id=f"step:{what.op}",
@@ -130,7 +130,7 @@ class Turn:
             queue=what.step.queue or self._queue,
             priority=what.step.priority,
             payload=what.payload(attempt),
-            rung=claimed is None and due_us is None and self._worker.rings,
+            notified=claimed is None and due_us is None and self._worker.rings,
             claimed=claimed,
         )
 
@@ -148,7 +148,7 @@ class Turn:
         self,
         *,
         settle: Settle | None = None,
-        take_turn: Held | None = None,
+        take_turn: LeaseFor | None = None,
         final: RunStatus | None = None,
         update: Update | None = None,
         last: Sequence[Event] = (),
@@ -168,7 +168,7 @@ class Turn:
         events: list[Event],
         *,
         settle: Settle | None = None,
-        take_turn: Held | None = None,
+        take_turn: LeaseFor | None = None,
         final: RunStatus | None = None,
         update: Update | None = None,
         seen: bool = True,
@@ -236,7 +236,11 @@ class Turn:
             for i, e in enumerate(events)
             if e.klass != OBSERVATION and i not in skipped
         ]
-        return sorted([*own, *answer.others], key=attrgetter("seq")) if answer.others else own
+        return (
+            sorted([*own, *answer.unseen_events], key=attrgetter("seq"))
+            if answer.unseen_events
+            else own
+        )
 
     def _fed(self, answer: Committed) -> None:
         self._replay.skip_to(answer.last_seq)

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -22,6 +22,7 @@ from pyworkflow._config import Settings
 from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import Bells
+from pyworkflow._engine.blocking import LoopWatch
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
@@ -47,7 +48,7 @@ from pyworkflow.spi.storage import (
     ClaimRef,
     ClaimRequest,
     Committed,
-    Held,
+    LeaseFor,
     NewRun,
     Put,
     StorageBackend,
@@ -77,20 +78,29 @@ class Worker:
         *,
         queues: Sequence[str] | None = None,
         spread: bool = False,
-        ring: Callable[[Sequence[Doorbell]], None] | None = None,
+        notify: Callable[[Sequence[Doorbell]], None] | None = None,
         end_process: Callable[[], None] | None = None,
         owns_storage: bool = False,
+        serves: Collection[str] | None = None,
     ) -> None:
         self.storage = storage
+        self.loop: asyncio.AbstractEventLoop
+        """The loop that ``open`` was awaited in."""
         self._owns_storage = owns_storage
         self.settings = settings
         self.owner = new_owner()
-        self._held = Held(self.owner, settings.lease)
+        self._held = LeaseFor(self.owner, settings.lease)
         self.spread = spread
         """Parallel branches go to other workers too: the executor is distributed."""
         self.on_run_ended: Callable[[str], object] | None = None
+        self.on_run_started: Callable[[str], object] | None = None
+        """Called with each run that a client in this worker started for it."""
+        self.client: object | None = None
+        """What clients in its steps talk to; made by them."""
+        self.is_closed = False
         self._queues = None if queues is None else frozenset(queues)
-        self._bells = Bells(self, ring)
+        self._serves = self._queues if serves is None else frozenset(serves)
+        self._bells = Bells(self, notify)
         self.clock = StorageClock()
         prepare()
         self.guard = shared_guard()
@@ -110,6 +120,7 @@ class Worker:
             codecs=self.codecs,
             may_end_process=end_process is not None,
         )
+        self.runner.worker = self
         self.end_process = end_process
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
         self.roads = Roads()
@@ -124,20 +135,28 @@ class Worker:
         self._stopping = False
         self._looked_for_gone = 0.0
         self._awaited = Awaited()
+        self._unwatch: Callable[[], None] = lambda: None
 
     # --- life ---------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Open the store and free what processes of this machine left behind."""
+        self.loop = asyncio.get_running_loop()
         self.runner.resources.begin()
         await self.storage.open()
         self.clock.begin(await self.storage.now())
+        self._unwatch = self.guard.watch(LoopWatch(self.runner.runs_async))
         await self.free_gone()
 
     def serve(self) -> None:
         """Claim whatever is due, from now on, in a task of this loop."""
         if self._server is None:
             self._server = self.spawn(self._serve())
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the worker looks for due work itself."""
+        return self._server is not None
 
     async def drain(self, grace: str | float | timedelta = 10) -> None:
         """Claim no more; let what runs end within ``grace``, then give it back.
@@ -180,7 +199,8 @@ class Worker:
 
     async def close(self) -> None:
         """Stop at once and let go of coroutines and threads. A store that was given stays open."""
-        self._stopping = True
+        self._stopping = self.is_closed = True
+        self._unwatch()
         self.leases.close()
         tasks = [t for t in self._tasks if not t.done()]
         for task in tasks:
@@ -199,8 +219,7 @@ class Worker:
         """A task of this worker, kept until it ends."""
         # Not the context of the caller or of the step that happens to cause it.
         task = asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.keep_task(task)
         return task
 
     def keep_task(self, task: asyncio.Task[Any]) -> None:
@@ -218,15 +237,15 @@ class Worker:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a turn or step of this worker is in progress."""
-        return bool(self._busy())
+        """Whether a turn or step of this worker is in progress, and does more than to wait."""
+        return len(self._busy()) > self.runner.waiting
 
     async def settle_down(self) -> None:
         """Wait until nothing is in progress here."""
         while busy := self._busy():
             await asyncio.wait(busy)
 
-    def held(self) -> Held:
+    def held(self) -> LeaseFor:
         """How this worker asks to hold an item."""
         return self._held
 
@@ -285,6 +304,25 @@ class Worker:
             for waiter in (woken, news):
                 waiter.cancel()
             await asyncio.gather(woken, news, return_exceptions=True)
+
+    def serves(self, queue: str) -> bool:
+        """Whether work of this queue is for this worker."""
+        return self._serves is None or queue in self._serves
+
+    async def help_with(self, run_id: str) -> bool:
+        """Claim what is due of a run that a step here waits for; whether there was something.
+
+        One that works on doorbells may be busy with steps that wait, as all the others: then no
+        doorbell is ever answered.
+        """
+        if self._stopping:
+            return False
+        now, due = to_micros(await self.storage.now()), list[tuple[str, str]]()
+        for item in await self.storage.list_work(run_id):
+            is_free = item.lease is None or to_micros(item.lease.until) <= now
+            if is_free and to_micros(item.due_at) <= now and self.serves(item.queue):
+                due.append((run_id, item.item_id))
+        return bool(due and await self.claim_due(due))
 
     def room(self) -> int:
         """How many more turns may be driven here."""
@@ -516,7 +554,7 @@ class Worker:
             return
         live = self._kept.get(item.run_id)
         after = answer.seen_seq
-        events: Sequence[Event] = sorted([*own, *answer.others], key=lambda e: e.seq)
+        events: Sequence[Event] = sorted([*own, *answer.unseen_events], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:
             after = 0 if live is None else live.replay.fed
             events = await answered(patience, self.storage.get_events, item.run_id, after=after)

@@ -148,6 +148,9 @@ else:
 class DeterministicLoop(_Loop):
     """One run's event loop. Usable only while ``spin`` or ``run_callback`` is in progress."""
 
+    in_finalizer: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether a finalizer runs in the middle of workflow code: its misuse is not the run's."""
+
     def __init__(self, *, salt: int) -> None:
         self._ready: deque[asyncio.Handle] = deque()
         self._salt = salt
@@ -440,7 +443,7 @@ class DeterministicLoop(_Loop):
     def refuse(self, why: str) -> NoReturn:
         """Refuse something in workflow code: raises at the line, and the run stalls."""
         error = WorkflowContextError(why)
-        if self.run is not None:
+        if self.run is not None and not self.in_finalizer():
             self.run.misused(error)
         raise error
 

@@ -23,6 +23,7 @@ from pyworkflow._replay.commands import (
     StartSleep,
 )
 from pyworkflow._replay.context import Op, RunContext
+from pyworkflow._replay.ends import describe, timed_out
 from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
 from pyworkflow._replay.mismatch import OTHER_ARGUMENTS, arguments_of, describe_mismatch
 from pyworkflow._replay.transitions import AFTER_END, TABLE, Action, OpKind, OpState
@@ -32,7 +33,6 @@ from pyworkflow.errors import (
     SerializationError,
     WorkflowContextError,
     WorkflowError,
-    WorkflowTimeout,
 )
 from pyworkflow.events import EVENT_VERSION, Event, EventClass, EventType
 
@@ -93,6 +93,8 @@ class Replay:
         self.seen = 0
         self.outcome: Outcome | None = None
         self.problem: WorkflowError | None = None
+        self.spins = False
+        """Its code took its worker for itself: a retry costs the others as much."""
         self.other_arguments: str | None = None
         """The op whose arguments are other than the recorded ones: the cause of the problem."""
         self.leftover: list[str] = []
@@ -220,7 +222,7 @@ class Replay:
                 self._advance(context, event.seq, max(instant, self.grace or 0))
                 self.grace = None
                 if self.outcome is None:
-                    self._finish(context, FailRun(_timed_out(self.run_id)))
+                    self._finish(context, FailRun(timed_out(self.run_id)))
             case _:
                 self._result(context, event, instant)
 
@@ -300,7 +302,7 @@ class Replay:
         if event.data.get("kind") == "control":
             return  # closed from outside, without code
         if not isinstance(found, expected):
-            self.problem = NonDeterminism(event.type, _describe(found), event.seq)
+            self.problem = NonDeterminism(event.type, describe(found), event.seq)
         elif isinstance(found, CompleteRun):
             try:
                 recorded = unwrapped(str(event.data.get("result")))
@@ -367,6 +369,7 @@ class Replay:
         try:
             call(*args)
         except BusyLoop as exc:
+            self.spins = True
             self.problem = WorkflowContextError(
                 f"busy loop: workflow code runs without waiting for anything ({exc}); "
                 "await a step, a sleep or an event instead of polling"
@@ -387,7 +390,7 @@ class Replay:
             if self._ending == "cancel":
                 return CancelRun(self._reason)
             if self._ending == "deadline":
-                return FailRun(_timed_out(self.run_id))
+                return FailRun(timed_out(self.run_id))
             return FailRun(asyncio.CancelledError("raised by the workflow, without a cancel"))
         error = root.exception()
         if error is not None:
@@ -536,9 +539,10 @@ class Replay:
     def blocked(self) -> None:
         """It was interrupted, be it while a value was read for the code: no feed may go on."""
         if self.outcome is None:
+            self.spins = True
             self.problem = WorkflowContextError(
                 "workflow code blocked its worker for too long; move blocking calls and long "
-                "computations into a step"
+                "computations into a step (setting: watchdog)"
             )
 
     @property
@@ -576,22 +580,6 @@ def _set_exception(future: asyncio.Future[Any] | None, error: BaseException) -> 
         if isinstance(error, StopIteration):  # a future cannot carry it
             error = RuntimeError(f"the step raised {error!r}")
         future.set_exception(error)
-
-
-def _timed_out(run_id: str) -> WorkflowTimeout:
-    return WorkflowTimeout(f"the run did not end within its max_duration: run_id={run_id}")
-
-
-def _describe(outcome: Outcome | None) -> str:
-    match outcome:
-        case None:
-            return "the code still waits"
-        case CompleteRun(result):
-            return f"completed with {result[:200]}"
-        case FailRun(error):
-            return f"failed with {error!r}"
-        case CancelRun(reason):
-            return f"cancelled ({reason})"
 
 
 def _micros(event: Event, name: str) -> int:

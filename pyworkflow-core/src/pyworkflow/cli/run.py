@@ -84,13 +84,14 @@ def command(target: str, named: Sequence[str], document: str | None, key: str | 
         settle_settings()
         workflow = _find(module, name)
         args, kwargs = _arguments(workflow, named, document)
-        workflow.encode_call(tuple(args), kwargs)  # wrong arguments need no store
+        text = workflow.encode_call(tuple(args), kwargs)  # wrong arguments need no store
+        from pyworkflow._functions import start_encoded
         from pyworkflow._local import host
 
         with opening():
             embedded = host()
         keyed = workflow.options(idempotency_key=key)
-        return _follow(embedded, module, lambda: keyed.start(*args, **kwargs))
+        return _follow(embedded, module, lambda: start_encoded(keyed, text))
 
 
 def _find(module: str, name: str) -> Workflow[Any, Any]:
@@ -98,6 +99,7 @@ def _find(module: str, name: str) -> Workflow[Any, Any]:
     import difflib
     from pathlib import Path
 
+    from pyworkflow._declared import DeclaredWorkflow
     from pyworkflow._definitions import Workflow, find_workflow, workflow_names
 
     stem = Path(module).stem if module.endswith(".py") else module
@@ -106,6 +108,8 @@ def _find(module: str, name: str) -> Workflow[Any, Any]:
     registered = find_workflow(found.name if isinstance(found, Workflow) else name)
     if registered is not None:
         return registered
+    if isinstance(found, DeclaredWorkflow):
+        return cast("Workflow[Any, Any]", found)  # its workers are elsewhere
     known = sorted({k for k, v in there.items() if isinstance(v, Workflow)} | workflow_names())
     if found is not None:
         raise ArgumentError(f"{name} in {module} is no workflow; decorate it with @workflow()")
@@ -225,7 +229,8 @@ def _watch(embedded: EmbeddedHost, run_id: str, show: Callable[[Event], None]) -
 
     operations = Operations(embedded.storage, None, None)
     after = 0
-    unseen_since: float | None = monotonic() if embedded.worker is None else None
+    # With a worker here, too: it may not have the code, or not be for the queue.
+    unseen_since: float | None = monotonic()
     while True:
         events = embedded.call(operations.get_events(run_id, after, None))
         for event in events:

@@ -70,7 +70,7 @@ from pyworkflow.spi.storage import (
     Committed,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     NewRun,
     Page,
     Put,
@@ -97,7 +97,7 @@ __all__ = [
     "Committed",
     "Control",
     "ControlKind",
-    "Held",
+    "LeaseFor",
     "NewRun",
     "Page",
     "Put",
@@ -196,6 +196,15 @@ def __getattr__(name: str) -> object:
             stacklevel=2,
         )
         return getattr(import_module("pyworkflow.storekit"), name)
+    if name == "Held":
+        import warnings
+
+        warnings.warn(
+            "pyworkflow.spi.Held is LeaseFor; the old name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return LeaseFor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -139,7 +139,7 @@ class Executor(Protocol):
         """Connect as far as ringing needs it. Idempotent; never raises for a broker that is down."""
         ...
 
-    async def ring(self, bells: Sequence[Doorbell]) -> None:
+    async def notify(self, bells: Sequence[Doorbell]) -> None:
         """Tell workers.
 
         Best effort: never raises for a broker that is down, since every item is durable and sweeps

@@ -31,7 +31,7 @@ __all__ = [
     "Committed",
     "Control",
     "ControlKind",
-    "Held",
+    "LeaseFor",
     "NewRun",
     "Page",
     "Put",
@@ -110,18 +110,18 @@ class Update:
 class Settle:
     """What becomes of the item under whose claim a change is made.
 
-    Nothing given: the item is gone. ``again_at``: given back, due exactly then (an unseen input
+    Nothing given: the item is gone. ``reschedule_at``: given back, due exactly then (an unseen input
     makes a turn due at once all the same, unless the change stalls the run). ``keep``: still held
     by the sender. ``payload`` replaces the item's payload.
     """
 
-    again_at: datetime | None = None
+    reschedule_at: datetime | None = None
     payload: Mapping[str, Json] | None = None
     keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LeaseFor:
     """A new item is born claimed by its writer: the storage gives it a token at once."""
 
     owner: str
@@ -141,9 +141,9 @@ class Put:
     priority: int | None = None
     """None: the run's priority."""
     payload: Mapping[str, Json] = field(default_factory=dict[str, Json])
-    rung: bool = False
+    notified: bool = False
     """The sender rings for it: ``announce`` stays silent for the mute time."""
-    claimed: Held | None = None
+    claimed: LeaseFor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -171,7 +171,7 @@ class Change:
     """Step items given up by the holder of the turn; whoever holds one is fenced from then on."""
     settle: Settle | None = None
     put: Sequence[Put] = ()
-    take_turn: Held | None = None
+    take_turn: LeaseFor | None = None
     """When after this change the run has a due turn that nobody holds (and is not paused), it is
     claimed for the sender in the same commit."""
 
@@ -191,7 +191,7 @@ class Committed:
     """For each event of the change its seq; for a skipped one the seq of the standing event."""
     skipped: frozenset[int] = frozenset()
     """Indices of events that were skipped because their key stood."""
-    others: Sequence[Event] = ()
+    unseen_events: Sequence[Event] = ()
     """All events after the run's ``seen_seq`` as it stands after this change, except the change's
     own, in order of seq. Only for changes under a claim; empty for others."""
     claims: Sequence[WorkItem] = ()
@@ -391,7 +391,7 @@ class StorageBackend(ABC):
         """
 
     @abstractmethod
-    def twin(self) -> StorageBackend:
+    def clone(self) -> StorageBackend:
         """Another object on the same store and namespace, for use in another event loop."""
 
     # --- with working defaults ----------------------------------------------------------------

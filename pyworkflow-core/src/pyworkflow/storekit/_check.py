@@ -102,9 +102,9 @@ def _check_shape(change: Change) -> None:
         if put.due_at is not None and put.due_at.tzinfo is None:
             raise ValueError(f"a naive datetime names no instant: due_at={put.due_at!r}")
     if change.settle is not None:
-        again_at = change.settle.again_at
-        if again_at is not None and again_at.tzinfo is None:
-            raise ValueError(f"a naive datetime names no instant: again_at={again_at!r}")
+        reschedule_at = change.settle.reschedule_at
+        if reschedule_at is not None and reschedule_at.tzinfo is None:
+            raise ValueError(f"a naive datetime names no instant: reschedule_at={reschedule_at!r}")
 
 
 def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:

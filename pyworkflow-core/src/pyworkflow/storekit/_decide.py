@@ -51,18 +51,22 @@ def decide(
         if run is not None:
             if run.create_key != change.key:
                 raise RunExists(change.run_id)
-            return _answer_again(run, run.outside[change.key], change), None
+            return _answer_again(run, run.external_answers[change.key], change), None
         return _create(change, change.create, now, token, owner_of)
     if run is None:
         raise RunNotFound(change.run_id)
     claim = change.claim
-    record = run.outside.get(change.key) if claim is None else run.recent.get(claim.token)
+    record = (
+        run.external_answers.get(change.key)
+        if claim is None
+        else run.answers_by_token.get(claim.token)
+    )
     if record is not None and record.key == change.key:
         return _answer_again(run, record, change), None
     refuse(run, change, now)
     plan = Plan(run, change, now, token)
-    plan.work_out()
-    return plan.answer(), plan.part()
+    plan.apply_rules()
+    return plan.answer(), plan.delta()
 
 
 def _create(
@@ -93,24 +97,24 @@ def _create(
     run = RunState(change.run_id)
     run.apply(RunDelta(change.run_id, fields))
     plan = Plan(run, change, now, token)
-    plan.work_out()
+    plan.apply_rules()
     if new.idempotency_key is not None:
         owner = owner_of(new.idempotency_key)
         if owner is not None:
             raise KeyTaken(new.idempotency_key, owner)
     plan.fields = {**fields, **plan.fields}
-    part = plan.part()
-    assert part is not None
-    return plan.answer(), part
+    delta = plan.delta()
+    assert delta is not None
+    return plan.answer(), delta
 
 
 def _answer_again(run: RunView, record: Record, change: Change) -> Committed:
-    others: list[Event] = []
+    unseen: list[Event] = []
     if change.claim is not None:
         skipped = set(record.skipped)
         own = {seq for index, seq in enumerate(record.seqs) if index not in skipped}
         later = run.events[record.seen_seq : record.last_seq]
-        others = [event for event in later if event.seq not in own]
+        unseen = [event for event in later if event.seq not in own]
     held: list[WorkItem] = []
     for item_id, token in record.held:
         item = run.items.get(item_id)
@@ -124,7 +128,7 @@ def _answer_again(run: RunView, record: Record, change: Change) -> Committed:
         now=record.now,
         seqs=record.seqs,
         skipped=frozenset(record.skipped),
-        others=others,
+        unseen_events=unseen,
         claims=held,
         duplicate=True,
     )

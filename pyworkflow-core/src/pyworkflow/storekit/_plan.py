@@ -20,14 +20,14 @@ from pyworkflow.spi.storage import (
     Committed,
     Control,
     ControlKind,
-    Held,
+    LeaseFor,
     Put,
     Settle,
     Update,
 )
 from pyworkflow.storekit._state import RunView
 
-__all__ = ["Plan", "altered", "refuse", "stamped"]
+__all__ = ["Plan", "with_lease", "refuse", "stamped"]
 
 #: A stalled run's new inputs bring its turn forward no further than this.
 STALLED_PAUSE = timedelta(seconds=1)
@@ -39,7 +39,7 @@ _NO_HELD: list[tuple[str, str]] = []
 _new: Any = getattr(tuple, "__new__")  # noqa: B009 - pyright does not know its generic type
 
 
-def altered(
+def with_lease(
     item: WorkItem,
     *,
     lease: Lease | None,
@@ -119,13 +119,13 @@ class Plan:
 
     __slots__ = (
         "at",
-        "born",
         "change",
         "events",
         "fields",
         "items",
         "last_input",
         "last_seq",
+        "leased",
         "now",
         "paused",
         "progress",
@@ -150,7 +150,7 @@ class Plan:
         self.fields: dict[str, object] = {}
         self.events: list[Event] = []
         self.items: dict[str, WorkItem | None] = {}
-        self.born: list[str] = []
+        self.leased: list[str] = []
         self.seqs: list[int] = []
         self.skipped: list[int] = []
         self.last_seq = len(run.events)
@@ -159,7 +159,7 @@ class Plan:
         self.progress = False
         self.settled_turn = False
 
-    def work_out(self) -> None:
+    def apply_rules(self) -> None:
         """Apply every part of the change but ``create``, in order.
 
         Raises:
@@ -192,7 +192,7 @@ class Plan:
             if change.take_turn is not None:
                 self._take_turn(change.take_turn)
 
-    def part(self) -> RunDelta | None:
+    def delta(self) -> RunDelta | None:
         """The effects with the answer to remember, or None when there are none."""
         if not (self.fields or self.events or self.items):
             return None
@@ -210,7 +210,7 @@ class Plan:
                     gone.append(item_id)
             held = [
                 (item.item_id, item.lease.token)
-                for item_id in self.born
+                for item_id in self.leased
                 if (item := self.items[item_id]) is not None and item.lease is not None
             ]
         record = Record(
@@ -238,9 +238,9 @@ class Plan:
             seqs=self.seqs,
             skipped=frozenset(self.skipped) if self.skipped else _NONE,
             # Called before the effects are applied: the run's events are all of others.
-            others=() if self.change.claim is None else self.run.events[self.seen :],
-            claims=[i for item_id in self.born if (i := self.items[item_id]) is not None]
-            if self.born
+            unseen_events=() if self.change.claim is None else self.run.events[self.seen :],
+            claims=[i for item_id in self.leased if (i := self.items[item_id]) is not None]
+            if self.leased
             else (),
         )
 
@@ -332,38 +332,38 @@ class Plan:
             # Progress is counted with the claim that stands.
             claims = 1 if self.progress else item.claims
             if payload is not None or claims != item.claims:
-                self.items[item_id] = altered(
+                self.items[item_id] = with_lease(
                     item, lease=item.lease, payload=payload, claims=claims, rung_at=item.rung_at
                 )
             return
         self.settled_turn = item.kind is ItemKind.TURN
-        if settle.again_at is None:
+        if settle.reschedule_at is None:
             self.items[item_id] = None
         else:
             # A new payload is the next try of a step: its holder is alive and well.
             self.progress = self.progress or settle.payload is not None
-            self.items[item_id] = altered(
+            self.items[item_id] = with_lease(
                 item,
                 lease=None,
-                due_at=settle.again_at.astimezone(UTC),
+                due_at=settle.reschedule_at.astimezone(UTC),
                 payload=settle.payload,
                 claims=0 if self.progress else None,
             )
 
     def _put(self, put: Put) -> None:
         due_at = self.now if put.due_at is None else put.due_at.astimezone(UTC)
-        rung_at = self.now if put.rung else None
+        rung_at = self.now if put.notified else None
         item = self._item(put.item_id)
         if item is not None:
             if due_at < item.due_at:
-                self.items[put.item_id] = altered(
+                self.items[put.item_id] = with_lease(
                     item, lease=item.lease, due_at=due_at, rung_at=rung_at
                 )
             return
         lease = None
         if put.claimed is not None:
             lease = self._lease(put.claimed)
-            self.born.append(put.item_id)
+            self.leased.append(put.item_id)
         self.items[put.item_id] = WorkItem(
             run_id=self.run.run_id,
             item_id=put.item_id,
@@ -397,7 +397,7 @@ class Plan:
     def _bring_forward(self, due_at: datetime) -> None:
         turn = self._item(TURN)
         if turn is not None and turn.due_at > due_at:
-            self.items[TURN] = altered(turn, lease=turn.lease, due_at=due_at)
+            self.items[TURN] = with_lease(turn, lease=turn.lease, due_at=due_at)
 
     def _end(self, final: RunStatus) -> None:
         self.fields["final"] = final
@@ -408,7 +408,7 @@ class Plan:
             if item is not None and item.kind is not ItemKind.DELIVER:
                 self.items[item_id] = None
 
-    def _take_turn(self, held: Held) -> None:
+    def _take_turn(self, held: LeaseFor) -> None:
         turn = self._item(TURN)
         if (
             turn is not None
@@ -416,8 +416,8 @@ class Plan:
             and (turn.lease is None or turn.lease.until <= self.now)
             and not self.paused
         ):
-            self.items[TURN] = altered(turn, lease=self._lease(held), claims=turn.claims + 1)
-            self.born.append(TURN)
+            self.items[TURN] = with_lease(turn, lease=self._lease(held), claims=turn.claims + 1)
+            self.leased.append(TURN)
 
-    def _lease(self, held: Held) -> Lease:
+    def _lease(self, held: LeaseFor) -> Lease:
         return Lease(owner=held.owner, token=self.token(), until=self.now + held.lease)

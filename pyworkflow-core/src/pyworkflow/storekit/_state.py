@@ -66,12 +66,12 @@ class RunView(Protocol):
         ...
 
     @property
-    def outside(self) -> Mapping[str, Record]:
+    def external_answers(self) -> Mapping[str, Record]:
         """Change key → answer, of changes from outside."""
         ...
 
     @property
-    def recent(self) -> Mapping[str, Record]:
+    def answers_by_token(self) -> Mapping[str, Record]:
         """Claim token → answer to the last change under it, of ``KEPT_TOKENS`` tokens."""
         ...
 
@@ -80,6 +80,7 @@ class RunState:
     """One run: its row, history, items and the answers that may be asked for again."""
 
     __slots__ = (
+        "answers_by_token",
         "args",
         "attributes",
         "create_key",
@@ -87,6 +88,7 @@ class RunState:
         "deadline",
         "error",
         "events",
+        "external_answers",
         "final",
         "finished_at",
         "home",
@@ -97,13 +99,11 @@ class RunState:
         "look_at",
         "next",
         "number",
-        "outside",
         "parent",
         "paused",
         "place",
         "priority",
         "queue",
-        "recent",
         "result",
         "root",
         "run_id",
@@ -147,8 +147,8 @@ class RunState:
         self.keys: dict[str, int] = {}
         self.last_input = 0
         self.items: dict[str, WorkItem] = {}
-        self.outside: dict[str, Record] = {}
-        self.recent: dict[str, Record] = {}
+        self.external_answers: dict[str, Record] = {}
+        self.answers_by_token: dict[str, Record] = {}
         self.sizes: list[int] = [0]
         self.place: OrderedRuns | None = None
         self.look_at: datetime | None = None
@@ -178,13 +178,13 @@ class RunState:
                 self.last_input = event.seq
         for record in part.records:
             if record.token is None:
-                self.outside[record.key] = record
+                self.external_answers[record.key] = record
             else:
-                recent = self.recent
-                recent.pop(record.token, None)
-                recent[record.token] = record
-                if len(recent) > KEPT_TOKENS:
-                    del recent[next(iter(recent))]
+                answers_by_token = self.answers_by_token
+                answers_by_token.pop(record.token, None)
+                answers_by_token[record.token] = record
+                if len(answers_by_token) > KEPT_TOKENS:
+                    del answers_by_token[next(iter(answers_by_token))]
 
     def row(self) -> dict[str, object]:
         """The fields that differ from a fresh run's, as a delta has them."""

@@ -30,7 +30,7 @@ from pyworkflow.storekit._decide import decide
 from pyworkflow.storekit._dormant import DormantRun
 from pyworkflow.storekit._due import DueIndex
 from pyworkflow.storekit._listing import RunIndex
-from pyworkflow.storekit._plan import altered
+from pyworkflow.storekit._plan import with_lease
 from pyworkflow.storekit._state import RunState
 
 __all__ = [
@@ -123,7 +123,7 @@ class ReferenceStore:
         for run_id, item_id in refs:
             item = self._runs[run_id].items[item_id]
             lease = Lease(owner=request.owner, token=token(), until=until)
-            item = altered(item, lease=lease, claims=item.claims + 1)
+            item = with_lease(item, lease=lease, claims=item.claims + 1)
             taken.append(item)
             _part(parts, run_id).items.append(item)
         delta = Delta(list(parts.values()))
@@ -193,7 +193,7 @@ class ReferenceStore:
             if item is not None and item.lease is not None:
                 until = Lease(owner=item.lease.owner, token=item.lease.token, until=now + lease)
                 _part(parts, ref.run_id).items.append(
-                    altered(item, lease=until, rung_at=item.rung_at)
+                    with_lease(item, lease=until, rung_at=item.rung_at)
                 )
         return kept, self._applied(parts)
 
@@ -204,7 +204,7 @@ class ReferenceStore:
         item = self._held(ref)
         if item is None:
             return False, None
-        given = altered(
+        given = with_lease(
             item,
             lease=None,
             due_at=None if delay is None else now + delay,
@@ -223,7 +223,7 @@ class ReferenceStore:
                 break
             item = self._runs[run_id].items[item_id]
             if item.rung_at is None or item.rung_at + mute <= now:
-                item = altered(item, lease=item.lease, rung_at=now)
+                item = with_lease(item, lease=item.lease, rung_at=now)
                 rung.append(item)
                 _part(parts, run_id).items.append(item)
         return rung, self._applied(parts)
@@ -237,7 +237,7 @@ class ReferenceStore:
                 freed += 1
                 lease = Lease(owner=owner, token=item.lease.token, until=now)
                 _part(parts, item.run_id).items.append(
-                    altered(item, lease=lease, due_at=min(item.due_at, now))
+                    with_lease(item, lease=lease, due_at=min(item.due_at, now))
                 )
         return freed, self._applied(parts)
 
@@ -361,7 +361,7 @@ class ReferenceStore:
             run_id,
             run.row(),
             items=[item for _, item in sorted(run.items.items())],
-            records=[*run.outside.values(), *run.recent.values()],
+            records=[*run.external_answers.values(), *run.answers_by_token.values()],
         )
 
     def export_keys(self, cursor: str | None, *, limit: int = 1000) -> Page[tuple[str, KeyMark]]:
@@ -420,7 +420,7 @@ class ReferenceStore:
                 yield Delta([RunDelta(run.run_id, events=events)])
                 done += len(events)
             items = list(run.items.values())
-            records = [*run.outside.values(), *run.recent.values()]
+            records = [*run.external_answers.values(), *run.answers_by_token.values()]
             for start in range(0, max(len(items), len(records)), _SNAPSHOT_ROWS):
                 rows = slice(start, start + _SNAPSHOT_ROWS)
                 yield Delta([RunDelta(run.run_id, items=items[rows], records=records[rows])])

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from pyworkflow._clock import ensure_utc
-from pyworkflow._definitions import Workflow
+from pyworkflow._definitions import BoundWorkflow, Workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow._resources import Resource
@@ -62,6 +62,7 @@ class TestEnvironment:
     async def __aenter__(self) -> Self:
         driver = Driver(self.storage)
         await driver.__aenter__()
+        driver.worker.on_run_started = self._runs.add
         self._driver = driver
         for resource, value in self._fakes.items():
             driver.worker.runner.resources.override(resource, value)
@@ -93,13 +94,15 @@ class TestEnvironment:
 
     async def start(
         self,
-        workflow: Workflow[..., Any],
+        workflow: Workflow[..., Any] | BoundWorkflow[..., Any],
         /,
         *args: Any,
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Start a run and drive it as far as it goes without moving the clock; its id.
+
+        Takes a workflow or ``workflow.options(...)``.
 
         Raises as ``pyworkflow.start``.
         """
@@ -110,7 +113,13 @@ class TestEnvironment:
         await driver.drive(self._runs)
         return run_id
 
-    async def run(self, workflow: Workflow[..., R], /, *args: Any, **kwargs: Any) -> R:
+    async def run(
+        self,
+        workflow: Workflow[..., R] | BoundWorkflow[..., R],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> R:
         """Start a run and return its result. Raises as ``start`` and ``result``."""
         found: R = await self.result(await self.start(workflow, *args, **kwargs))
         return found
@@ -187,8 +196,9 @@ class TestEnvironment:
                 return True
             if driver.worker.is_busy:
                 return True
-            if look.held:
-                await asyncio.sleep(_POLL)  # another worker of this store has it
+            if look.held or await driver.is_resuming():
+                # Another worker of this store has it, or a step is about to see its run's end.
+                await asyncio.sleep(_POLL)
                 return True
             if look.next is None or (until is not None and look.next > until):
                 return False
@@ -201,13 +211,23 @@ class TestEnvironment:
             run = await self.storage.get_run(run_id)
             if run is None or run.status.is_terminal:
                 self._runs.discard(run_id)
-            elif run.status not in _IDLE or run_id == also:
+            elif (
+                run.status not in _IDLE
+                or run_id == also
+                or (run.stalled is not None and run_id in driver.worker.runner.awaited)
+            ):
                 moving.append(run_id)
         return await driver.look(moving)
 
     async def _shift(self, by: timedelta) -> None:
         driver = self._entered("the environment")
+        held, lease = driver.worker.leases.held(), driver.worker.settings.lease
+        if held:
+            # Steps that wait for a run keep their leases, however far the clock jumps.
+            await self.storage.renew(held, max(by, timedelta(0)) + lease)
         await self.storage.shift_clock(by)
+        if held:
+            await self.storage.renew(held, lease)
         driver.worker.clock.update(await self.storage.now())
 
     # --- what went wrong --------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from pyworkflow._config import settings
-from pyworkflow._definitions import RunOptions, Workflow, find_workflow
+from pyworkflow._declared import DeclaredWorkflow
+from pyworkflow._definitions import BoundWorkflow, Workflow, find_workflow, start_of
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
-from pyworkflow._operations import Operations
+from pyworkflow._operations import Operations, stalled_since
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import ArgumentError, ConfigurationError, RunNotFound
 from pyworkflow.runs import Run
@@ -37,7 +38,7 @@ class Look(NamedTuple):
     next: datetime | None
     """When the next free item is due."""
     held: bool
-    """Somebody holds an item."""
+    """Another worker has an item."""
 
 
 class Driver:
@@ -47,6 +48,9 @@ class Driver:
         self.storage = storage
         self.worker = Worker(storage, settings())
         self.operations = Operations(storage, self.worker, None)
+        self.started: set[str] = set()
+        """Runs that were started here, those that steps started included."""
+        self.worker.on_run_started = self.started.add
 
     async def __aenter__(self) -> Self:
         await self.worker.open()
@@ -64,23 +68,27 @@ class Driver:
 
     async def start(
         self,
-        workflow: Workflow[..., Any],
+        workflow: Workflow[..., Any] | BoundWorkflow[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         idempotency_key: str | None,
     ) -> str:
         """Make a run durable and begin it."""
-        if not isinstance(workflow, Workflow):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers need not use a type checker
+        bound = start_of("start()", workflow, idempotency_key)
+        named, options = bound.workflow, bound.options
+        defined = find_workflow(named.name)
+        if defined is None and isinstance(named, DeclaredWorkflow):
             raise ArgumentError(
-                f"a workflow is needed, not {workflow!r}; decorate the function with @workflow"
+                f"the workflow is only declared here: name={named.name}; import the module that "
+                "defines it, so that the test can run it"
             )
-        if find_workflow(workflow.name) is not workflow:
+        if defined is not named and not isinstance(named, DeclaredWorkflow):
             raise ArgumentError(
-                f"another workflow took the name since this one was defined: name={workflow.name}; "
+                f"another workflow took the name since this one was defined: name={named.name}; "
                 "start that one, or give one of them another name"
             )
-        options = RunOptions(idempotency_key=idempotency_key)
-        return await self.operations.start(workflow, args, kwargs, options)
+        text = named.encode_call(args, kwargs)
+        return await self.operations.start_encoded(named, text, options)
 
     async def find(self, run_id: str) -> Run:
         """The run, if its code is here. ``RunNotFound``, ``ConfigurationError``."""
@@ -103,21 +111,34 @@ class Driver:
         for run_id in runs:
             for item in await self.storage.list_work(run_id):
                 if item.lease is not None and item.lease.until > now:
-                    held = True
+                    held = held or item.lease.owner != self.worker.owner
                 elif item.due_at <= now:
                     due.append((run_id, item.item_id))
                 elif later is None or item.due_at < later:
                     later = item.due_at
         return Look(now, due, later, held)
 
+    async def is_resuming(self) -> bool:
+        """Whether a step that waits for a run is about to resume: what it waits for is there."""
+        for run_id in list(self.worker.runner.awaited):
+            run = await self.storage.get_run(run_id)
+            if run is None or run.status.is_terminal:
+                return True
+            if run.stalled is not None:
+                since = await stalled_since(self.storage, run)
+                after = self.worker.settings.stalled_after
+                if since is not None and since + after <= await self.storage.now():
+                    return True
+        return False
+
     async def drive(self, runs: Iterable[str]) -> None:
         """Work until nothing of these runs is due and nothing is in progress here.
 
         Timers that become due while a step still runs are fired meanwhile.
         """
-        runs = list(runs)
+        chosen = set(runs)
         while True:
-            look = await self.look(runs)
+            look = await self.look(chosen | self.started)
             if look.due and await self.worker.claim_due(look.due):
                 continue
             if not self.worker.is_busy:
@@ -133,7 +154,7 @@ class Driver:
         left = wait
         while True:
             await self.drive([run_id])
-            look = await self.look([run_id])
+            look = await self.look({run_id} | self.started)
             if look.due and not look.held:
                 if not await self.worker.claim_due(look.due):
                     return  # paused
@@ -164,7 +185,7 @@ def refuse_in_workflow(what: str) -> None:
 
 
 async def start_local(
-    workflow: Workflow[..., Any],
+    workflow: Workflow[..., Any] | BoundWorkflow[..., Any],
     /,
     *args: Any,
     storage: StorageBackend | None = None,
@@ -175,11 +196,11 @@ async def start_local(
     """Start a run and drive it in this event loop as far as it goes now; its id.
 
     On return the run has ended, or waits for something that is not due yet: a sleep, a retry.
-    With ``wait``, what becomes due within that time in all is waited for, in real time. Other
-    runs of the store are left alone.
+    With ``wait``, what becomes due within that time in all is waited for, in real time. Runs that
+    its steps start are driven, too; other runs of the store are left alone.
 
     Args:
-        workflow: The workflow.
+        workflow: The workflow, or ``workflow.options(...)``.
         *args: Its arguments.
         storage: The store, which stays open; without it the configured one, opened and closed.
         idempotency_key: As in ``pyworkflow.start``; a standing run is driven on.
@@ -189,6 +210,7 @@ async def start_local(
     Raises:
         ArgumentError: The arguments do not fit; nothing was started.
         IdempotencyConflict: The key belongs to a run that was started with something else.
+        RunIdConflict: The run id belongs to a run that was started with something else.
         StorageError: The store cannot be used.
     """
     refuse_in_workflow("start_local()")

@@ -67,15 +67,15 @@ class Reader:
         run_id = change.run_id
         if kind == "done" or kind == "again":
             seqs: list[int] | None = row["o_seqs"]
-            others = self.events(row["o_others"])
+            unseen = self.events(row["o_others"])
             skipped = row["o_skipped"]
             if seqs is None:
                 last = row["o_last"]
                 seqs = list(range(last - len(change.events) + 1, last + 1))
-            if kind == "again" and others:
+            if kind == "again" and unseen:
                 left = set(skipped)
                 own = {seq for index, seq in enumerate(seqs) if index not in left}
-                others = [event for event in others if event.seq not in own]
+                unseen = [event for event in unseen if event.seq not in own]
             claims = row["o_claims"]
             return Committed(
                 last_seq=row["o_last"],
@@ -85,7 +85,7 @@ class Reader:
                 now=row["o_now"],
                 seqs=seqs,
                 skipped=frozenset(skipped) if skipped else _NONE,
-                others=others,
+                unseen_events=unseen,
                 claims=() if claims is None else [self.item(i) for i in _load(claims)],
                 duplicate=kind == "again",
             )

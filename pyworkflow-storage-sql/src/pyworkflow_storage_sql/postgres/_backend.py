@@ -35,7 +35,7 @@ _BATCH_SIZE = 4_000_000
 class PostgresStorageBackend(PostgresReads):
     """A namespace in a schema of a PostgreSQL database (13 or later).
 
-    An object belongs to the event loop that first used it; ``twin`` makes one for another. After a
+    An object belongs to the event loop that first used it; ``clone`` makes one for another. After a
     fork, parent and child go on with connections of their own. ``pooled`` says that a pooler in
     transaction mode is in between: then nothing is kept in a session, and ``watch`` polls.
     """

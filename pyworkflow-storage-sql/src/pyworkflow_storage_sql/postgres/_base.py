@@ -104,7 +104,7 @@ class PostgresBase(StorageBackend):
             "FROM unnest($1::text[]) AS run_id"
         )
 
-    def twin(self) -> Self:
+    def clone(self) -> Self:
         """Another object on the same schema."""
         settings = self._settings
         return type(self)(
@@ -198,7 +198,7 @@ class PostgresBase(StorageBackend):
         elif self._loop is not loop:
             raise StorageError(
                 f"the storage object belongs to another event loop: "
-                f"storage={self._settings.where}; use twin() to make one for this loop"
+                f"storage={self._settings.where}; use clone() to make one for this loop"
             )
         return connections
 

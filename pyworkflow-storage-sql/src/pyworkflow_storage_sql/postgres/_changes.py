@@ -183,7 +183,7 @@ class Request:
             self.maybe(put.queue),
             put.priority,
             _payload(put.payload),
-            put.rung,
+            put.notified,
         ]
         if put.claimed is not None:
             out += [escape(put.claimed.owner), span(put.claimed.lease)]
@@ -313,8 +313,8 @@ _NAMES = frozenset({"create_key", "workflow", "idempotency_key", "root", "next",
 
 def _settle(settle: Settle) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    if settle.again_at is not None:
-        out["again"] = _instant(settle.again_at)
+    if settle.reschedule_at is not None:
+        out["again"] = _instant(settle.reschedule_at)
     if settle.payload is not None:
         out["payload"] = _payload(settle.payload)
     if settle.keep:

@@ -39,7 +39,7 @@ class _Waiter:
         self.known = False
         """What it waits for is there: no need to ask the server."""
 
-    def hear(self, last: int | None) -> None:
+    def notify(self, last: int | None) -> None:
         if last is None:
             self.event.set()
         elif last == _ENDED or last > self.after:
@@ -157,7 +157,7 @@ class News:
             return
         for run_id, last in seqs.items():
             for waiter in waiting.get(run_id, ()):
-                waiter.hear(last)
+                waiter.notify(last)
 
     # --- listening ----------------------------------------------------------------------------
 
@@ -250,6 +250,6 @@ def _brings_work(change: Change) -> bool:
         change.create is not None
         or change.put
         or change.control is not None
-        or (settle is not None and settle.again_at is not None)
+        or (settle is not None and settle.reschedule_at is not None)
         or ((change.claim is None or change.claim.item_id != "turn") and change.events)
     )

@@ -54,7 +54,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
     one transaction, made by a thread; a lone small one is made by the loop itself while flushes
     take less than a millisecond, since waking the thread would take about as long. Long reads have
     a connection of their own.
-    An object belongs to the event loop that first used it; ``twin`` makes one for another. Before
+    An object belongs to the event loop that first used it; ``clone`` makes one for another. Before
     a fork all connections are closed; parent and child then go on with connections of their own.
 
     The clock is the machine's, plus the offset of ``shift_clock``; when the machine's is set back,
@@ -137,11 +137,11 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
                 raise
             raise told from error
 
-    def twin(self) -> SQLiteStorageBackend:
+    def clone(self) -> SQLiteStorageBackend:
         """Another object on the same file and namespace."""
-        twin = type(self)(self.path, namespace=self.namespace)
-        twin._lock_timeout = self._lock_timeout
-        return twin
+        clone = type(self)(self.path, namespace=self.namespace)
+        clone._lock_timeout = self._lock_timeout
+        return clone
 
     # --- clock --------------------------------------------------------------------------------
 

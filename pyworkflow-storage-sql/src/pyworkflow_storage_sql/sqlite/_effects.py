@@ -68,10 +68,12 @@ class LoadedRun:
         "answer",
         "answer_key",
         "answer_token",
+        "answers_by_token",
         "change_key",
         "conn",
         "create_key",
         "events",
+        "external_answers",
         "file",
         "final",
         "id",
@@ -79,11 +81,9 @@ class LoadedRun:
         "kept",
         "keys",
         "last_input",
-        "outside",
         "paused",
         "priority",
         "queue",
-        "recent",
         "run_id",
         "seen_seq",
         "stalled",
@@ -122,8 +122,8 @@ class LoadedRun:
         self.events = _Events(self, row[10])
         self.keys = _Keys(self)
         self.items = _Items(self)
-        self.outside: Mapping[str, Record] = _Outside(self)
-        self.recent: Mapping[str, Record] = _Recent(self)
+        self.external_answers: Mapping[str, Record] = _ExternalAnswers(self)
+        self.answers_by_token: Mapping[str, Record] = _AnswersByToken(self)
 
     def advance(self, part: RunDelta, length: int, last_input: int) -> None:
         """These effects were written, but for the answer, which ``write_delta`` notes."""
@@ -310,7 +310,7 @@ class _Items(_Lookup):
         return len(self._load())
 
 
-class _Outside(_Lookup):
+class _ExternalAnswers(_Lookup):
     __slots__ = ()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -321,7 +321,7 @@ class _Outside(_Lookup):
         return default if row is None else record_from_json(decode(row[0]))
 
 
-class _Recent(_Lookup):
+class _AnswersByToken(_Lookup):
     __slots__ = ()
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -163,7 +163,7 @@ class Reader:
             assert isinstance(conn, aiosqlite.Connection)
             threading.Thread(target=_end, args=(conn,), daemon=True).start()
 
-    def abandon(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child the connection's thread does not exist."""
 
 

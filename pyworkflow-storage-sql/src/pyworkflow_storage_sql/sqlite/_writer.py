@@ -185,7 +185,7 @@ class Writer:
         """In the parent: go on; the next batch opens again."""
         self.mutex.release()
 
-    def abandon(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child: the thread does not exist here, and the object makes another writer."""
 
     def _open(self) -> sqlite3.Connection:

@@ -14,6 +14,7 @@ Nothing else loads this package: a backend behind a network has no use for it.
 """
 
 from pyworkflow.storekit.embedded._backend import FEW, EmbeddedBackend
+from pyworkflow.storekit.embedded._clones import Forkable, add_forkable, forks
 from pyworkflow.storekit.embedded._dispatch import Dispatcher, nothing
 from pyworkflow.storekit.embedded._operations import (
     Answers,
@@ -24,7 +25,6 @@ from pyworkflow.storekit.embedded._operations import (
     copy_error,
 )
 from pyworkflow.storekit.embedded._pace import Pace
-from pyworkflow.storekit.embedded._twins import Forkable, add_forkable, forks
 from pyworkflow.storekit.embedded._watchers import Watchers
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Final, Generic, TypeVar
 
 from pyworkflow.errors import StorageError
 from pyworkflow.spi.storage import Claimed, ClaimRef, StorageBackend
+from pyworkflow.storekit.embedded._clones import forks
 from pyworkflow.storekit.embedded._dispatch import Dispatcher
-from pyworkflow.storekit.embedded._twins import forks
 
 __all__ = ["FEW", "EmbeddedBackend"]
 
@@ -59,7 +59,7 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
                 return dispatcher
             raise StorageError(
                 f"the storage object belongs to another event loop: path={self.info().location}; "
-                "use twin() to make one for this loop"
+                "use clone() to make one for this loop"
             )
         self._dispatcher = dispatcher = self._begin(loop)
         # Nobody may have closed it: its thread must not outlive it.

@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.storekit.embedded._clones import join, leave, listeners_of
 from pyworkflow.storekit.embedded._operations import (
     Answers,
     News,
@@ -27,7 +28,6 @@ from pyworkflow.storekit.embedded._operations import (
     Writer,
     copy_error,
 )
-from pyworkflow.storekit.embedded._twins import join, leave, neighbours
 from pyworkflow.storekit.embedded._watchers import Watchers
 
 __all__ = ["Dispatcher", "nothing"]
@@ -321,11 +321,11 @@ class Dispatcher(Generic[B]):
         """Objects of this process on the same store learn at once what others poll for."""
         if self._place is None:
             return
-        for other in neighbours(self._place):
+        for other in listeners_of(self._place):
             if other is not self:
-                other.hear(news)
+                other.notify(news)
 
-    def hear(self, news: News) -> None:
+    def notify(self, news: News) -> None:
         """From any thread: another object has written."""
         if self.watchers.is_awaited:
             try:

@@ -1,7 +1,7 @@
-"""The objects of this process, by store: they tell each other news, and stand still for a fork.
+"""The storage objects of this process, by store: notifications among them, and fork handling.
 
-Locks of files, connections and threads do not come through a fork: each ``Forkable`` closes what
-may not be open across one before it, or lets go of it in the child.
+File locks, connections and threads do not survive a fork: each ``Forkable`` closes them before
+the fork, or detaches from them in the child.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Protocol
 
 from pyworkflow.storekit.embedded._operations import News
 
-__all__ = ["Forkable", "Listener", "add_forkable", "forks", "join", "leave", "neighbours"]
+__all__ = ["Forkable", "Listener", "add_forkable", "forks", "join", "leave", "listeners_of"]
 
 
 class Listener(Protocol):
-    """Wants to hear of what others in this process write."""
+    """Is notified of what other objects in this process write."""
 
-    def hear(self, news: News) -> None:
+    def notify(self, news: News) -> None:
         """From any thread."""
         ...
 
 
 class Forkable(Protocol):
-    """Has something that does not come through a fork. Subclasses inherit what does nothing."""
+    """Owns something that does not survive a fork. Subclasses inherit methods that do nothing."""
 
     def before_fork(self) -> None:
-        """Close what may not be open across a fork, and let nobody open it."""
+        """Close what must not be open across a fork, and keep it closed until ``after_fork``."""
         return
 
     def after_fork(self) -> None:
-        """In the parent: go on."""
+        """In the parent: resume."""
         return
 
-    def abandon(self) -> None:
-        """In the child: let go of the parent's things without disturbing it; never come back.
+    def after_fork_in_child(self) -> None:
+        """In the child: detach from the parent's resources without disturbing it, for good.
 
-        Whoever held a lock does not exist here: take none.
+        Take no lock: the thread that has it does not exist here.
         """
         ...
 
@@ -52,32 +52,32 @@ _forks = 0
 
 
 def join(place: Hashable, listener: Listener) -> None:
-    """Hear of news until the listener is gone."""
+    """Subscribe until the listener is garbage-collected."""
     with _lock:
         _listeners.setdefault(place, weakref.WeakSet()).add(listener)
 
 
 def leave(place: Hashable, listener: Listener) -> None:
-    """Hear of nothing any more."""
+    """Unsubscribe."""
     with _lock:
-        standing = _listeners.get(place)
-        if standing is not None:
-            standing.discard(listener)
-            if not standing:
+        present = _listeners.get(place)
+        if present is not None:
+            present.discard(listener)
+            if not present:
                 del _listeners[place]
 
 
-def neighbours(place: Hashable) -> Iterable[Listener]:
-    """Who listens at the store."""
-    standing = _listeners.get(place)
-    if standing is None or len(standing) < 2:
+def listeners_of(place: Hashable) -> Iterable[Listener]:
+    """The listeners at the store; empty when there is only one."""
+    present = _listeners.get(place)
+    if present is None or len(present) < 2:
         return ()
     with _lock:
-        return list(standing)
+        return list(present)
 
 
 def add_forkable(forkable: Forkable) -> None:
-    """Have it told of forks. It is held weakly."""
+    """Call its methods around forks. The reference is weak."""
     with _lock:
         _forkables.add(forkable)
 
@@ -104,7 +104,7 @@ def _in_child() -> None:
     global _forks
     _forks += 1
     while _stopped:
-        _stopped.pop().abandon()
+        _stopped.pop().after_fork_in_child()
     _forkables.clear()
     _listeners.clear()
     _lock.release()
