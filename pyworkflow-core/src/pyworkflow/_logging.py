@@ -307,12 +307,25 @@ class _TextFormatter(logging.Formatter):
         del datefmt
         return _instant(record, "milliseconds")
 
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return _indented(super().formatException(ei))
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         line = super().formatMessage(record)
         run_id, step = getattr(record, "run_id", None), getattr(record, "step_name", None)
         if not self._show_context or run_id is None or f"run_id={run_id}" in line:
             return line
         return f"{line} [run_id={run_id}{'' if step is None else f' step={step}'}]"
+
+
+def _indented(text: str) -> str:
+    """Lines of a traceback, none of which can be taken for a record of its own."""
+    lines = text.split("\n")
+    return "\n".join(
+        "    "
+        + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        for line in lines
+    )
 
 
 class _JsonFormatter(logging.Formatter):

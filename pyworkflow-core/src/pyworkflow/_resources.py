@@ -172,8 +172,9 @@ def _managers_of(factory: Callable[[], Any]) -> tuple[Callable[[], Any], bool]:
         return asynccontextmanager(factory), True
     if inspect.isgeneratorfunction(factory):
         return contextmanager(factory), False
-    partial = isinstance(factory, functools.partial)
-    made: Any = getattr(factory, "func", factory) if partial else factory
+    made = cast("Any", factory)
+    if type(made) is functools.partial:
+        made = made.func
     inner: Any = inspect.unwrap(made)
     if inspect.isasyncgenfunction(inner) or hasattr(inner, "__aenter__"):
         return factory, True

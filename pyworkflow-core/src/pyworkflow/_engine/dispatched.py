@@ -298,6 +298,7 @@ class DispatchedSteps:
     async def _give_up(self, what: StepTry, end: StepEnd, item: WorkItem) -> None:
         """Fail a step without running it."""
         assert end.error is not None
+        self._worker.raised.note(what.run_id, what.op, end.error)
         data: dict[str, Any] = {
             "name": what.step.name,
             "digest": what.digest,

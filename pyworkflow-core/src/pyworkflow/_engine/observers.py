@@ -8,15 +8,17 @@ from datetime import datetime
 from typing import Any, cast
 
 from pyworkflow import _hooks, _plugins
+from pyworkflow._tracebacks import rebuilt
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ErrorInfo, Run, RunStatus
 
-__all__ = ["log_end", "log_steps", "observed_hooks", "tell_observers"]
+__all__ = ["Raised", "log_end", "log_stall", "log_steps", "observed_hooks", "tell_observers"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
 _LONGEST = 500
 """Characters of an error's message that a log line has."""
+_REMEMBERED = 1000
 
 _HOOKS = (
     "pyworkflow_events_committed",
@@ -66,36 +68,91 @@ _STEP_HOOKS: dict[str, str] = {
 }
 
 
-def log_steps(run_id: str, workflow: str, events: Sequence[Event]) -> None:
-    """A line for each try of a step that failed."""
+class Raised:
+    """What steps and runs failed with here, until that is durable and the log has it."""
+
+    def __init__(self) -> None:
+        self._errors: dict[tuple[str, str | None], BaseException] = {}
+
+    def note(self, run_id: str, op: str | None, error: BaseException) -> None:
+        """An attempt of this step failed, or the run (None): the log has it soon."""
+        self._errors.pop((run_id, op), None)
+        self._errors[run_id, op] = error
+        if len(self._errors) > _REMEMBERED:
+            # Commits that were given up: their records are never written.
+            del self._errors[next(iter(self._errors))]
+
+    def take(self, run_id: str, op: str | None) -> BaseException | None:
+        """What the last attempt of this step, or the run, failed with, if it was here; once."""
+        return self._errors.pop((run_id, op), None)
+
+
+_STEP_FAILED = "step failed, {}: step={} try=%s workflow={} run_id=%s: {}%s"
+
+
+def log_steps(run_id: str, workflow: str, events: Sequence[Event], raised: Raised) -> None:
+    """A line for each attempt of a step that failed.
+
+    ``exc_info`` comes with the last attempt: until then the failure is not final.
+    """
     for event in events:
         if event.type not in _FAILURES:  # a tuple of text: an enum's members hash slowly
             continue
         data = cast("dict[str, Any]", event.data)
         name, attempt = data.get("name", ""), data.get("attempt", 1)
+        info = ErrorInfo.from_json(data.get("error") or {})
+        error = raised.take(run_id, event.op)
+        again = data.get("retry_at")
+        # Trackers group records by their template: by step, workflow and error.
         _log.warning(
-            "step failed, %s: step=%s try=%s workflow=%s run_id=%s: %s",
-            f"next try at {data['retry_at']}" if "retry_at" in data else "no further try",
-            name,
+            _STEP_FAILED.format(
+                "no further try" if again is None else "next try at %s",
+                _literal(name),
+                _literal(workflow),
+                _kind(info),
+            ),
+            *(() if again is None else (again,)),
             attempt,
-            workflow,
             run_id,
-            _said(ErrorInfo.from_json(data.get("error") or {})),
+            _said(info),
+            exc_info=(error or rebuilt(info)) if again is None else None,
             extra=_context(run_id, workflow, event.op, name),
         )
 
 
-def log_end(run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
+def log_end(run: Run, status: RunStatus, error: ErrorInfo | None, raised: Raised) -> None:
     """A line for a run's end."""
-    if status is not RunStatus.FAILED and not _log.isEnabledFor(logging.INFO):
+    failed = status is RunStatus.FAILED
+    if not failed and not _log.isEnabledFor(logging.INFO):
         return
+    exc_info = raised.take(run.run_id, None) if failed else None
+    if failed and exc_info is None and error is not None:
+        exc_info = rebuilt(error)
+    # Trackers group records by their template: by workflow and error.
+    template = f"run {status}: workflow={_literal(run.workflow)} run_id=%s%s"
+    if error is not None:
+        template = f"{template.removesuffix('%s')}: {_kind(error)}%s"
     _log.log(
-        logging.ERROR if status is RunStatus.FAILED else logging.INFO,
-        "run %s: workflow=%s run_id=%s%s",
-        status,
-        run.workflow,
+        logging.ERROR if failed else logging.INFO,
+        template,
         run.run_id,
-        "" if error is None else f": {_said(error)}",
+        "" if error is None else _said(error),
+        exc_info=exc_info,
+        extra=_context(run.run_id, run.workflow, None, None),
+    )
+
+
+def log_stall(run: Run, reason: str, problem: BaseException | None) -> None:
+    """A line for a run that cannot go on; ``problem`` is why, unless ``reason`` says it all."""
+    kind = "" if problem is None else type(problem).__name__
+    rest = reason.removeprefix(kind) if kind else reason
+    # Trackers group records by their template: by workflow and problem.
+    template = f"the run stalled: {_literal(kind)}%s workflow={_literal(run.workflow)} run_id=%s"
+    _log.error(
+        template,
+        rest,
+        run.run_id,
+        exc_info=problem,
         extra=_context(run.run_id, run.workflow, None, None),
     )
 
@@ -103,10 +160,20 @@ def log_end(run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
 _FAILURES = (str(EventType.STEP_RETRYING), str(EventType.STEP_FAILED))
 
 
+def _kind(error: ErrorInfo) -> str:
+    """The name of the error's type, for a template."""
+    return _literal(error.type.rpartition(":")[2])
+
+
 def _said(error: ErrorInfo) -> str:
-    kind = error.type.rpartition(":")[2]
+    """What follows the name of the error's type."""
     message = error.message if len(error.message) <= _LONGEST else error.message[:_LONGEST] + "…"
-    return f"{kind}: {message}" if message else kind
+    return f": {message}" if message else ""
+
+
+def _literal(text: object) -> str:
+    """Text as a part of a log record's template."""
+    return str(text).replace("%", "%%")
 
 
 def _context(

@@ -54,6 +54,8 @@ class Ending:
     status: RunStatus
     event: Event
     update: Update
+    error: BaseException | None = None
+    """What the run failed with."""
 
 
 def ending_of(outcome: Outcome, workflow: str, max_payload: int) -> Ending:
@@ -74,6 +76,7 @@ def ending_of(outcome: Outcome, workflow: str, max_payload: int) -> Ending:
                 status=RunStatus.FAILED,
                 event=Event(EventType.WORKFLOW_FAILED, COMMAND, {"error": encoded}),
                 update=Update(error=ErrorInfo.from_json(encoded)),
+                error=error,
             )
         case CancelRun(reason):
             return Ending(
@@ -137,6 +140,7 @@ def end_events(
         return events, None
     now = worker.clock.micros()
     verdict = worker.runner.judge(what, end, from_micros(now))
+    worker.raised.note(what.run_id, what.op, end.error)
     data["error"] = verdict.error
     if verdict.retry_at is not None:
         data["retry_at"] = verdict.retry_at.isoformat()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
 from pyworkflow._engine.live import InPlace, LiveRun
+from pyworkflow._engine.observers import log_stall
 from pyworkflow._engine.records import (
     COMMAND,
     INPUT,
@@ -39,6 +40,7 @@ from pyworkflow._replay.commands import (
 )
 from pyworkflow._replay.mismatch import first_difference
 from pyworkflow._replay.replay import DEADLINE_OP, Replay
+from pyworkflow._tracebacks import join_stacks
 from pyworkflow.errors import (
     NonDeterminism,
     PayloadTooLarge,
@@ -370,6 +372,9 @@ class Session(Straight):
             return None
         for op in dispatched:
             self._worker.cancel_step(self._run.run_id, f"step:{op}")
+        if ending.error is not None and self._replay.context is not None:
+            join_stacks(ending.error, self._replay.context.step_errors)
+            self._worker.raised.note(self._run.run_id, None, ending.error)
         self._worker.run_ended(self._run, ending.status, ending.update.error)
         return False
 
@@ -406,7 +411,7 @@ class Session(Straight):
         if self._replay.spins:
             pause = min(_SPUN * 2 ** min(self._claims - 1, 10), _SPUN_LONGEST)
         again = self._worker.clock.micros() + pause * 1_000_000
-        await self.stall(reason, from_micros(again), encode_error(problem))
+        await self.stall(reason, from_micros(again), problem)
 
     async def _close_without_code(self, reason: str) -> None:
         """A cancel that no code can be given: it ends the run as one of a stalled run does."""
@@ -433,13 +438,16 @@ class Session(Straight):
         """Record before anything runs that the run is tried again."""
         await self._commit()
 
-    async def stall(self, reason: str, reschedule_at: Any, error: Any = None) -> None:
+    async def stall(
+        self, reason: str, reschedule_at: Any, problem: Exception | None = None
+    ) -> None:
         """Mark the run stalled, its turn due again at ``reschedule_at``."""
         events: list[Event] = []
         if self._run.stalled != reason:
+            error: Any = None if problem is None else encode_error(problem)
             data: dict[str, Any] = {"reason": reason, "error": error}
             events.append(Event(EventType.WORKFLOW_STALLED, OBSERVATION, data))
-            _log.error("the run stalled: %s run_id=%s", reason, self._run.run_id)
+            log_stall(self._run, reason, problem)
         self._changes += 1
         answer = await self._worker.pipeline.commit(
             Change(

@@ -29,7 +29,7 @@ from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.leases import LeaseKeeper, claim, give_back
 from pyworkflow._engine.live import TURNS, LiveRun
-from pyworkflow._engine.observers import log_end, log_steps, observed_hooks, tell_observers
+from pyworkflow._engine.observers import Raised, log_end, log_steps, observed_hooks, tell_observers
 from pyworkflow._engine.owner import free_gone, free_process, new_owner
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
@@ -124,6 +124,7 @@ class Worker:
         self.end_process = end_process
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
         self.roads = Roads()
+        self.raised = Raised()
         self._kept: OrderedDict[str, LiveRun] = OrderedDict()
         self._known: dict[str, int] = {}
         self._steps = DispatchedSteps(self)
@@ -608,7 +609,7 @@ class Worker:
         self, run_id: str, workflow: str, events: Sequence[Event], answer: Committed
     ) -> None:
         """Events are durable: tell the log and the observers."""
-        log_steps(run_id, workflow, events)
+        log_steps(run_id, workflow, events, self.raised)
         if not events or not (hooks := observed_hooks()):
             return
         stamped = [
@@ -621,7 +622,7 @@ class Worker:
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""
         self._bells.ended(run.run_id)
-        log_end(run, status, error)
+        log_end(run, status, error, self.raised)
         if self.on_run_ended is not None:
             self.on_run_ended(run.run_id)
         _plugins.observe(

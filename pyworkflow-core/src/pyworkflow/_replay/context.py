@@ -88,6 +88,8 @@ class RunContext:
         self.markers: set[str] = set()
         """Version markers anywhere in the history."""
         self.warnings: list[str] = []
+        self.step_errors: list[tuple[BaseException, str]] = []
+        """The last errors of steps that were raised in the code, with the steps' tracebacks."""
         self._patched: dict[str, bool] = {}
         self._deprecated: set[str] = set()
         self._random: random.Random | None = None
@@ -232,6 +234,11 @@ class RunContext:
         if not self.evicting and not self.closed and len(self.warnings) < 20:
             exc = context.get("exception")
             self.warnings.append(f"{context.get('message', '')}: {exc!r}")
+
+    def raised(self, error: BaseException, traceback: str) -> None:
+        """A step's error is raised where the code awaits it: people want the step's traceback."""
+        self.step_errors[:-19] = []
+        self.step_errors.append((error, traceback))
 
     def check_open(self, what: str) -> None:
         """Raise when the run takes no further command."""

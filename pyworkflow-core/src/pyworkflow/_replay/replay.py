@@ -248,7 +248,9 @@ class Replay:
         op.text = ""
         try:
             if event.type == _FAILED:
-                error = decode_error(cast("dict[str, Any]", event.data["error"]))
+                info = cast("dict[str, Any]", event.data["error"])
+                error = decode_error(info)
+                context.raised(error, str(info.get("traceback", "")))
                 self._spin(context, _set_exception, future, error)
                 return
             value = None if step is None else step.decode_result(str(event.data["result"]))
