@@ -175,7 +175,10 @@ class PayloadTooLarge(WorkflowError):
 
 
 class HistoryTooLong(WorkflowError):
-    """The run's history reached ``max_history`` events."""
+    """The run's history reached ``max_history`` events.
+
+    The workflow was cancelled where it waited, and could clean up.
+    """
 
     def __init__(self, length: int, limit: int) -> None:
         super().__init__(length, limit)

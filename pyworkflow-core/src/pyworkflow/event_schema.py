@@ -307,6 +307,17 @@ class CancelRequested(EventData):
     reason: str
 
 
+class LimitReached(EventData):
+    """The history has ``max_history`` events, or used up its reserve (op ``0#reserve``)."""
+
+    event_type = EventType.LIMIT_REACHED
+    length: int
+    """Events that the history had."""
+    limit: int
+    reserve: int
+    """Events that the run may add to clean up."""
+
+
 class VersionMarked(EventData):
     """``patched(id)`` decided for the new code."""
 
@@ -370,6 +381,7 @@ _MODELS: tuple[type[EventData], ...] = (
     SleepCompleted,
     TimerFired,
     CancelRequested,
+    LimitReached,
     VersionMarked,
     LogDebug,
     LogInfo,

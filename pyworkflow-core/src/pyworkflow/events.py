@@ -59,6 +59,7 @@ class EventType(StrEnum):
     SLEEP_COMPLETED = "sleep.completed"
     TIMER_FIRED = "timer.fired"
     CANCEL_REQUESTED = "cancel.requested"
+    LIMIT_REACHED = "limit.reached"
     VERSION_MARKED = "version.marked"
     LOG_DEBUG = "log.debug"
     LOG_INFO = "log.info"
@@ -86,6 +87,7 @@ _INPUTS = frozenset(
         EventType.SLEEP_COMPLETED,
         EventType.TIMER_FIRED,
         EventType.CANCEL_REQUESTED,
+        EventType.LIMIT_REACHED,
     }
 )
 

@@ -26,7 +26,8 @@ class LiveRun:
         self.run_id = run_id
         self.workflow = workflow
         self.replay = Replay(workflow, run_id)
-        self.warned = False
+        self.warned: set[int] = set()
+        """Percent of its limit at which the history was said to get long."""
 
 
 class InPlace:

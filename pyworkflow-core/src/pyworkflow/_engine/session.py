@@ -105,6 +105,7 @@ class Session(Straight):
             await self._feed(events)
             if self._replay.other_arguments is not None:
                 await self._compare_replays(events)
+            self._know_warnings(events)
             self._check_length(self._run.history_length)
             if self._resumed:
                 data: dict[str, Any] = {
@@ -206,7 +207,7 @@ class Session(Straight):
             if p.since <= late and p.end is None and p not in self._handing
         ]
         owed = self._ended or due or self._puts or self._drops or self._handing or overdue
-        if self._running and not owed:
+        if self._running and not (owed or self._over):
             await self._wait()
             return None
         return await self._commit_round(due, overdue)
@@ -312,11 +313,13 @@ class Session(Straight):
             if op == DEADLINE_OP:
                 data = {"deadline": data["until"]}
             self._events.append(Event(type, INPUT, data, op, f"timer:{op}"))
+        if self._over:
+            self._events.append(self._limit_event())
         handing, held = self._hand_off(several), self._worker.held()
         handed = {p.what.op for p in handing}
         inputs = any(e.klass == INPUT for e in self._events)
         left = bool(self._handing or self._running.keys() - handed)
-        settle = not (inputs or left or self._worker.is_stopping)
+        settle = not (inputs or left or self._worker.is_stopping or self._outgrows())
         again: Settle | None = None
         if settle:
             timer = self._replay.next_timer()

@@ -87,6 +87,7 @@ class Straight(Turn):
             and not (self._ended or self._handing or self._puts or self._drops or self._careful)
             and self._replay.is_plain
             and self._worker.codecs is None
+            and not self._over
             and self._left() > 0
         )
 
@@ -183,7 +184,7 @@ class Straight(Turn):
         worker = self._worker
         worker.guard.feed(self._replay, self._to_feed(answer, events), worker.settings.watchdog)
         self._fed(answer)
-        if self._leaving or worker.is_stopping:
+        if self._leaving or self._over or worker.is_stopping:
             self.leave()
             return
         command = self._replay.take_step()

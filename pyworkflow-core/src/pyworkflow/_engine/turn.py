@@ -17,6 +17,7 @@ from pyworkflow._codecs import opened_events
 from pyworkflow._engine.leases import ref_of
 from pyworkflow._engine.live import InPlace, LiveRun
 from pyworkflow._engine.records import (
+    INPUT,
     OBSERVATION,
     end_events,
     scheduled_event,
@@ -24,8 +25,9 @@ from pyworkflow._engine.records import (
 )
 from pyworkflow._engine.steps import StepTry
 from pyworkflow._replay.commands import RunStep
+from pyworkflow._replay.ends import LIMIT_OP, RESERVE_OP
 from pyworkflow._replay.replay import Replay
-from pyworkflow.errors import HistoryTooLong, StorageUnavailable
+from pyworkflow.errors import StorageUnavailable
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.storage import (
@@ -57,7 +59,11 @@ failpoints.register(
     },
 )
 
-_WARN_AT = 10_240
+SHARES = (20, 50, 80)
+"""Percent of ``max_history`` at which a run warns, once each."""
+RESERVE = 100
+"""Events that a run past its limit may add to clean up; a tenth of the limit when that is more."""
+_WARNED = "history:"
 SLICE = 500
 """Events that are fed without a pause for the worker's loop."""
 
@@ -82,6 +88,9 @@ class Turn:
         self._running: dict[str, InPlace] = {}
         self._handing: list[InPlace] = []
         self._ended: list[InPlace] = []
+        self._over = False
+        """The history has reached its limit, and its code was not notified."""
+        self._length = run.history_length
         self._forgetful = False
         """What the code asked for was forgotten: the inputs that led to it were not seen."""
         self._control: Control | None = None
@@ -244,18 +253,57 @@ class Turn:
 
     def _fed(self, answer: Committed) -> None:
         self._replay.skip_to(answer.last_seq)
+        self._length = answer.last_seq
         self._check_length(answer.last_seq)
 
     def _check_length(self, length: int) -> None:
-        limit = self._worker.settings.max_history
-        if length >= limit:
-            self._replay.abandon(HistoryTooLong(length, limit))
-        elif length >= _WARN_AT and not self._live.warned:
-            self._live.warned = True
-            message = f"the history is getting long: events={length} limit={limit}"
-            _log.warning("%s run_id=%s", message, self._run.run_id)
-            warning: dict[str, Any] = {"message": message, "fields": {}}
-            self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, warning))
+        """Warn of a long history in good time; note that its limit, or its reserve, is reached."""
+        limit, end = self._worker.settings.max_history, self._replay.limit_end
+        self._over = length >= (limit if end is None else end)
+        if length * 100 < limit * SHARES[0] or self._over:
+            return
+        warned = self._live.warned
+        share = max(s for s in SHARES if length * 100 >= limit * s)
+        if share in warned:
+            return
+        warned.update(s for s in SHARES if s <= share)
+        message = f"the history is getting long: events={length} limit={limit} used={share}%"
+        _log.warning(
+            "%s run_id=%s; at the limit the workflow is cancelled, to clean up, and fails: poll "
+            "with growing pauses, or split the work over several runs",
+            message,
+            self._run.run_id,
+        )
+        line: dict[str, Any] = {"message": message, "fields": {}}
+        key = f"{_WARNED}{share}"
+        self._events.append(Event(EventType.LOG_WARNING, OBSERVATION, line, None, key))
+
+    def _know_warnings(self, events: Sequence[Event]) -> None:
+        """Those that the history has already: they come once in a run, not once in a worker."""
+        if self._run.history_length * 100 >= self._worker.settings.max_history * SHARES[0]:
+            self._live.warned.update(
+                int(e.key.removeprefix(_WARNED))
+                for e in events
+                if e.key is not None and e.key.startswith(_WARNED)
+            )
+
+    def _outgrows(self) -> bool:
+        """Whether the history reaches its limit with what has gathered: its code is next."""
+        limit, end = self._worker.settings.max_history, self._replay.limit_end
+        return self._length + len(self._events) >= (limit if end is None else end)
+
+    def _limit_event(self) -> Event:
+        """The input that the history has no room any more, or that its reserve is used up."""
+        limit, first = self._worker.settings.max_history, self._replay.limit_end is None
+        # What is pending may start, end and be cancelled yet: that is no cleanup of the code's.
+        pending = 4 * len(self._replay.waiting_for())
+        data: dict[str, Any] = {
+            "length": self._length,
+            "limit": limit,
+            "reserve": max(RESERVE, limit // 10) + pending if first else 0,
+        }
+        op = LIMIT_OP if first else RESERVE_OP
+        return Event(EventType.LIMIT_REACHED, INPUT, data, op, f"limit:{op}")
 
     def _hand_off(self, number: int) -> list[InPlace]:
         """Up to ``number`` steps get an item of their own with the next commit."""

@@ -23,11 +23,11 @@ from pyworkflow._replay.commands import (
     StartSleep,
 )
 from pyworkflow._replay.context import Op, RunContext
-from pyworkflow._replay.ends import describe, timed_out
+from pyworkflow._replay.ends import RESERVE_OP, closing_problem, end_of_reserve, timed_out, too_long
 from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
 from pyworkflow._replay.mismatch import OTHER_ARGUMENTS, arguments_of, describe_mismatch
 from pyworkflow._replay.transitions import AFTER_END, TABLE, Action, OpKind, OpState
-from pyworkflow._serialization import decode, decode_error, unwrapped
+from pyworkflow._serialization import decode, decode_error
 from pyworkflow.errors import (
     NonDeterminism,
     SerializationError,
@@ -103,8 +103,11 @@ class Replay:
         self._root: asyncio.Task[object] | None = None
         self._seen_seq = 0
         self._markers: set[str] = set()
-        self._ending: str | None = None  # "cancel" or "deadline", whichever came first
+        self._ending: str | None = None  # "cancel", "deadline" or "limit", whichever came first
         self._reason = ""
+        self._too_long: Event | None = None
+        self.limit_end: int | None = None
+        """The length at which a run past ``max_history`` is given up."""
         self.deadline: int | None = None
         """When the run must have ended (µs), or None; gone once delivered."""
         self.grace: int | None = None
@@ -160,7 +163,7 @@ class Replay:
         if klass == _INPUT:
             self._input(event)
         elif event.type in _CLOSING:
-            self._closing(event)
+            self.problem = closing_problem(event, self.outcome)
         elif event.type == _MARKED:
             self._marked(event)
         else:
@@ -218,6 +221,9 @@ class Replay:
                 if self._root is not None and not self._root.done():
                     self.grace = context.now + 60_000_000
                 self._cancel(context, "deadline", "max_duration")
+            case EventType.LIMIT_REACHED:
+                self._advance(context, event.seq, instant)
+                self._limited(context, event)
             case EventType.TIMER_FIRED if event.op == GRACE_OP:
                 self._advance(context, event.seq, max(instant, self.grace or 0))
                 self.grace = None
@@ -225,6 +231,15 @@ class Replay:
                     self._finish(context, FailRun(timed_out(self.run_id)))
             case _:
                 self._result(context, event, instant)
+
+    def _limited(self, context: RunContext, event: Event) -> None:
+        """The history is too long: time for the code to clean up, or none any more."""
+        self._too_long = event
+        if event.op != RESERVE_OP:
+            self.limit_end = end_of_reserve(event)
+            self._cancel(context, "limit", str(too_long(event)))
+        elif self.outcome is None:
+            self._finish(context, FailRun(too_long(event)))
 
     def _result(self, context: RunContext, event: Event, instant: int) -> None:
         """The input of an op."""
@@ -292,29 +307,6 @@ class Replay:
         remedy = OTHER_ARGUMENTS if other else None
         self.problem = NonDeterminism(expected, found, event.seq, remedy)
         return None
-
-    def _closing(self, event: Event) -> None:
-        """The run's end is recorded: the code must have come to the same."""
-        found = self.outcome
-        expected = {
-            EventType.WORKFLOW_COMPLETED: CompleteRun,
-            EventType.WORKFLOW_FAILED: FailRun,
-            EventType.WORKFLOW_CANCELLED: CancelRun,
-        }[EventType(event.type)]
-        if event.data.get("kind") == "control":
-            return  # closed from outside, without code
-        if not isinstance(found, expected):
-            self.problem = NonDeterminism(event.type, describe(found), event.seq)
-        elif isinstance(found, CompleteRun):
-            try:
-                recorded = unwrapped(str(event.data.get("result")))
-            except SerializationError as exc:
-                self.problem = WorkflowError(f"the stored result can no longer be read: {exc}")
-                return
-            if found.result != recorded:
-                self.problem = NonDeterminism(
-                    f"{event.type} result={recorded}", f"result={found.result}", event.seq
-                )
 
     # --- running the code -----------------------------------------------------------------------
 
@@ -393,6 +385,8 @@ class Replay:
                 return CancelRun(self._reason)
             if self._ending == "deadline":
                 return FailRun(timed_out(self.run_id))
+            if self._ending == "limit" and self._too_long is not None:
+                return FailRun(too_long(self._too_long))
             return FailRun(asyncio.CancelledError("raised by the workflow, without a cancel"))
         error = root.exception()
         if error is not None:

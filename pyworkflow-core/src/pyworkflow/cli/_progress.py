@@ -72,6 +72,8 @@ def describe(event: Event, call: str | None = None) -> str:
             return event.type.partition(".")[2] + _because(data)
         case "workflow.deadline":
             return f"max_duration is over: deadline={_clock(data['deadline'])}"
+        case "limit.reached":
+            return f"the history is too long: events={data['length']} limit={data['limit']}"
         case "cancel.requested":
             return f"asked to cancel{_because(data)}"
         case "step.scheduled":
