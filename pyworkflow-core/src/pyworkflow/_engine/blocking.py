@@ -45,11 +45,11 @@ class LoopWatch:
             self._asked = None
             return
         if self._asked is None:
+            self._asked = now  # before: the answer may come at once
             try:
                 self._loop.call_soon_threadsafe(self._beat)
             except RuntimeError:
-                return  # the loop is closed
-            self._asked = now
+                self._asked = None  # the loop is closed
             return
         what, where = found
         if what is not self._named:
