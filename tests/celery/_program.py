@@ -162,6 +162,27 @@ def greedy(tag: str) -> int:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@step
+async def asks_async(tag: str, depth: int) -> int:
+    """Starts a run, and waits for it."""
+    return 1 + await pyworkflow.run_async(asking, tag, depth - 1)
+
+
+@step
+def asks_in_a_thread(tag: str, depth: int) -> int:
+    """The same in a thread."""
+    return 1 + pyworkflow.run(asking, tag, depth - 1)
+
+
+@workflow
+async def asking(tag: str, depth: int) -> int:
+    """A step of it waits for a run, whose step waits for a run …."""
+    if depth == 0:
+        await quick(tag, "leaf")
+        return 0
+    return await (asks_async if depth % 2 else asks_in_a_thread)(tag, depth)
+
+
 @workflow
 async def ten(tag: str) -> int:
     """Ten steps in a row."""

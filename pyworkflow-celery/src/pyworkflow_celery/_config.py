@@ -183,6 +183,13 @@ def queue_of(app: Any, queue: str) -> str:
     return _prefix(settings()) + queue
 
 
+def served_queues(app: Any) -> list[str]:
+    """Our names of the queues that a worker of this application takes from."""
+    default, prefix = queue_of(app, "default"), _prefix(settings())
+    taken = app.amqp.queues.consume_from
+    return ["default" if name == default else name.removeprefix(prefix) for name in taken]
+
+
 def priority_of(app: Any, priority: int) -> int | None:
     """The broker's word for a priority: ours are 0 to 9, larger is sooner."""
     level = min(max(priority, 0), _PRIORITIES - 1)

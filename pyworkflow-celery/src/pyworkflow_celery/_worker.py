@@ -29,7 +29,7 @@ from pyworkflow.worker import (
 )
 from pyworkflow_celery import _celery
 from pyworkflow_celery._arrival import wake
-from pyworkflow_celery._config import DEFAULT_QUEUE, check_app, queue_of
+from pyworkflow_celery._config import DEFAULT_QUEUE, check_app, queue_of, served_queues
 from pyworkflow_celery._health import heartbeat
 from pyworkflow_celery._process import Host, end_host, host, standing_host
 from pyworkflow_celery._publish import HANDLE, publisher_for
@@ -82,7 +82,8 @@ def _make_host(app: Any) -> Host:
 
 def _runtime(app: Any, end_process: Callable[[], None] | None = None) -> Runtime:
     notify = publisher_for(app).notify
-    return create_runtime(spread=True, notify=notify, end_process=end_process)
+    serves = served_queues(app) or None
+    return create_runtime(spread=True, notify=notify, end_process=end_process, serves=serves)
 
 
 def prepare_worker(worker: Any) -> None:
@@ -225,9 +226,7 @@ class WorkflowStep(_celery.StartStopStep):  # type: ignore[misc]  # Celery has n
             _notice_exits(worker)
         if runtime is not None:
             # In the loop, as hooks of all workers are; in the main process alone.
-            default = queue_of(worker.app, "default")
-            taken = worker.app.amqp.queues.consume_from
-            queues = ["default" if name == default else name for name in taken]
+            queues = served_queues(worker.app)
             standing.loop.call_soon_threadsafe(tell_started, runtime, queues)
             shutdown.on_told = partial(tell_stopping, runtime)
         standing.spawn(sweep_for_ever(standing))

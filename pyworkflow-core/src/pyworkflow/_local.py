@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib
 import logging
 import os
@@ -125,7 +126,10 @@ class EmbeddedHost:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._open())
-        except BaseException as exc:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as exc:  # noqa: BLE001 - handed to the thread that waits
+            with contextlib.suppress(Exception):
+                self.loop.run_until_complete(self.storage.close())
+            self.loop.close()
             ready.set_exception(exc)
             return
         ready.set_result(None)
@@ -315,6 +319,8 @@ def reset_host() -> None:
     if standing is not None:
         standing.started.clear()
         standing.finish()
+        if not standing.thread.is_alive():
+            standing.loop.close()
 
 
 def running_host() -> EmbeddedHost | None:

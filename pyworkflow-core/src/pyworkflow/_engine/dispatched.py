@@ -27,8 +27,8 @@ from pyworkflow.errors import (
     WorkerLost,
 )
 from pyworkflow.events import Event, EventClass, EventType
-from pyworkflow.runs import WorkItem
-from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, LeaseFor, Settle
+from pyworkflow.runs import ItemKind, Run, WorkItem
+from pyworkflow.spi.storage import TURN, Change, Claim, ClaimRef, Committed, LeaseFor, Put, Settle
 from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class DispatchedSteps:
         self._adopted: dict[str, set[asyncio.Task[Any]]] = {}
         self._changes: dict[ClaimRef, int] = {}
         self._workflows: dict[ClaimRef, str] = {}
+        self._for_others: dict[ClaimRef, Run] = {}
+        """Runs whose turns are in a queue of other workers, though their steps came here."""
         self._ending: set[str] = set()
         """Tokens of claims that a commit under way settles: nobody's to cancel any more."""
         self._unread: set[tuple[str, str]] = set()
@@ -82,6 +84,8 @@ class DispatchedSteps:
         """Work on a step item that was claimed."""
         ref = claim.ref
         self._workflows[ref] = claim.run.workflow
+        if not self._worker.serves(claim.run.queue):
+            self._for_others[ref] = claim.run
         self._worker.leases.add(ref)
         task = self._worker.spawn(self._worker.contained(self._work(claim), ref.run_id))
         self._track(ref, task)
@@ -119,6 +123,7 @@ class DispatchedSteps:
                 del self._running[key]
             self._changes.pop(ref, None)
             self._workflows.pop(ref, None)
+            self._for_others.pop(ref, None)
             self._ending.discard(ref.token)
             self._worker.leases.discard(ref)
             if self.room() == 1:
@@ -313,9 +318,13 @@ class DispatchedSteps:
 
     async def _result(self, item: WorkItem, events: list[Event]) -> None:
         worker = self._worker
-        held = None if worker.is_stopping else worker.held()
+        other = self._for_others.get(ref_of(item))
+        held = None if worker.is_stopping or other is not None else worker.held()
         answer = await self._commit(item, events, settle=Settle(), take_turn=held)
         turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        if turn is None and other is not None:
+            worker.tell_of(item.run_id, other, [Put(item_id=TURN, kind=ItemKind.TURN)])
+            return
         if turn is None:
             worker.wake()
             return

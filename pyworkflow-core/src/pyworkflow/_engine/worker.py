@@ -308,7 +308,10 @@ class Worker:
 
     def serves(self, queue: str) -> bool:
         """Whether work of this queue is for this worker."""
-        return self._serves is None or queue in self._serves
+        if self._serves is None or queue in self._serves:
+            return True
+        # Doorbells that a plugin sends to other queues say nothing of who serves what.
+        return self._bells.rings and _plugins.hooks_active("pyworkflow_route")
 
     async def help_with(self, run_id: str) -> bool:
         """Claim what is due of a run that a step here waits for; whether there was something.
