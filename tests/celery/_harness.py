@@ -23,7 +23,6 @@ import psutil
 
 from pyworkflow._operations import Operations
 from pyworkflow._plugins import make_storage
-from pyworkflow._serialization import decode
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
 from pyworkflow.spi import StorageBackend
@@ -289,7 +288,7 @@ class Fleet:
         """The result of a run that completes."""
         run = self.ended(run_id)
         assert run.status == "completed", f"{run}\n{self.logs()[-8000:]}"
-        return decode(str(run.result))
+        return run.result
 
     def events(self, run_id: str) -> list[Event]:
         """The history of a run."""

@@ -118,7 +118,7 @@ async def raw(bench: Bench, run_id: str) -> str:
     items = [i.payload for i in await bench.storage.list_work(run_id)]
     run = await bench.get(run_id)
     error = None if run.error is None else run.error.to_json()
-    return json.dumps([events, items, run.args, run.result, error, run.stalled])
+    return json.dumps([events, items, run.args_text, run.result_text, error, run.stalled])
 
 
 @step
@@ -818,7 +818,7 @@ def test_compression_alone_leaves_errors_readable():
             run = await b.get(run_id)
             assert run.error is not None
             assert run.error.message.startswith("cannot do x")
-            assert is_wrapped(str(run.args))
+            assert is_wrapped(run.args_text)
 
     asyncio.run(main())
 
@@ -841,7 +841,8 @@ def test_f44_a_missing_key_stalls_the_turn_and_heals(kind, tmp_path):
             before = [e for e in await b.events(run_id) if e.klass != "O"]
             # A client without the key: the run as it is stored, no crash; the listing too.
             seen = await b.ops.get_run(run_id)
-            assert is_wrapped(str(seen.args))
+            assert is_wrapped(seen.args_text)
+            assert "encoded payload (wrapped by aesgcm key_id=k1" in str(seen.args)
             assert len((await b.ops.list_runs(None, None, 10, None)).items) == 1
             await become(b, codecs="aesgcm", codec_keys=f"{KEY_2},{KEY_1}")
             await b.pass_time("1m")
@@ -1402,7 +1403,7 @@ def test_a_result_is_shown_when_the_arguments_cannot_be():
             await b.rest()
             use()
             run = await b.ops.get_run(run_id)
-            assert is_wrapped(str(run.args))
+            assert is_wrapped(run.args_text)
             assert run.result == SECRET * 2 + "!"
 
     asyncio.run(main())

@@ -106,7 +106,7 @@ def test_every_run_key_and_answer_arrives_and_goes_on_there(tmp_path):
             assert answer.duplicate
             await second.shift_clock(timedelta(hours=2))
             await resume_local(ids[-1], storage=second)
-            assert (await second.get_run(ids[-1])).result == "20"
+            assert (await second.get_run(ids[-1])).result == 20
             async with MemoryStorageBackend(namespace="third") as third:
                 await copy_store(second, third)
                 assert await listed(third) == await listed(second)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import importlib
 import json
 import subprocess
 import sys
@@ -633,7 +634,7 @@ def test_text_that_cannot_be_read_is_one_kind_of_error(text):
         decode(text)
 
 
-def test_types_are_imported_from_the_standard_library_and_registered_packages_only(
+def test_found_m07_a_type_is_found_where_its_module_is_imported_and_nowhere_else(
     tmp_path, monkeypatch
 ):
     (tmp_path / "shop_under_test").mkdir()
@@ -643,15 +644,16 @@ def test_types_are_imported_from_the_standard_library_and_registered_packages_on
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     name = "shop_under_test.kinds:Kind"
+    register_portable("shop_under_test.workflows")
     with pytest.raises(SerializationError, match="import it in the module"):
         resolve_type(name)
     assert "shop_under_test" not in sys.modules
-    register_portable("shop_under_test.workflows")
+    importlib.import_module("shop_under_test.kinds")
     assert resolve_type(name).__name__ == "Kind"
-    assert resolve_type("http:HTTPStatus").__name__ == "HTTPStatus"
-    with pytest.raises(SerializationError):
-        resolve_type("this:s")
-    assert "this" not in sys.modules
+    for module in ("this", "turtle", "smtpd"):
+        with pytest.raises(SerializationError):
+            resolve_type(f"{module}:s")
+        assert module not in sys.modules
 
 
 def test_names_of_nested_and_generic_types():

@@ -162,7 +162,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch) -> None:
         run_id = await start_local(plus_one, 5, storage=storage)
         run = await storage.get_run(run_id)
         assert run.status == "completed"
-        assert run.result == "11"
+        assert run.result == 11
         await storage.close()
 
     asyncio.run(main())
@@ -210,7 +210,7 @@ def test_a_storage_that_was_passed_in_is_used_and_stays_open() -> None:
         storage = MemoryStorageBackend()
         run_id = await start_local(plus_one, 1, storage=storage)
         assert (await storage.stats())["runs"] == 1
-        assert (await storage.get_run(run_id)).result == "3"
+        assert (await storage.get_run(run_id)).result == 3
 
     asyncio.run(main())
 
@@ -266,7 +266,7 @@ def test_a_timer_fires_while_a_step_still_runs() -> None:
         run_id = await start_local(race, 0.3, 600, storage=storage)
         assert time.monotonic() - began < 30
         run = await storage.get_run(run_id)
-        assert (run.status, run.result) == ("completed", '"too slow"')
+        assert (run.status, run.result) == ("completed", "too slow")
 
     asyncio.run(main())
 

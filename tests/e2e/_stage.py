@@ -135,7 +135,7 @@ class Stage:
         async def read(storage: StorageBackend) -> dict[str, list[Event]]:
             found: dict[str, list[Event]] = {}
             for run in await _all_runs(storage):
-                (number, *_), _ = decode_arguments(str(run.args))
+                (number, *_), _ = decode_arguments(run.args_text)
                 found[str(number)] = list(await storage.get_events(run.run_id))
             return found
 
@@ -180,8 +180,8 @@ class Stage:
         """Each journey ended once, with its result, and every step of it was executed."""
         runs = self.runs()
         assert sorted(str(run.status) for run in runs) == ["completed"] * len(numbers)
-        assert {decode_arguments(str(run.args))[0][0] for run in runs} == set(numbers)
-        assert all(decode(str(run.result)) == _program.EXPECTED for run in runs)
+        assert {decode_arguments(run.args_text)[0][0] for run in runs} == set(numbers)
+        assert all(decode(run.result_text) == _program.EXPECTED for run in runs)
         assert set(self.executions()) == {
             (str(number), name) for number in numbers for name in _program.EXPECTED
         }

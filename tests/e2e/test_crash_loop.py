@@ -132,18 +132,18 @@ def said(stage: Stage) -> str:
 def check(stage: Stage, processes: int = 2) -> None:
     """Every run has ended with its result, and every step was executed as often as it may be."""
     stage.check()
-    runs = {decode_arguments(str(run.args))[0][0]: run for run in stage.runs()}
+    runs = {decode_arguments(run.args_text)[0][0]: run for run in stage.runs()}
     assert EXPECTED.keys() - {PURGED} <= runs.keys() <= EXPECTED.keys()
     for number, run in runs.items():
         assert str(run.status) == "completed"
-        assert decode(str(run.result)) in EXPECTED[number]
+        assert decode(run.result_text) in EXPECTED[number]
     acknowledged = [line.split() for line in (stage.path / "acks").read_text("ascii").splitlines()]
     assert {runs[int(number)].run_id for number, _ in acknowledged} == {
         run_id for _, run_id in acknowledged
     }
     executions = stage.executions()
     assert executions[str(KEPT), "once"] <= 1
-    if decode(str(runs[KEPT].result)) == "once":
+    if decode(runs[KEPT].result_text) == "once":
         assert executions[str(KEPT), "once"] == 1
     for (number, name), times in executions.items():
         # Once in each process that came to it and did not record its end.

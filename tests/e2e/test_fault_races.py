@@ -84,7 +84,7 @@ def test_f36_a_storm_of_inputs_during_one_turn_is_logged_once_and_heard(
     eventually(stage.all_over, "the run ends", say=stage.output)
     assert peak(process.pid) - before < GROWTH
     (run,) = stage.runs()
-    assert (str(run.status), run.result, run.run_id) == ("completed", str(count), run_id)
+    assert (str(run.status), run.result, run.run_id) == ("completed", count, run_id)
     (events,) = stage.histories().values()
     heard = [str(event.key) for event in events if event.type == "cancel.requested"]
     assert len(heard) == len(set(heard)) == count

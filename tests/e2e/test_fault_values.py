@@ -22,7 +22,7 @@ def test_f43_results_that_no_store_takes_fail_their_steps_once(stage: Stage) -> 
     stage.start(_fault_program.fault_pair, [8])
     begin_worker(stage)
     eventually(stage.all_over, "all runs end", say=stage.output)
-    results = {run.workflow: decode(str(run.result)) for run in stage.runs()}
+    results = {run.workflow: decode(run.result_text) for run in stage.runs()}
     assert results == {
         "fault_values": ["SerializationError", "PayloadTooLarge"],
         "fault_pair": ["one", "two"],
@@ -106,7 +106,7 @@ def test_f31_a_damaged_event_is_named_and_nothing_goes_on_from_it_until_it_is_re
     after = stage.histories()
     for number, events in before.items():
         assert after[number][: len(events)] == events
-    assert {decode(str(run.result))[-1] for run in stage.runs()} == {"two"}
+    assert {decode(run.result_text)[-1] for run in stage.runs()} == {"two"}
     stage.check()
 
 

@@ -158,7 +158,7 @@ asyncio.run(fill())
             await asyncio.to_thread(python, code, tmp_path)
             run = await store.get_run("large")
             assert run is not None
-            assert run.args == "x" * 10_000_000
+            assert run.args_text == "x" * 10_000_000
             await store.commit(start("next"))
 
     asyncio.run(look())

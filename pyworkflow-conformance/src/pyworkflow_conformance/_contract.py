@@ -70,11 +70,12 @@ class ContractChecks(Suite):
         }
         committed = await t.start(**given)
         run = await t.run()
-        assert {name: getattr(run, name) for name in given} == given
+        shown = {name: getattr(run, "args_text" if name == "args" else name) for name in given}
+        assert shown == given
         assert (run.run_id, run.status, run.history_length) == ("run", RunStatus.PENDING, 1)
         assert (run.seen_seq, run.paused, run.stalled) == (0, False, None)
         assert now <= run.created_at == run.updated_at == committed.timestamp
-        assert (run.started_at, run.finished_at, run.result, run.error) == (None,) * 4
+        assert (run.started_at, run.finished_at, run.result_text, run.error) == (None,) * 4
         assert (committed.last_seq, committed.seqs, committed.duplicate) == (1, [1], False)
         assert committed.skipped == frozenset()
         item = (await t.items())["turn"]
@@ -219,7 +220,7 @@ class ContractChecks(Suite):
         await t.store.commit(t.outside(update=Update(error=error)))
         run = await t.run()
         assert run.attributes == {"a": 1, "b": 2, "c": None}
-        assert (run.result, run.next, run.error) == ("[1]", "run-2", error)
+        assert (run.result_text, run.next, run.error) == ("[1]", "run-2", error)
 
     @scenario
     async def test_CON_09_empty_batch_noop(self, t: Case) -> None:

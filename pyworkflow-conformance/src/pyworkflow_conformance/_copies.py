@@ -59,7 +59,8 @@ class CopyChecks(Suite):
             assert exported is not None
             assert (exported.run_id, exported.events, exported.removed) == (run_id, [], False)
             run = await t.run(run_id)
-            for name in ("workflow", "version", "args", "created_at", "updated_at"):
+            assert exported.fields["args"] == run.args_text
+            for name in ("workflow", "version", "created_at", "updated_at"):
                 assert exported.fields[name] == getattr(run, name)
             assert exported.fields.get("seen_seq", 0) == run.seen_seq
             assert bool(exported.fields.get("paused")) == run.paused

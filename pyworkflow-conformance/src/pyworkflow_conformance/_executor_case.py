@@ -296,7 +296,7 @@ class ExecutorCase:
         """Wait until a run is completed; its result."""
         await self.done(name, patience=patience)
         run = await self.run(name)
-        return json.loads(str(run.result))
+        return run.result
 
     async def done(self, *names: str, patience: float | None = None) -> None:
         """Wait until runs are completed."""

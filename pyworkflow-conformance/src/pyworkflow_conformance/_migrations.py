@@ -253,10 +253,10 @@ async def check_sample(store: StorageBackend) -> None:
     run, done = await store.get_run("open"), await store.get_run("done")
     assert run is not None
     assert done is not None
-    assert (run.args, run.tags, run.seen_seq) == ('["\u00e9"]', ("a",), 1)
+    assert (run.args_text, run.tags, run.seen_seq) == ('["\u00e9"]', ("a",), 1)
     assert run.attributes["big"] == 2**70
     assert run.attributes["text"] == "\u00e9\x00"
-    assert (done.status, done.result, done.history_length) == (RunStatus.COMPLETED, "1", 2)
+    assert (done.status, done.result_text, done.history_length) == (RunStatus.COMPLETED, "1", 2)
     kinds = [event.type for event in await store.get_events("open", limit=3)]
     assert kinds == ["workflow.started", "sleep.created", "log.info"]
     items = {item.item_id: item for item in await store.list_work("open")}

@@ -301,7 +301,7 @@ class TurnChecks(Suite):
         await t.store.commit(under(delivery, 1, events=[note("told")], settle=Settle()))
         assert await t.items() == {}
         run = await t.run()
-        assert (run.status, run.result, run.history_length) == (RunStatus.COMPLETED, "1", 3)
+        assert (run.status, run.result_text, run.history_length) == (RunStatus.COMPLETED, "1", 3)
 
     @scenario
     async def test_CTL_08_pause_twice_is_once(self, t: Case) -> None:

@@ -292,7 +292,7 @@ class ValueChecks(Suite):
         """
         await t.start(args="a\x00b")
         await self._round_trip(t, "".join(map(chr, range(256))) * 10)
-        assert (await t.run()).args == "a\x00b"
+        assert (await t.run()).args_text == "a\x00b"
 
     @scenario
     async def test_UNI_01_texts(self, t: Case) -> None:
@@ -385,7 +385,7 @@ class ValueChecks(Suite):
         for n, run_id in enumerate(ids):
             await t.start(run_id, idempotency_key=run_id, args=str(n))
         for n, run_id in enumerate(ids):
-            assert (await t.run(run_id)).args == str(n)
+            assert (await t.run(run_id)).args_text == str(n)
             assert await t.store.find_run(run_id) == run_id
 
     @scenario

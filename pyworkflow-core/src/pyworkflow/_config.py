@@ -80,6 +80,8 @@ class Settings:
     namespace: str = "default"
     modules: tuple[str, ...] = ()
     """Modules that define workflows; workers import them."""
+    portable_modules: tuple[str, ...] = ()
+    """Modules whose exceptions arrive in workflows as themselves; workers import them."""
     disable_plugins: tuple[str, ...] = ()
     """Names of plugins, or of their distributions, that are not loaded."""
     broker_url: str = field(default="redis://localhost:6379/0", repr=False)
@@ -475,6 +477,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "executor": _url,
     "namespace": _name,
     "modules": _list,
+    "portable_modules": _list,
     "disable_plugins": _list,
     "broker_url": _broker,
     "lease": _duration,
@@ -498,7 +501,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "codec_offload_threshold": _bytes,
     "codec_max_size": _bytes,
 }
-_MAY_BE_EMPTY = frozenset({"modules", "disable_plugins", "codecs", "queues"})
+_MAY_BE_EMPTY = frozenset({"modules", "portable_modules", "disable_plugins", "codecs", "queues"})
 assert set(_PARSERS) | {"storage_is_default", "threads"} == {f.name for f in fields(Settings)}
 
 

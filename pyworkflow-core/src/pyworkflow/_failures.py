@@ -1,16 +1,16 @@
 """Exceptions as stored data, and back.
 
-Whether a type comes back as itself (*portable*) is decided once, where it was raised, by what is
-equal on all workers; otherwise it is a ``StepError`` from the first execution on. What happens to
-be imported decides nothing.
+Whether a type comes back as itself (*portable*) is decided once, where it was raised, and recorded.
+Where a recorded type is not imported, the run stalls; otherwise workflow code would get another
+exception on another worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict, cast
 
-from pyworkflow._portable import is_portable, portable_name, resolve_type
+from pyworkflow._portable import is_defining, is_portable, portable_name, resolve_type
 from pyworkflow._restore import from_text, restore
 from pyworkflow._tagged import MARKED, Refused, storable, text_of, walk
 from pyworkflow.errors import SerializationError, StepError
@@ -23,8 +23,11 @@ MESSAGE = 8_192
 """Characters of a stored message."""
 DETAILS = 65_536
 """Characters of stored arguments, or of stored attributes; beyond it they are cut or left out."""
-_GROUPS = 20
-"""Levels of exception groups; deeper ones come back as a ``StepError``."""
+WHOLE = 524_288
+"""Characters of an error with its members and causes; what does not fit is named in a note."""
+_LEVELS = 20
+"""Levels of groups and causes; deeper ones come back as a ``StepError``."""
+_OWN = frozenset({"builtins", "pyworkflow"})
 
 
 class EncodedError(TypedDict):
@@ -35,95 +38,212 @@ class EncodedError(TypedDict):
     traceback: str
     portable: bool
     details: dict[str, Any]
-    """``args``, ``init``, ``attrs`` (JSON text each), ``notes``, ``cause``, ``exceptions``."""
+    """``args``, ``init``, ``attrs`` (JSON text each), ``lost`` (names of attributes that cannot be
+    stored), ``notes``, ``cause`` or ``context``, ``exceptions``."""
 
 
 def encode_error(exc: BaseException) -> EncodedError:
     """The exception as a JSON object. Never raises: what cannot be stored is kept as its repr."""
-    return _encode(exc, 0)
+    return _Encoder().encode(exc, 0)
 
 
-def decode_error(info: Mapping[str, Any]) -> BaseException:
+def decode_error(info: Mapping[str, Any], *, exact: bool = True) -> BaseException:
     """The exception to raise in the workflow: the portable type itself, or a ``StepError``.
+
+    With ``exact`` off, a type that cannot be found or made here is a ``StepError``, too.
 
     Raises:
         SerializationError: the portable type cannot be found here; this stalls the run.
     """
     details = cast("Mapping[str, Any]", info.get("details") or {})
-    if not info["portable"]:
-        made: BaseException = StepError(info["type"], info["message"], info["traceback"])
-    else:
-        kind = resolve_type(info["type"])
-        if not issubclass(kind, Exception):
-            raise SerializationError(f"not an exception: type={info['type']!r}")
-        try:
-            made = _rebuild(kind, details)
-        except SerializationError:
+    try:
+        made = _made(info, details, exact) if info.get("portable") else None
+    except SerializationError:
+        if exact:
             raise
-        except Exception as failed:
-            raise SerializationError(
-                f"a stored exception cannot be made again: type={info['type']!r}: "
-                f"{type(failed).__name__}: {failed}; its class must take what it took before"
-            ) from failed
+        made = None
+    if made is None:
+        made = StepError(info["type"], info["message"], info.get("traceback", ""))
     for note in details.get("notes", ()):
         made.add_note(note)
-    cause = details.get("cause")
-    if cause:
-        made.__cause__ = StepError(cause["type"], cause["message"])
+    if cause := details.get("cause"):
+        made.__cause__ = decode_error(cause, exact=exact)
+    elif context := details.get("context"):
+        made.__context__ = decode_error(context, exact=exact)
     return made
 
 
-def _encode(exc: BaseException, level: int) -> EncodedError:
-    kind, name = type(exc), portable_name(type(exc))
-    details: dict[str, Any] = {}
-    portable = _comes_back(kind)
-    if portable and issubclass(kind, BaseExceptionGroup):
-        group: Any = exc
-        portable = level < _GROUPS
+def _made(info: Mapping[str, Any], details: Mapping[str, Any], exact: bool) -> BaseException:
+    kind = resolve_type(info["type"])
+    if not issubclass(kind, BaseException) or not _may_be_raised(kind):
+        raise SerializationError(
+            f"the history names a type that no step's error has: type={info['type']!r}; it was "
+            "not written by a worker, restore the store"
+        )
+    try:
+        return _rebuild(cast("type[Exception]", kind), details, exact)
+    except SerializationError:
+        raise
+    except Exception as failed:
+        raise SerializationError(
+            f"a stored exception cannot be made again: type={info['type']!r}: "
+            f"{type(failed).__name__}: {failed}; its class must take what it took before"
+        ) from failed
+
+
+class _Encoder:
+    """One error with its members and causes: what was seen, and how much room is left."""
+
+    def __init__(self) -> None:
+        self.room = WHOLE
+        self.seen: set[int] = set()
+
+    def encode(self, exc: BaseException, level: int) -> EncodedError:
+        self.seen.add(id(exc))
+        kind = type(exc)
+        details: dict[str, Any] = {}
+        portable = _comes_back(kind) and level < _LEVELS
+        left_out = 0
         if portable:
-            details["message"] = _clean(group.message, MESSAGE)
-            details["exceptions"] = [
-                _encode(member, level + 1) for member in group.exceptions[:100]
-            ]
-    elif portable:
-        details["args"] = _texts(exc.args)
-        init = _reduced(exc)[0]
-        if init is not exc.args:
-            details["init"] = _texts(init)
-    if portable:
-        kept = storable(_reduced(exc)[1], 2)
-        attributes = text_of(kept) if kept else ""
-        if 0 < len(attributes) <= DETAILS:
-            details["attrs"] = attributes
+            if issubclass(kind, BaseExceptionGroup):
+                details["message"] = _clean(cast("Any", exc).message, MESSAGE)
+            else:
+                details["args"] = _texts(exc.args)
+                init = _reduced(exc)[0]
+                if init is not exc.args:
+                    details["init"] = _texts(init)
+            self._attributes(exc, details)
+        encoded: EncodedError = {
+            "type": _clean(portable_name(kind), MESSAGE),
+            "message": _clean(_safe(str, exc), MESSAGE),
+            "traceback": _traceback(exc) if not level else "",
+            "portable": portable,
+            "details": details,
+        }
+        notes = list(_notes(exc))
+        self.room -= sum(map(len, notes)) + _size(encoded)
+        if portable and issubclass(kind, BaseExceptionGroup):
+            members = cast("tuple[BaseException, ...]", cast("Any", exc).exceptions)
+            details["exceptions"], left_out = self._members(members, level)
+        if left_out:
+            notes.append(f"{left_out} more exceptions of this group did not fit into the history")
+        self._cause(exc, details, level)
+        if notes:
+            details["notes"] = notes
+        if portable and not _makes(kind, encoded):
+            encoded["portable"] = False
+        return encoded
+
+    def _members(
+        self, members: tuple[BaseException, ...], level: int
+    ) -> tuple[list[EncodedError], int]:
+        """The members that fit, at least one, and the number of the others."""
+        done: list[EncodedError] = []
+        for member in members:
+            if done and self.room <= 0:
+                break
+            before, room = set(self.seen), self.room
+            encoded = self.encode(member, level + 1)
+            if done and self.room < 0:
+                self.seen, self.room = before, room
+                break
+            done.append(encoded)
+        return done, len(members) - len(done)
+
+    def _cause(self, exc: BaseException, details: dict[str, Any], level: int) -> None:
+        cause, name = exc.__cause__, "cause"
+        if cause is None and not exc.__suppress_context__:
+            cause, name = exc.__context__, "context"
+        if cause is None or id(cause) in self.seen:  # a loop of causes
+            return
+        if self.room <= 0 or level >= _LEVELS:
+            message = _clean(_safe(str, cause), MESSAGE // 8)
+            details[name] = {
+                "type": portable_name(type(cause)),
+                "message": message,
+                "portable": False,
+            }
+            return
+        details[name] = self.encode(cause, level + 1)
+
+    def _attributes(self, exc: BaseException, details: dict[str, Any]) -> None:
+        given = {
+            name: value
+            for name, value in {**_slots(exc), **_reduced(exc)[1]}.items()
+            if name != "__notes__"
+        }
+        kept: dict[str, Any] = {}
+        size = 0
+        for name, tree in storable(given, 2).items():
+            size += len(name) + len(text_of(tree)) + 4
+            if size > DETAILS:
+                break
+            kept[name] = tree
+        if kept:
+            details["attrs"] = text_of(kept)
+        if lost := [_clean(name, 200) for name in given if name not in kept][:100]:
+            details["lost"] = lost
+
+
+def _size(encoded: EncodedError) -> int:
+    return 100 + len(encoded["message"]) + sum(len(str(v)) for v in encoded["details"].values())
+
+
+def _notes(exc: BaseException) -> Iterator[str]:
     notes = getattr(exc, "__notes__", None)
-    if isinstance(notes, list) and notes:
-        details["notes"] = [
-            _clean(_safe(str, note), MESSAGE) for note in cast("list[object]", notes)[:20]
-        ]
-    cause = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
-    if cause is not None:
-        message = _clean(_safe(str, cause), MESSAGE)
-        details["cause"] = {"type": portable_name(type(cause)), "message": message}
-    return {
-        "type": _clean(name, MESSAGE),
-        "message": _clean(_safe(str, exc), MESSAGE),
-        "traceback": _traceback(exc) if not level else "",
-        "portable": portable,
-        "details": details,
-    }
+    if not isinstance(notes, list):
+        return
+    given = cast("list[object]", notes)
+    for note in given[:20]:
+        yield _clean(_safe(str, note), MESSAGE)
+    if len(given) > 20:
+        yield f"{len(given) - 20} more notes did not fit into the history"
+
+
+def _slots(exc: BaseException) -> dict[str, object]:
+    """The attributes that classes keep in slots: no ``__dict__`` has them."""
+    found: dict[str, object] = {}
+    for kind in type(exc).__mro__:
+        slots: Any = vars(kind).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else tuple(slots):
+            name = str(slot)
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{kind.__name__.lstrip('_')}{name}"
+            try:
+                found.setdefault(name, getattr(exc, name))
+            except Exception:  # noqa: BLE001 # not set, or code of the user's
+                continue
+    return found
+
+
+def _may_be_raised(kind: type[BaseException]) -> bool:
+    # Only Exceptions: a SystemExit or CancelledError of a step must not end or cancel the run, and
+    # coroutines and generators take StopIteration for their own.
+    return issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration))
 
 
 def _comes_back(kind: type[BaseException]) -> bool:
-    # Only Exceptions: a SystemExit or CancelledError of a step must not end or cancel the run, and
-    # coroutines and generators take StopIteration for their own.
-    if not issubclass(kind, Exception) or issubclass(kind, (StopIteration, StopAsyncIteration)):
-        return False
-    if not is_portable(kind.__module__):
+    if not _may_be_raised(kind) or not is_portable(kind.__module__):
         return False
     try:
         return resolve_type(portable_name(kind)) is kind
     except SerializationError:
         return False  # a class of a function's body
+
+
+def _makes(kind: type[BaseException], encoded: EncodedError) -> bool:
+    """Whether a library's exception can be made from what is stored: not every type can.
+
+    A class of the user's that cannot stalls the run, and can be corrected.
+    """
+    root = kind.__module__.partition(".")[0]
+    if root in _OWN or is_defining(kind.__module__):
+        return True
+    try:
+        _rebuild(cast("type[Exception]", kind), encoded["details"], exact=False)
+    except Exception:  # noqa: BLE001 # constructors are any code
+        return False
+    return True
 
 
 def _reduced(exc: BaseException) -> tuple[tuple[object, ...], Mapping[str, object]]:
@@ -182,29 +302,31 @@ def _safe(show: type[str] | Any, value: object) -> str:
         return f"<{type(value).__name__}: {type(failed).__name__} when shown>"
 
 
-def _rebuild(kind: type[Exception], details: Mapping[str, Any]) -> BaseException:
+def _rebuild(kind: type[Exception], details: Mapping[str, Any], exact: bool) -> BaseException:
+    made: BaseException | None
     if "exceptions" in details:
-        return _rebuild_group(kind, details)
-    args = _values(details.get("args"))
-    made = _construct(kind, _values(details["init"]) if "init" in details else args)
-    if made is None:
-        made = kind.__new__(kind, *args)
-    if made.args != args:
-        # A constructor that makes its own message from what it gets.
-        made.args = args
+        made = _rebuild_group(kind, details, exact)
+    else:
+        args = _values(details.get("args"))
+        made = _construct(kind, _values(details["init"]) if "init" in details else args)
+        if made is None:
+            made = kind.__new__(kind, *args)
+        if made.args != args:
+            # A constructor that makes its own message from what it gets.
+            made.args = args
+    for name in details.get("lost", ()):
+        _unset(made, name)
     for name, value in _attributes(details.get("attrs")).items():
         _set(made, name, value)
     return made
 
 
-def _rebuild_group(kind: Any, details: Mapping[str, Any]) -> BaseException:
-    members = [decode_error(member) for member in details["exceptions"]]
+def _rebuild_group(kind: Any, details: Mapping[str, Any], exact: bool) -> BaseException:
+    members = [decode_error(member, exact=exact) for member in details["exceptions"]]
     made = _construct(kind, (details["message"], members))
     if made is None:
         base: Any = ExceptionGroup
         made = cast("Exception", base.__new__(kind, details["message"], members))
-    for name, value in _attributes(details.get("attrs")).items():
-        _set(made, name, value)
     return made
 
 
@@ -233,4 +355,13 @@ def _set(made: BaseException, name: str, value: object) -> None:
     try:
         setattr(made, name, value)
     except Exception:  # noqa: BLE001 # a property without setter: its args speak for it
+        return
+
+
+def _unset(made: BaseException, name: str) -> None:
+    """Remove what the constructor made of other arguments: no value is better than a wrong one."""
+    try:
+        if getattr(made, name, None) is not None:
+            delattr(made, name)
+    except Exception:  # noqa: BLE001 # a property without deleter
         return

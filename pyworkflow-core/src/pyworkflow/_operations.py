@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import dataclasses
 import logging
 import secrets
 from collections.abc import Generator, Iterable, Mapping
@@ -25,6 +24,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.places import current_place
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
+from pyworkflow._portable import import_listed
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
 from pyworkflow._serialization import (
@@ -47,7 +47,6 @@ from pyworkflow.errors import (
     RunNotFound,
     RunStalled,
     RunTerminated,
-    SerializationError,
     StorageError,
     StorageUnavailable,
 )
@@ -311,13 +310,13 @@ class Operations:
         differences: dict[str, tuple[str, str]] = {}
         if existing.workflow != workflow.name:
             differences["workflow"] = (existing.workflow, workflow.name)
-        elif not workflow.same_call(str(existing.args), text):
-            old, new = _named(workflow, str(existing.args)), _named(workflow, text)
+        elif not workflow.same_call(existing.args_text or "", text):
+            old, new = _named(workflow, existing.args_text or ""), _named(workflow, text)
             for name in dict.fromkeys((*old, *new)):
                 if old.get(name, "—") != new.get(name, "—"):
                     differences[name] = (old.get(name, "—"), new.get(name, "—"))
             if not differences:  # what differs is not to be seen in the values as text
-                differences["arguments"] = (str(existing.args)[:200], text[:200])
+                differences["arguments"] = ((existing.args_text or "")[:200], text[:200])
         if asked_key is not None:
             if existing.idempotency_key == asked_key:
                 key = asked_key
@@ -331,11 +330,11 @@ class Operations:
         return run_id
 
     async def get_run(self, run_id: str) -> Run:
-        """The run, decoded."""
+        """The run, with plain texts where they can be unwrapped here."""
         found = await self.storage.get_run(run_id)
         if found is None:
             raise RunNotFound(run_id)
-        return _decoded(await opened_run(found))
+        return await opened_run(found)
 
     async def result(
         self, run_id: str, timeout: D | None, if_stalled: IfStalled | None = None
@@ -425,10 +424,10 @@ class Operations:
         limit: int,
         cursor: str | None,
     ) -> Page[Run]:
-        """A page of runs, decoded."""
+        """A page of runs, with plain texts where they can be unwrapped here."""
         query = RunQuery(status=_statuses(status), workflow=workflow, limit=limit)
         page = await self.storage.list_runs(query, cursor)
-        items = [_decoded(await opened_run(found)) for found in page.items]
+        items = [await opened_run(found) for found in page.items]
         return Page(items=items, cursor=page.cursor)
 
     async def get_events(self, run_id: str, after: int, limit: int | None) -> list[Event]:
@@ -590,7 +589,7 @@ def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
         workflow=new.workflow,
         version=new.version,
         status=RunStatus.RUNNING,
-        args=new.args,
+        args_text=new.args,
         queue=new.queue,
         priority=new.priority,
         created_at=at,
@@ -605,35 +604,15 @@ def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
     return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
 
 
-def _decoded(found: Run) -> Run:
-    """The run with its values instead of payload text; what cannot be decoded here stays text."""
-    workflow = known_workflow(found.workflow)
-    args, value = found.args, found.result
-    try:
-        positional, named = decode_arguments(str(found.args))
-        args = (
-            workflow.argument_names(positional, named)
-            if workflow is not None
-            else {**{str(i): v for i, v in enumerate(positional)}, **named}
-        )
-    except (SerializationError, TypeError):
-        pass
-    try:
-        if isinstance(found.result, str):
-            value = (workflow.decode_result if workflow is not None else decode)(found.result)
-    except (SerializationError, TypeError):
-        pass
-    return dataclasses.replace(found, args=args, result=value)
-
-
 def _outcome(found: Run) -> Any:
     match found.status:
         case RunStatus.COMPLETED:
             workflow = known_workflow(found.workflow)
-            text = str(found.result)
+            text = found.result_text or ""
             return (workflow.decode_result if workflow is not None else decode)(text)
         case RunStatus.FAILED if found.error is not None:
-            raise decode_error(found.error.to_json())
+            import_listed(settings().portable_modules, required=False)
+            raise decode_error(found.error.to_json(), exact=False)
         case RunStatus.TERMINATED:
             raise RunTerminated(found.run_id)
         case _:

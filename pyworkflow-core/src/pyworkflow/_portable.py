@@ -1,47 +1,117 @@
 """Names of types in a history, and the way back: ``module:qualname``.
 
-Reading a history must not run code that nobody chose: a name is looked up among what is imported
-already, and imported only from the standard library and from packages that were registered.
+A name from a store imports nothing: it is looked up among the modules that this process has
+imported. Which types of errors are recorded as themselves is decided where they are raised, by the
+modules that were there when the worker started.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from pyworkflow.errors import SerializationError
+from pyworkflow.errors import ConfigurationError, SerializationError
 
-__all__ = ["is_portable", "main_name", "portable_name", "register_portable", "resolve_type"]
+__all__ = [
+    "import_listed",
+    "is_defining",
+    "is_portable",
+    "main_name",
+    "note_imports",
+    "portable_name",
+    "register_portable",
+    "resolve_type",
+]
 
 _registered = {"pyworkflow"}
+"""The core, and the modules that define workflows or steps."""
 _MAIN = ("__main__", "__mp_main__")
-#: Modules of the standard library that do something when imported.
-_NEVER = frozenset({"antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"})
-#: Parts of a module's name, below its package, that promise the same.
-_DOES_SOMETHING = frozenset({"__main__", "test"})
 
 
-def register_portable(module_name: str) -> None:
-    """Let types of this module's top-level package come back as themselves on every worker.
+class _Process:
+    """The modules of this process whose types are portable besides the registered ones."""
 
-    Called for each module that defines workflows or steps, so that all workers agree.
+    def __init__(self) -> None:
+        self.listed: tuple[str, ...] = ()
+        """Those of the setting ``portable_modules``."""
+        self.imported: frozenset[str] | None = None
+        """Imported when the workflow modules were; None before the first worker."""
+        self.grew = True
+        """Workflows were defined since ``imported`` was taken."""
+
+
+_process = _Process()
+
+
+def register_portable(module_name: str, *, in_step: bool = False) -> None:
+    """Make types of this module portable; called for each module with workflows or steps.
+
+    Definitions that come after the worker's start bring the modules with them that are imported by
+    then, but not when a step imports them (``in_step``).
     """
     name = main_name() if module_name in _MAIN else module_name
-    _registered.add(name.partition(".")[0])
+    _registered.add(name)
+    if not in_step:
+        _process.grew = True
+        if _process.imported is not None:
+            _process.imported |= frozenset(list(sys.modules))
+
+
+def note_imports() -> None:
+    """Make types of all modules that are imported now portable.
+
+    A worker calls it when it starts, after its workflow modules were imported: what a step imports
+    later stays out.
+    """
+    if _process.imported is None or _process.grew:
+        # A list first: another thread may be importing.
+        _process.imported = (_process.imported or frozenset()) | frozenset(list(sys.modules))
+        _process.grew = False
+
+
+def import_listed(names: Iterable[str], *, required: bool = True) -> None:
+    """Import the modules of the setting ``portable_modules``, and make their types portable.
+
+    Raises:
+        ConfigurationError: one cannot be imported, and they are ``required``.
+    """
+    listed = tuple(names)
+    for name in listed:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as failed:  # an import runs any code
+            if not required:
+                continue
+            raise ConfigurationError(
+                f"a module of the setting portable_modules cannot be imported: module={name}: "
+                f"{type(failed).__name__}: {failed}; install it, or remove it from the setting"
+            ) from failed
+    _process.listed = tuple(dict.fromkeys((*_process.listed, *listed)))
 
 
 def is_portable(module_name: str) -> bool:
-    """Whether every worker can import this module: built in, standard library, or registered."""
-    root, *rest = module_name.split(".")
-    if any(part in _DOES_SOMETHING for part in rest):
-        return False
-    if root in _MAIN:
-        root = main_name().partition(".")[0]
-    return root in _registered or (root in sys.stdlib_module_names and root not in _NEVER)
+    """Whether errors of this module's types are recorded as themselves.
+
+    The builtins, the standard library, the core, modules with workflows or steps, those of the
+    setting, and those that were imported when the worker started.
+    """
+    if module_name in _MAIN:
+        return main_name() in _registered
+    if module_name in _registered:
+        return True
+    root = module_name.partition(".")[0]
+    if root == "pyworkflow" or root in sys.stdlib_module_names:
+        return True
+    if any(module_name == name or module_name.startswith(f"{name}.") for name in _process.listed):
+        return True
+    if _process.imported is None:
+        note_imports()
+    assert _process.imported is not None
+    return module_name in _process.imported
 
 
 def main_name() -> str:
@@ -73,6 +143,12 @@ def _ends_like(file: str, module_name: str) -> bool:
     return bool(parts) and stem.parts[-len(parts) :] == parts
 
 
+def is_defining(module_name: str) -> bool:
+    """Whether workflows or steps are defined in the module, or in another of its package."""
+    root = (main_name() if module_name in _MAIN else module_name).partition(".")[0]
+    return any(name.partition(".")[0] == root for name in _registered)
+
+
 def portable_name(cls: type) -> str:
     """``module:qualname``; ``__main__`` is called by its file's module name.
 
@@ -93,7 +169,7 @@ def resolve_type(name: str) -> type:
     """The class that ``portable_name`` calls so. Nothing is called but generic subscription.
 
     Raises:
-        SerializationError: there is no such class, or its module may not be imported.
+        SerializationError: there is no such class, or its module is not imported.
     """
     plain, bracket, rest = name.partition("[")
     module_name, colon, qualname = plain.partition(":")
@@ -137,21 +213,13 @@ def _modules(name: str, module_name: str) -> Iterator[object]:
         # The file that runs as a script: its classes, not those of a second import of it.
         yield sys.modules["__main__"]
     module = sys.modules.get(module_name)
-    # A second import of the script would do all that it does once more.
-    if module is None and not is_main and is_portable(module_name) and module_name not in _MAIN:
-        try:
-            module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as failed:  # an import runs any code
-            raise SerializationError(
-                f"the module of a stored type cannot be imported: type={name!r}: "
-                f"{type(failed).__name__}: {failed}; repair or install it on this worker"
-            ) from failed
     if module is not None:
         yield module
     elif not is_main:
         raise SerializationError(
-            f"the history names a type whose module is not imported here: type={name!r}; import "
-            "it in the module that defines the workflow"
+            f"the history names a type whose module is not imported here: type={name!r}; import it "
+            f"in the module that defines the workflow, or add {module_name!r} to the setting "
+            "portable_modules"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
+from pyworkflow._context import running_step
 from pyworkflow._serialization import register_portable
 from pyworkflow.errors import DefinitionError, DuplicateName
 
@@ -97,7 +98,7 @@ class Registry(Generic[_Definition]):
             self.local.add(definition)
         else:
             self.named[name] = definition
-        register_portable(fn.__module__)
+        register_portable(fn.__module__, in_step=running_step.get() is not None)
         return definition
 
 

@@ -161,14 +161,17 @@ def unwrapped_error(info: Mapping[str, Any]) -> Mapping[str, Any]:
     return info if text is None else cast("dict[str, Any]", from_text(unwrapped(text)))
 
 
-def decode_error(info: Mapping[str, Any]) -> BaseException:
+def decode_error(info: Mapping[str, Any], *, exact: bool = True) -> BaseException:
     """The exception to raise in the workflow: the portable type itself, or a ``StepError``.
 
+    With ``exact`` off, for a caller outside of workflows, a type that is not here is a
+    ``StepError``, too.
+
     Raises:
-        SerializationError: the portable type cannot be found here, or the error is wrapped and
-            cannot be unwrapped; this stalls the run.
+        SerializationError: the portable type cannot be found here (``exact``), or the error is
+            wrapped and cannot be unwrapped; this stalls the run.
     """
-    return _failures.decode_error(unwrapped_error(info))
+    return _failures.decode_error(unwrapped_error(info), exact=exact)
 
 
 def digest(text: str, key: bytes = b"") -> str:

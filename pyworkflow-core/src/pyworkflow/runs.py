@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from pyworkflow.events import Json
 
 __all__ = [
+    "EncodedPayload",
     "ErrorInfo",
     "ItemKind",
     "Lease",
@@ -99,18 +102,39 @@ class ParentRef:
     op: str
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedPayload:
+    """Arguments or a result that codecs compressed, encrypted or offloaded, not decoded here.
+
+    ``Client.get_run`` decodes them where the process has the keys and files.
+    """
+
+    text: str = field(repr=False)
+    """The payload as it is stored."""
+    codecs: str
+    """In words: the codecs and the size."""
+
+    def __str__(self) -> str:
+        return f"encoded payload {self.codecs}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One execution of a workflow, as its store shows it."""
+    """One execution of a workflow, as its store shows it.
+
+    The store keeps arguments and result as text (``args_text``, ``result_text``). ``args`` and
+    ``result`` decode it each time they are read; nothing else does.
+    """
 
     run_id: str
     workflow: str
     version: str
     status: RunStatus
-    args: object = None
-    """Payload text when read from a storage; decoded by ``Client.get_run``."""
-    result: object = None
-    """Payload text when read from a storage; decoded by ``Client.get_run``."""
+    args_text: str | None = None
+    """The arguments as JSON text. A store shows it as it is stored, ``Client.get_run`` without
+    compression, encryption and offload."""
+    result_text: str | None = None
+    """The result as JSON text, likewise; None while there is none."""
     error: ErrorInfo | None = None
     idempotency_key: str | None = None
     parent: ParentRef | None = None
@@ -134,6 +158,29 @@ class Run:
     paused: bool = False
     stalled: str | None = None
     """Why the run stalled; None when it did not."""
+
+    @property
+    def args(self) -> Any:
+        """The arguments, a dict by the names of parameters; an ``EncodedPayload`` if encoded.
+
+        Raises:
+            SerializationError: a type in it is not imported here; ``args_text`` has the text.
+        """
+        return _values().arguments_of(self.workflow, self.args_text)
+
+    @property
+    def result(self) -> Any:
+        """The result, None while there is none; an ``EncodedPayload`` if encoded.
+
+        Raises:
+            SerializationError: a type in it is not imported here; ``result_text`` has the text.
+        """
+        return _values().result_of(self.workflow, self.result_text)
+
+
+def _values() -> Any:
+    # The way up: values need the serializer and the workflows, which are above this module.
+    return importlib.import_module("pyworkflow._run_values")
 
 
 class ItemKind(StrEnum):

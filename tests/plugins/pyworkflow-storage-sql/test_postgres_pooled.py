@@ -42,7 +42,7 @@ def test_many_clients_share_two_sessions_whose_settings_are_foreign(pooler: Pool
             assert again.last_seq == committed.last_seq
             run = await store.get_run(run_id)
             assert run is not None
-            assert run.args == new.args
+            assert run.args_text == new.args
             (event,) = await store.get_events(run_id)
             assert event.data == first.data
             assert event.timestamp.utcoffset() == timedelta(0)

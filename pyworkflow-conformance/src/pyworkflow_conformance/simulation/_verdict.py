@@ -48,7 +48,9 @@ async def _judge(ended: Ended, version: str, expected: Sequence[object] | None) 
             if item.kind is not ItemKind.DELIVER:
                 raise Broken("I8", run_id, f"the run has ended, and owns {item.item_id}")
         cut_short = _interrupted(ended, job, run, events, version)
-        value = decode(str(run.result)) if run.status is RunStatus.COMPLETED else str(run.status)
+        value = (
+            decode(run.result_text or "") if run.status is RunStatus.COMPLETED else str(run.status)
+        )
         results.append(value)
         wanted = None if expected is None else expected[number]
         _results(ended, job, run, events, value, wanted, cut_short=cut_short)
@@ -90,9 +92,11 @@ def _history(run: Run, events: list[Event], version: str) -> None:
                 found = "none"
         if found != run.status:
             raise Broken("replay", run.run_id, f"replay ends {found}, the run {run.status}")
-        if isinstance(replay.outcome, CompleteRun) and replay.outcome.result != run.result:
+        if isinstance(replay.outcome, CompleteRun) and replay.outcome.result != run.result_text:
             raise Broken(
-                "replay", run.run_id, f"replay gives {replay.outcome.result}, the run {run.result}"
+                "replay",
+                run.run_id,
+                f"replay gives {replay.outcome.result}, the run {run.result_text}",
             )
         lines = [c.message for c in replay.take() if isinstance(c, EmitLog)]
         recorded = [e.data["message"] for e in events if e.type == "log.info"]

@@ -471,9 +471,9 @@ def _opened_event(event: Event, names: list[str]) -> Event:
 async def opened_run(run: Run) -> Run:
     """The run with plain texts; what cannot be unwrapped here stays as it is stored."""
     new: dict[str, Any] = {}
-    for name in ("args", "result"):
-        value = getattr(run, name)
-        if isinstance(value, str) and is_wrapped(value):
+    for name in ("args_text", "result_text"):
+        value: str | None = getattr(run, name)
+        if value is not None and is_wrapped(value):
             try:
                 new[name] = await opened_text(value)
             except SerializationError:

@@ -232,7 +232,7 @@ async def _referred(storage: StorageBackend) -> AsyncIterator[str]:
         page = await storage.list_runs(RunQuery(limit=_PAGE), cursor)
         for run in page.items:
             error = None if run.error is None else run.error.to_json()
-            for name in _names([run.args, run.result, error]):
+            for name in _names([run.args_text, run.result_text, error]):
                 yield name
             after = 0
             while events := await storage.get_events(run.run_id, after=after, limit=1000):

@@ -36,6 +36,7 @@ from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
 from pyworkflow._engine.waits import Awaited, answered
+from pyworkflow._portable import import_listed, note_imports
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
 from pyworkflow.events import Event
@@ -142,6 +143,8 @@ class Worker:
 
     async def open(self) -> None:
         """Open the store and free what processes of this machine left behind."""
+        import_listed(self.settings.portable_modules)
+        note_imports()
         self.loop = asyncio.get_running_loop()
         self.runner.resources.begin()
         await self.storage.open()

@@ -152,7 +152,9 @@ def age(seconds: float) -> str:
 
 
 def run_json(run: Run) -> dict[str, Any]:
-    """A decoded run as JSON."""
+    """A run as JSON, its values plain."""
+    from pyworkflow.cli._values import plain_arguments, plain_value
+
     error = None
     if run.error is not None:
         error = {
@@ -165,8 +167,8 @@ def run_json(run: Run) -> dict[str, Any]:
         "workflow": run.workflow,
         "version": run.version,
         "status": run.status.value,
-        "args": _plain(run.args),
-        "result": _plain(run.result),
+        "args": plain_arguments(run.workflow, run.args_text),
+        "result": plain_value(run.result_text),
         "error": error,
         "stalled": run.stalled,
         "paused": run.paused,
@@ -188,8 +190,17 @@ def run_json(run: Run) -> dict[str, Any]:
     }
 
 
-def event_json(event: Event) -> dict[str, Any]:
-    """An event as the schema has it."""
+def event_json(event: Event, *, plain: bool = False) -> dict[str, Any]:
+    """An event as the schema has it; with ``plain``, arguments and results as plain values."""
+    data = dict(event.data)
+    if plain:
+        from pyworkflow.cli._values import plain_arguments, plain_value
+
+        args, result = data.get("args"), data.get("result")
+        if isinstance(args, str):
+            data["args"] = plain_arguments(str(data.get("workflow")), args)
+        if isinstance(result, str):
+            data["result"] = plain_value(result)
     return {
         "v": event.v,
         "run_id": event.run_id,
@@ -199,20 +210,9 @@ def event_json(event: Event) -> dict[str, Any]:
         "class": str(event.klass),
         "op": event.op,
         "key": event.key,
-        "data": dict(event.data),
+        "data": data,
     }
 
 
 def _instant(at: datetime | None) -> str | None:
     return None if at is None else at.isoformat()
-
-
-def _plain(value: object) -> Any:
-    """A decoded value as JSON: richer types as the history has them, tagged."""
-    from pyworkflow._serialization import encode
-    from pyworkflow.errors import SerializationError
-
-    try:
-        return json.loads(encode(value))
-    except (SerializationError, ValueError):
-        return repr(value)

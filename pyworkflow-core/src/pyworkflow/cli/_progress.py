@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow.cli._output import age, shown
+from pyworkflow.cli._values import arguments_line, value_line
 
 if TYPE_CHECKING:
     from pyworkflow.events import Event
@@ -56,14 +56,14 @@ def describe(event: Event, call: str | None = None) -> str:
     nth = f" on try {attempt}" if attempt != 1 else ""
     match event.type:
         case "workflow.started":
-            return f"started {data['workflow']}({_arguments(data['args'])})"
+            return f"started {data['workflow']}({arguments_line(None, data['args'], 60)})"
         case "workflow.resumed":
             return f"taken up by {data['worker']} ({data['cause']})"
         case "workflow.suspended":
             until = f" until {_clock(data['until'])}" if data.get("until") else ""
             return f"waits for {', '.join(data['waiting']) or 'the outside'}{until}"
         case "workflow.completed":
-            return f"completed: {_payload(data['result'])}"
+            return f"completed: {value_line(data['result'])}"
         case "workflow.failed":
             return f"failed: {_error(data['error'])}"
         case "workflow.stalled":
@@ -77,12 +77,12 @@ def describe(event: Event, call: str | None = None) -> str:
         case "cancel.requested":
             return f"asked to cancel{_because(data)}"
         case "step.scheduled":
-            return f"step {data['name']}({_arguments(data['args'])}) scheduled"
+            return f"step {data['name']}({arguments_line(None, data['args'], 60)}) scheduled"
         case "step.started":
             again = f", try {attempt}" if attempt != 1 else ""
             return f"step {name} started{again}"
         case "step.completed":
-            return f"step {name} completed{nth}: {_payload(data['result'])}"
+            return f"step {name} completed{nth}: {value_line(data['result'])}"
         case "step.retrying":
             wait = (_instant(data["retry_at"]) - event.timestamp).total_seconds()
             return (
@@ -156,7 +156,7 @@ class Progress:
             case "workflow.started":
                 self._begun = event.timestamp
             case "step.scheduled":
-                self._calls[event.op] = f"{data['name']}({_arguments(data['args'])})"
+                self._calls[event.op] = f"{data['name']}({arguments_line(None, data['args'], 60)})"
             case "step.started":
                 called = self._calls.get(event.op)
                 self._until.pop(event.op, None)
@@ -198,27 +198,3 @@ def _error(error: Mapping[str, Any]) -> str:
     kind = str(error["type"]).rpartition(":")[2].rpartition(".")[2]
     message = " ".join(str(error["message"]).split())
     return f"{kind}: {message[:300]}" if message else kind
-
-
-def _payload(text: str) -> str:
-    """A value as stored, for people: decoded where that needs no types of the user's."""
-    from pyworkflow._serialization import decode
-    from pyworkflow.errors import SerializationError
-
-    try:
-        return shown(decode(text))
-    except (SerializationError, ValueError):
-        return text[:200]
-
-
-def _arguments(text: str) -> str:
-    from pyworkflow._serialization import decode_arguments
-    from pyworkflow.errors import SerializationError
-
-    try:
-        args, kwargs = decode_arguments(text)
-    except (SerializationError, ValueError):
-        return json.dumps(text[:80])
-    parts = [shown(value, 60) for value in args]
-    parts += [f"{name}={shown(value, 60)}" for name, value in kwargs.items()]
-    return ", ".join(parts)

@@ -23,6 +23,7 @@ from pyworkflow.cli._options import (
     wants_json,
 )
 from pyworkflow.cli._progress import ENDS, Progress
+from pyworkflow.cli._values import value_line
 from pyworkflow.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def _say_the_end(embedded: EmbeddedHost, run: Run, failure: str) -> None:
     from pyworkflow.runs import RunStatus
 
     if run.status is RunStatus.COMPLETED:
-        output.styled(f"result   {output.shown(run.result, 10_000)}", None)
+        output.styled(f"result   {value_line(run.result_text, 10_000)}", None)
     else:
         sys.stdout.flush()
         output.note(f"pyworkflow: the run {_what_became(run)}")

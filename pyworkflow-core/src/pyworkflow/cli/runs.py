@@ -12,6 +12,7 @@ import click
 from pyworkflow.cli import _output as output
 from pyworkflow.cli._options import in_store, shared, store_hint, wants_json
 from pyworkflow.cli._progress import ENDS, describe, style_of
+from pyworkflow.cli._values import arguments_line, value_line
 
 if TYPE_CHECKING:
     from pyworkflow._operations import Operations
@@ -135,8 +136,8 @@ def show_run(run_id: str) -> None:
             "workflow": run.workflow + (f" (version {run.version})" if run.version != "1" else ""),
             "status": run.status.value,
             "stalled": run.stalled or "",
-            "arguments": _arguments(run.args),
-            "result": _result(run.result),
+            "arguments": arguments_line(run.workflow, run.args_text),
+            "result": "" if run.result_text is None else value_line(run.result_text, 10_000),
             "error": error,
             "key": run.idempotency_key or "",
             "tags": ", ".join(run.tags),
@@ -151,29 +152,6 @@ def show_run(run_id: str) -> None:
     )
 
 
-def _arguments(args: object) -> str:
-    if isinstance(args, dict):
-        named: dict[str, object] = {str(k): v for k, v in args.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # decoded values
-        # A position stands for a name that only the workflow's module knows.
-        return ", ".join(
-            output.shown(value) if name.isdecimal() else f"{name}={output.shown(value)}"
-            for name, value in named.items()
-        )
-    return _wrapped(args) or str(args)
-
-
-def _result(result: object) -> str:
-    return "" if result is None else _wrapped(result) or output.shown(result, 10_000)
-
-
-def _wrapped(value: object) -> str:
-    """In words, what could not be unwrapped here; empty for everything else."""
-    from pyworkflow._codecs import describe
-    from pyworkflow._serialization import is_wrapped
-
-    return describe(value) if isinstance(value, str) and is_wrapped(value) else ""
-
-
 def _owed(item: WorkItem) -> str:
     held = f", last held by {item.lease.owner}" if item.lease is not None else ""
     return f"{item.item_id} due {output.moment(item.due_at)} in queue {item.queue}{held}"
@@ -185,13 +163,15 @@ def _owed(item: WorkItem) -> str:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="How many at most.")
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these, as step.failed.")
 @click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--plain", is_flag=True, help="With --json: values as objects, not as stored text.")
 @shared
 def show_events(
-    run_id: str, after: int, limit: int | None, types: Sequence[str], follow: bool
+    run_id: str, after: int, limit: int | None, types: Sequence[str], follow: bool, plain: bool
 ) -> None:
     """Show a run's history, event by event.
 
-    With --json one event per line, in the form of the event schema.
+    With --json one event per line, in the form of the event schema: arguments and results are the
+    JSON text that the store has. With --plain they are objects.
     """
 
     async def read(operations: Operations) -> None:
@@ -201,7 +181,7 @@ def show_events(
             for event in events:
                 position = event.seq
                 if not types or event.type in types:
-                    _show_event(event)
+                    _show_event(event, plain)
             left = None if left is None else left - len(events)
             if not follow or left == 0 or any(event.type in ENDS for event in events):
                 return
@@ -212,9 +192,9 @@ def show_events(
     in_store(read)
 
 
-def _show_event(event: Event) -> None:
+def _show_event(event: Event, plain: bool) -> None:
     if wants_json():
-        output.print_json(output.event_json(event), line=True)
+        output.print_json(output.event_json(event, plain=plain), line=True)
         return
     try:
         said = describe(event)

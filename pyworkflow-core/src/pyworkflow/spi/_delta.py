@@ -300,13 +300,13 @@ def row_of(run: Run) -> dict[str, object]:
     fields: dict[str, object] = {
         "workflow": run.workflow,
         "version": run.version,
-        "args": run.args,
+        "args": run.args_text,
         "queue": run.queue,
         "created_at": run.created_at,
         "updated_at": run.updated_at,
     }
     given: dict[str, object] = {
-        "result": run.result,
+        "result": run.result_text,
         "error": run.error,
         "idempotency_key": run.idempotency_key,
         "parent": run.parent,
