@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, Flag
-from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from uuid import UUID
 
 from pydantic_core import from_json, to_json
 
 from pyworkflow._portable import resolve_type
+from pyworkflow._shapes import Shape, dataclass_shape, set_state, shape_of
 from pyworkflow._tagged import MARK, Tree
 from pyworkflow.errors import SerializationError
 
@@ -167,42 +167,22 @@ def _unnamedtuple(tree: dict[str, Tree]) -> object:
     )
 
 
+def _unnamedtuple_state(tree: dict[str, Tree]) -> object:
+    made = _unnamedtuple(tree)
+    return _with_attributes(made, tree, shape_of(type(made), ()))
+
+
 def _refuse_unknown(tree: dict[str, Tree], found: Mapping[str, object], known: Any) -> None:
     unknown = [name for name in found if name not in known]
     if unknown:
         raise StoredValueInvalid(tree["t"], f"it has no field {unknown[0]!r} any more")
 
 
-class _Plan(NamedTuple):
-    """How to build a dataclass."""
-
-    parameters: tuple[str, ...] | None
-    """Fields that ``__init__`` takes; None when it cannot be used."""
-    names: frozenset[str]
-
-
-@lru_cache(maxsize=1024)
-def _plan(kind: Any) -> _Plan:
-    everything: Any = kind.__dataclass_fields__.values()
-    # InitVars are not stored, so an __init__ that wants one cannot be called.
-    wants_more = any(
-        field._field_type.name == "_FIELD_INITVAR"
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        for field in everything
-    )
-    fields = dataclasses.fields(kind)
-    own = "__dataclass_fields__" in vars(kind) and kind.__dataclass_params__.init
-    parameters = tuple(field.name for field in fields if field.init)
-    names = frozenset(field.name for field in fields)
-    return _Plan(parameters if own and not wants_more else None, names)
-
-
 def _undataclass(tree: dict[str, Tree]) -> object:
     kind = _class(tree, None, "__dataclass_fields__")
     fields = cast("dict[str, object]", restore(tree["v"]))
-    plan = _plan(kind)
-    _refuse_unknown(tree, fields, plan.names)
+    plan = dataclass_shape(kind)
+    _refuse_unknown(tree, fields, plan.fields)
     made: object
     if plan.parameters is None:
         made = object.__new__(kind)
@@ -213,6 +193,24 @@ def _undataclass(tree: dict[str, Tree]) -> object:
         # What __post_init__ changed a second time, and fields with init=False.
         if getattr(made, name, _UNSET) is not item:
             object.__setattr__(made, name, item)
+    return made
+
+
+def _undataclass_state(tree: dict[str, Tree]) -> object:
+    """Fields and attributes are set, and no code of the class runs."""
+    kind = _class(tree, None, "__dataclass_fields__")
+    fields = cast("dict[str, object]", restore(tree["v"]))
+    shape = dataclass_shape(kind)
+    _refuse_unknown(tree, fields, shape.fields)
+    made = object.__new__(kind)
+    _set_defaults(kind, made, fields)
+    for name, item in fields.items():
+        object.__setattr__(made, name, item)
+    return _with_attributes(made, tree, shape)
+
+
+def _with_attributes(made: object, tree: dict[str, Tree], shape: Shape) -> object:
+    set_state(made, cast("dict[str, object]", restore(tree["a"])), shape.slots)
     return made
 
 
@@ -264,6 +262,9 @@ def _with_state(made: Any, tree: dict[str, Tree]) -> object:
         private: dict[str, object] = dict(made.__pydantic_private__ or {})
         private |= cast("dict[str, object]", restore(tree["p"]))
         object.__setattr__(made, "__pydantic_private__", private)
+    if "a" in tree:
+        kind: Any = type(made)
+        _with_attributes(made, tree, shape_of(kind, tuple(kind.__pydantic_fields__)))
     return made
 
 
@@ -296,7 +297,12 @@ _DECODERS: dict[str, Decoder] = {
     "flag": _unflag,
     "dataclass": _undataclass,
     "pydantic_dataclass": _unpydantic_dataclass,
+    "dataclass_state": _undataclass_state,
+    "pydantic_dataclass_state": _undataclass_state,
     "namedtuple": _unnamedtuple,
+    "namedtuple_state": _unnamedtuple_state,
     "model": _unmodel,
+    "model_state": _unmodel,
     "model_json": _unmodel_json,
+    "model_json_state": _unmodel_json,
 }

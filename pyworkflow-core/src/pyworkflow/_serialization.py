@@ -16,6 +16,7 @@ from pyworkflow import _failures
 from pyworkflow._failures import encode_error
 from pyworkflow._portable import is_portable, portable_name, register_portable, resolve_type
 from pyworkflow._restore import StoredArgumentInvalid, StoredValueInvalid, from_text, restore
+from pyworkflow._shapes import STATE
 from pyworkflow._tagged import FLAT, MARK, MARKED, NotSerializable, Refused, text_of, walk
 from pyworkflow.errors import SerializationError
 
@@ -56,6 +57,8 @@ _Get = Callable[[int | str], "TypeAdapter[Any] | None"]
 WRAPPED = f'{{"{MARK}":"codec"'
 """How a payload begins that codecs wrapped; the text of a user value never does."""
 
+_STATEFUL = f'{STATE}","'
+"""What the text of a value with a tag of that kind contains."""
 _SMALL = 1 << 63
 _NO_ARGUMENTS = '{"args":[]}'
 
@@ -74,7 +77,7 @@ def encode(value: object, adapter: TypeAdapter[Any] | None = None, *, root: str 
         return plain
     try:
         text = text_of(walk(value))
-        if '"$py":"model' in text or '"$py":"pydantic_dataclass"' in text:
+        if '"$py":"model' in text or '"$py":"pydantic_dataclass' in text or _STATEFUL in text:
             _check_validation(value, text)
     except Refused as refused:
         if adapter is None or not refused.by_type:
@@ -264,24 +267,26 @@ def _check_validation(value: object, text: str) -> None:
     except (SerializationError, Refused) as failed:
         raise Refused(
             value,
-            f"a pydantic type in it is not accepted by its own validation ({failed})",
+            f"a type in it does not accept what was stored of it ({failed})",
             "make its validators accept the values that they return",
             by_type=True,
         ) from failed
     if again != text:
         raise Refused(
             value,
-            "a pydantic type in it is changed when it is validated again",
+            "a type in it is changed when it is validated again",
             "make its validators leave alone the values that they return",
             by_type=True,
         )
 
 
 def _encode_typed(value: object, adapter: TypeAdapter[Any], root: str, refused: Refused) -> str:
+    from pyworkflow._same import same
+
     try:
         text = adapter.dump_json(value, round_trip=True, warnings="error").decode()
         again = adapter.validate_json(text)
-        if again != value:
+        if not same(value, again):
             refused.why += " (dumped by its annotation it comes back different)"
             raise refused.error(root)
         tree = from_json(text)
@@ -341,6 +346,11 @@ def _ordered(tree: Any) -> Any:
     if kind is not dict:
         return tree
     done: dict[str, Any] = {key: _ordered(tree[key]) for key in sorted(tree)}
-    if done.get(MARK) in ("set", "frozenset", "dict"):
+    tag: object = done.get(MARK)
+    if tag in ("set", "frozenset", "dict"):
         done["v"].sort(key=to_json)
+    elif isinstance(tag, str) and tag.endswith(STATE):
+        # Fields alone, as before there was more: what a property has kept is no other argument.
+        done[MARK] = tag.removesuffix(STATE)
+        done.pop("a", None)
     return done

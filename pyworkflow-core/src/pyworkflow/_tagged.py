@@ -8,24 +8,26 @@ Only exact types are taken: a subclass that would come back as its base is refus
 from __future__ import annotations
 
 import base64
-import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, Flag
 from math import isfinite
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from types import FunctionType
 from typing import Any, cast
 from uuid import UUID
 
 from pydantic_core import from_json, to_json
 
 from pyworkflow._portable import portable_name, resolve_type
+from pyworkflow._shapes import STATE, Shape, dataclass_shape, shape_of, state_of
 from pyworkflow.errors import SerializationError
 
 __all__ = [
     "FLAT",
+    "LEAVES",
     "MARK",
     "NotSerializable",
     "storable",
@@ -328,6 +330,10 @@ _ENCODERS: dict[type, Encoder] = {
 }
 
 
+LEAVES = frozenset(_ENCODERS) - {list, dict, tuple, set, frozenset}
+"""Built-in types, with strings, that hold no other values."""
+
+
 def _encoder_for(kind: type, value: object) -> Encoder:
     """The encoder of a class that is not built in; kept, because classes are few."""
     make = _maker(kind)
@@ -354,11 +360,20 @@ def _maker(kind: Any) -> Callable[[Any, str], Encoder] | None:
         return _flag if issubclass(kind, Flag) else _enum
     if hasattr(kind, "__pydantic_fields__") and hasattr(kind, "model_validate"):
         return _model
+    if not _reduces_as_any(kind):
+        return None
     if hasattr(kind, "_fields") and tuple in kind.__mro__:
         return _namedtuple
     if hasattr(kind, "__dataclass_fields__") and not issubclass(kind, _CONTAINERS):
         return _dataclass
     return None
+
+
+def _reduces_as_any(kind: type) -> bool:
+    """Whether all state is in fields and attributes: a ``deque`` or a ``StringIO`` has other."""
+    ways = kind.__reduce__, kind.__reduce_ex__
+    defaults: tuple[object, ...] = (object.__reduce__, object.__reduce_ex__)
+    return all(way in defaults or isinstance(way, FunctionType) for way in ways)
 
 
 _CONTAINERS = (list, dict, set, frozenset, tuple, str, bytes, int, float, BaseException)
@@ -367,6 +382,8 @@ _CONTAINERS = (list, dict, set, frozenset, tuple, str, bytes, int, float, BaseEx
 def _enum(_kind: type, name: str) -> Encoder:
     def encode(value: Enum, depth: int) -> Tree:
         _enter(value, depth, 1)
+        if type(value)._member_map_.get(value._name_) is not value:
+            raise Refused(value, "its class has no member of its name", "use a member of the class")
         return {MARK: "enum", "t": name, "v": value._name_}
 
     return encode
@@ -396,30 +413,60 @@ def _fields(value: object, names: list[str], depth: int) -> dict[str, Tree]:
     return done
 
 
+def _attributes(value: object, shape: Shape, depth: int) -> dict[str, Tree] | None:
+    """The tree of the attributes besides the fields; None without any."""
+    state = state_of(value, shape)
+    for name in [name for name in state if name in shape.caches]:
+        try:
+            walk(state[name], depth + 2)
+        except Refused:
+            del state[name]  # its property computes it again
+    if not state:
+        return None
+    try:
+        return cast("dict[str, Tree]", _dict(state, depth + 1))
+    except Refused as refused:
+        # As people write it: the dict of attributes is no part of the path.
+        refused.path[-1] = f".{refused.path[-1][2:-2]}"
+        raise
+
+
 def _dataclass(kind: type, name: str) -> Encoder:
-    names = [field.name for field in dataclasses.fields(kind)]
+    shape = dataclass_shape(kind)
+    names, plain = list(shape.names), shape.plain
     tag = "pydantic_dataclass" if hasattr(kind, "__is_pydantic_dataclass__") else "dataclass"
 
     def encode(value: object, depth: int) -> Tree:
-        return {MARK: tag, "t": name, "v": _fields(value, names, depth)}
+        done: dict[str, Tree] = {MARK: tag, "t": name, "v": _fields(value, names, depth)}
+        state = _attributes(value, shape, depth)
+        if state is not None or not plain:
+            done[MARK] = tag + STATE
+            done["a"] = state or {}
+        return done
 
     return encode
 
 
 def _namedtuple(kind: type, name: str) -> Encoder:
     names: list[str] = list(kind._fields)  # type: ignore[attr-defined] # a NamedTuple
+    shape = shape_of(kind, ())
 
     def encode(value: tuple[object, ...], depth: int) -> Tree:
-        if getattr(value, "__dict__", None):
-            raise Refused(value, "it has attributes besides its fields", "use a dataclass")
         items = _items(value, _enter(value, depth, 2), value, [f".{field}" for field in names])
-        return {MARK: "namedtuple", "t": name, "v": dict(zip(names, items, strict=True))}
+        done: dict[str, Tree] = {MARK: "namedtuple", "t": name}
+        done["v"] = dict(zip(names, items, strict=True))
+        state = _attributes(value, shape, depth)
+        if state is not None:
+            done[MARK] += STATE
+            done["a"] = state
+        return done
 
     return encode
 
 
 def _model(kind: Any, name: str) -> Encoder:
     names: list[str] = list(kind.__pydantic_fields__)
+    shape = shape_of(kind, tuple(names))
 
     def encode(value: Any, depth: int) -> Tree:
         try:
@@ -429,15 +476,42 @@ def _model(kind: Any, name: str) -> Encoder:
         except Refused as refused:
             if not refused.by_type:
                 raise
-            done = {MARK: "model_json", "t": name, "v": _dumped(value, refused)}
+            done = {MARK: "model_json", "t": name, "v": _dumped(value, names, refused)}
         if len(value.__pydantic_fields_set__) != len(names) + len(value.__pydantic_extra__ or ()):
             done["s"] = sorted(value.__pydantic_fields_set__)
-        private = storable(value.__pydantic_private__ or {}, depth + 2)
-        if private:  # what is left out, a lock or a connection, is made anew by its default
+        attributes: dict[str, object] = value.__pydantic_private__ or {}
+        private = storable(attributes, depth + 2)
+        if private:
             done["p"] = private
+        state = _attributes(value, shape, depth)
+        if state is not None:
+            done[MARK] += STATE
+            done["a"] = state
+        if left_out := attributes.keys() - private.keys():
+            _check_left_out(value, left_out, done)
         return done
 
     return encode
+
+
+def _check_left_out(value: Any, names: Iterable[str], tree: Tree) -> None:
+    """Refuse private attributes that are not stored, and that the class makes differently."""
+    from pyworkflow._restore import restore
+    from pyworkflow._same import same
+
+    try:
+        made: Any = restore(from_json(to_json(tree)))
+    except SerializationError:
+        return  # refused when the whole value is read again
+    others: dict[str, object] = made.__pydantic_private__ or {}
+    for name in names:
+        item = value.__pydantic_private__[name]
+        if name not in others or not same(item, others[name]):
+            refused = Refused(
+                item, "this private attribute has no exact form in JSON", by_type=True
+            )
+            refused.inside(f".{name}", value)
+            raise refused
 
 
 def storable(attributes: Mapping[str, object], depth: int) -> dict[str, Tree]:
@@ -452,7 +526,7 @@ def storable(attributes: Mapping[str, object], depth: int) -> dict[str, Tree]:
     return kept
 
 
-def _dumped(value: Any, refused: Refused) -> Tree:
+def _dumped(value: Any, names: list[str], refused: Refused) -> Tree:
     """A model with fields that only pydantic knows, as pydantic writes it, if that is exact."""
     try:
         text = value.model_dump_json(round_trip=True, by_alias=False, warnings="error")
@@ -461,7 +535,9 @@ def _dumped(value: Any, refused: Refused) -> Tree:
     except Exception as failed:  # validators and serializers are user code
         refused.why += f" ({type(failed).__name__} when pydantic dumps it)"
         raise refused from failed
-    if again.__dict__ != value.__dict__:
+    from pyworkflow._same import same
+
+    if not all(same(getattr(value, name), getattr(again, name)) for name in names):
         refused.why += " (dumped by pydantic it comes back different)"
         raise refused
     return from_json(text)
