@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from pyworkflow._shapes import STATE
 from pyworkflow._text import cut
 
 __all__ = ["arguments_line", "plain_arguments", "plain_value", "value_line"]
 
 Tree = Any
 #: Tags of types with fields; the key ``t`` has the name of the type.
-_FIELDS = frozenset({"dataclass", "pydantic_dataclass", "namedtuple", "model", "model_json"})
+_FIELDS = frozenset(
+    name + suffix
+    for name in ("dataclass", "pydantic_dataclass", "namedtuple", "model", "model_json")
+    for suffix in ("", STATE)
+)
 _MARK = "$py"
 
 
