@@ -31,6 +31,7 @@ __all__ = [
     "ask",
     "error_class",
     "hooks_active",
+    "is_registered",
     "list_plugins",
     "load_all",
     "load_observers",
@@ -211,6 +212,11 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
 def unregister_plugin(plugin: object) -> None:
     """Remove what ``register_plugin`` added; a no-op when it is not there."""
     _catalogue.remove(plugin)
+
+
+def is_registered(plugin: object) -> bool:
+    """Whether ``register_plugin`` added it."""
+    return _catalogue.is_added(plugin)
 
 
 register = register_plugin

@@ -125,7 +125,7 @@ def pyworkflow_register(registry: Registry) -> None:
 
 @hookspec
 def pyworkflow_configure(config: Mapping[str, str]) -> None:
-    """Learn the settings, once per process, when workers and the command line start."""
+    """Learn the settings, once per process, when it first works on runs or starts one."""
 
 
 @hookspec

@@ -16,6 +16,7 @@ from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
 from pyworkflow._operations import Operations, stalled_since
+from pyworkflow._plugins import load_observers
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import ArgumentError, ConfigurationError, RunNotFound
 from pyworkflow.runs import Run
@@ -53,6 +54,7 @@ class Driver:
         self.worker.on_run_started = self.started.add
 
     async def __aenter__(self) -> Self:
+        load_observers()
         await self.worker.open()
         return self
 
