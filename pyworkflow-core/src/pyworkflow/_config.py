@@ -95,6 +95,8 @@ class Settings:
     """Whether ``start``, ``run``, ``result`` and ``Client`` have a worker in this process."""
     queues: tuple[str, ...] = ()
     """The queues that such a worker takes from; empty means every queue."""
+    version_grace: timedelta = timedelta(seconds=20)
+    """How long a worker leaves a run that newer code recorded to others before it stalls."""
     stalled_after: timedelta = timedelta(seconds=10)
     """How long a run is stalled before ``result`` raises ``RunStalled``."""
     drain: timedelta = timedelta(seconds=10)
@@ -486,6 +488,7 @@ _PARSERS: Mapping[str, Callable[[str, object, str, Path], object]] = {
     "worker": _flag,
     "queues": _list,
     "stalled_after": _duration,
+    "version_grace": _duration,
     "drain": _duration,
     "watchdog": _duration,
     "max_payload": _bytes,

@@ -180,7 +180,12 @@ class Cluster:
         return gone
 
     def told(self, record: logging.LogRecord) -> None:
-        """An error that the engine logged with a traceback is a fault of its own."""
+        """An error that the engine logged with a traceback is a fault of its own.
+
+        But for what ``observers`` logs: the errors of runs and steps.
+        """
+        if record.module == "observers":
+            return
         if record.exc_info is not None and record.exc_info[1] is not None:
             self.broke(Broken("engine", "-", f"{record.getMessage()}: {record.exc_info[1]!r}"))
 

@@ -321,7 +321,7 @@ async def _patched(node: list[Any]) -> Any:
 
 
 async def _broken(node: list[Any]) -> Any:
-    _primitives.step_context()  # refused in workflow code: the run stalls
+    asyncio.get_running_loop().call_soon_threadsafe(print)  # refused: the run stalls
     return node
 
 

@@ -120,8 +120,15 @@ class _Secrets:
 class _Unwatched:
     """In place of the guard: feeds, and has neither a thread nor an audit hook."""
 
-    def feed(self, live: Any, events: Any) -> None:
+    def feed(self, live: Any, events: Any, limit: Any = None) -> None:
         live.feed(events)
+
+    def begin(self) -> None:
+        """No thread watches."""
+
+    def watch(self, loop: Any) -> Any:
+        """Nothing looks at a loop here; what this returns ends that."""
+        return lambda: None
 
 
 _UNWATCHED = _Unwatched()

@@ -12,7 +12,15 @@ from pyworkflow._tracebacks import rebuilt
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ErrorInfo, Run, RunStatus
 
-__all__ = ["Raised", "log_end", "log_stall", "log_steps", "observed_hooks", "tell_observers"]
+__all__ = [
+    "context_of",
+    "Raised",
+    "log_end",
+    "log_stall",
+    "log_steps",
+    "observed_hooks",
+    "tell_observers",
+]
 
 _log = logging.getLogger("pyworkflow.engine")
 
@@ -116,7 +124,7 @@ def log_steps(run_id: str, workflow: str, events: Sequence[Event], raised: Raise
             run_id,
             _said(info),
             exc_info=(error or rebuilt(info)) if again is None else None,
-            extra=_context(run_id, workflow, event.op, name),
+            extra=context_of(run_id, workflow, event.op, name),
         )
 
 
@@ -138,7 +146,7 @@ def log_end(run: Run, status: RunStatus, error: ErrorInfo | None, raised: Raised
         run.run_id,
         "" if error is None else _said(error),
         exc_info=exc_info,
-        extra=_context(run.run_id, run.workflow, None, None),
+        extra=context_of(run.run_id, run.workflow, None, None),
     )
 
 
@@ -153,7 +161,7 @@ def log_stall(run: Run, reason: str, problem: BaseException | None) -> None:
         rest,
         run.run_id,
         exc_info=problem,
-        extra=_context(run.run_id, run.workflow, None, None),
+        extra=context_of(run.run_id, run.workflow, None, None),
     )
 
 
@@ -176,8 +184,8 @@ def _literal(text: object) -> str:
     return str(text).replace("%", "%%")
 
 
-def _context(
-    run_id: str, workflow: str, step_id: str | None, step_name: str | None
+def context_of(
+    run_id: str, workflow: str, step_id: str | None = None, step_name: str | None = None
 ) -> Mapping[str, str | None]:
     """What records made in a run carry, see ``configure_logging``."""
     return {

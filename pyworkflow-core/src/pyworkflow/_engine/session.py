@@ -101,6 +101,10 @@ class Session(Straight):
         for event in events:
             if event.type == EventType.CANCEL_REQUESTED and event.seq > seen_seq:
                 self._cancel = str(event.data.get("reason", ""))
+            elif event.type == EventType.WORKFLOW_STALLED:
+                self._stalled_at = self._stalled_at or event.timestamp
+            elif event.type == EventType.WORKFLOW_UNSTALLED:
+                self._stalled_at = None
         try:
             await self._feed(events)
             if self._replay.other_arguments is not None:
@@ -170,7 +174,8 @@ class Session(Straight):
         """One round. None to go on, else whether the coroutine may be kept."""
         replay = self._replay
         if replay.problem is not None:
-            await self.stall_for(replay.problem)
+            if not (replay.needs_newer_code and await self._leave_to_others(replay.problem)):
+                await self.stall_for(replay.problem)
             return False
         for warning in replay.take_warnings():
             _log.warning("%s run_id=%s", warning, self._run.run_id)
@@ -402,6 +407,25 @@ class Session(Straight):
             return [], dispatched  # no replay comes to this end: it could not accept them
         events += [cancelled_event(op, name, by="end") for op, name in pending.items()]
         return events, dispatched
+
+    async def _leave_to_others(self, problem: Exception) -> bool:
+        """Release a run that newer code recorded; False when nothing fits within the grace time."""
+        if self._run.stalled is not None:
+            return False
+        unfit = self._worker.unfit
+        pause, first = unfit.leave(self._run)
+        if pause is None:
+            return False
+        if first:
+            _log.info(
+                "newer code recorded the run, and it is left to workers that have that code; it "
+                "stalls when there is none: workflow=%s run_id=%s: %s",
+                self._run.workflow,
+                self._run.run_id,
+                problem,
+            )
+        await self._worker.storage.release(self._ref, delay=pause)
+        return True
 
     async def stall_for(self, problem: Exception) -> None:
         """The run cannot go on here: say so once, and try again later."""

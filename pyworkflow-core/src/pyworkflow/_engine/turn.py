@@ -9,13 +9,15 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from pyworkflow._clock import from_micros
+from pyworkflow._clock import from_micros, to_micros
 from pyworkflow._codecs import opened_events
 from pyworkflow._engine.leases import ref_of
 from pyworkflow._engine.live import InPlace, LiveRun
+from pyworkflow._engine.observers import context_of
 from pyworkflow._engine.records import (
     INPUT,
     OBSERVATION,
@@ -93,6 +95,7 @@ class Turn:
         self._length = run.history_length
         self._forgetful = False
         """What the code asked for was forgotten: the inputs that led to it were not seen."""
+        self._stalled_at: datetime | None = None
         self._control: Control | None = None
         if run.stalled is not None:
             self._control = Control(ControlKind.UNSTALL)
@@ -206,7 +209,10 @@ class Turn:
         if failpoints.active:
             failpoints.hit("turn.after_commit")
         puts, drops = self._puts, self._drops
-        self._events, self._control = [], None
+        self._events = []
+        if self._control is not None:
+            self._control = None
+            self._say_resumed()
         self._replay.acknowledge(answer.seen_seq)
         if drops:
             self._drops = []
@@ -216,6 +222,21 @@ class Turn:
             self._puts = []
             self._worker.announce_puts(self._run, puts)
         self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
+
+    def _say_resumed(self) -> None:
+        since = self._stalled_at
+        _log.info(
+            "the run resumes: workflow=%s run_id=%s stalled_for=%s stalled_by=%s",
+            self._run.workflow,
+            self._run.run_id,
+            "?" if since is None else self._seconds_since(since),
+            self._run.stalled,
+            extra=context_of(self._run.run_id, self._run.workflow),
+        )
+
+    def _seconds_since(self, at: datetime) -> str:
+        seconds = max(0, self._worker.clock.micros() - to_micros(at)) / 1_000_000
+        return f"{seconds:.1f}s"
 
     async def _commit_part(self, number: int) -> None:
         """Commit the first ``number`` events alone: one change may not hold them all.

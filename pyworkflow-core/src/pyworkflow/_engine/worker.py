@@ -35,6 +35,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
+from pyworkflow._engine.unfit import UnfitRuns
 from pyworkflow._engine.waits import Awaited, answered
 from pyworkflow._portable import import_listed, note_imports
 from pyworkflow._replay._cpython import Batch, prepare
@@ -125,6 +126,7 @@ class Worker:
         self.end_process = end_process
         self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
         self.roads = Roads()
+        self.unfit = UnfitRuns(settings.version_grace)
         self.raised = Raised()
         self._kept: OrderedDict[str, LiveRun] = OrderedDict()
         self._known: dict[str, int] = {}
@@ -465,10 +467,11 @@ class Worker:
         workflow = find_workflow(run.workflow)
         live = self._kept.pop(run.run_id, None)
         self._known.pop(run.run_id, None)
-        if workflow is None:
+        if workflow is None or (live is None and run.stalled is None and self.unfit.knows(run)):
             if live is not None:
                 self._drop(live)
-            await self.storage.release(claim.ref)
+            pause = None if workflow is None else self.unfit.leave(run)[0]
+            await self.storage.release(claim.ref, delay=pause)
             return
         if live is not None and live.workflow is not workflow:
             self._drop(live)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyworkflow.events import Json
 
@@ -20,6 +20,7 @@ __all__ = [
     "RunStep",
     "StartSleep",
     "StepSpec",
+    "WorkflowSpec",
 ]
 
 
@@ -45,6 +46,28 @@ class StepSpec(Protocol):
 
     def decode_result(self, payload: str) -> object:
         """The result as the workflow gets it. ``SerializationError`` when it no longer fits."""
+        ...
+
+
+class WorkflowSpec(Protocol):
+    """What replay needs of a workflow's definition."""
+
+    @property
+    def name(self) -> str:
+        """The name that runs record."""
+        ...
+
+    @property
+    def check_args(self) -> str:
+        """``stall`` or ``warn`` when a recorded argument digest differs."""
+        ...
+
+    def call(self, args: str) -> Coroutine[Any, Any, object]:
+        """The coroutine for these arguments (payload text). ``SerializationError``."""
+        ...
+
+    def encode_result(self, value: object) -> str:
+        """The result as payload text. ``SerializationError``."""
         ...
 
 

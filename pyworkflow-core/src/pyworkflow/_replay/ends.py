@@ -47,6 +47,15 @@ def end_of_reserve(event: Event) -> int:
     return event.seq + _number(event, "reserve")
 
 
+def damaged(event: Event, cause: Exception) -> WorkflowError:
+    """An event whose data is not what its type has: no code can be driven by it."""
+    what = f"missing={cause}" if isinstance(cause, KeyError) else f"cause={cause!r}"
+    return WorkflowError(
+        f"the history holds an event without its fields: seq={event.seq} type={event.type} {what}; "
+        "it was not written by PyWorkflow, or the store is damaged: see `pyworkflow storage check`"
+    )
+
+
 def closing_problem(event: Event, found: Outcome | None) -> WorkflowError | None:
     """Why the code does not fit a closing event; it must have come to the same end."""
     expected = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from pyworkflow._clock import to_micros
 from pyworkflow._replay._cpython import prepare
@@ -21,9 +21,17 @@ from pyworkflow._replay.commands import (
     Outcome,
     RunStep,
     StartSleep,
+    WorkflowSpec,
 )
 from pyworkflow._replay.context import Op, RunContext
-from pyworkflow._replay.ends import RESERVE_OP, closing_problem, end_of_reserve, timed_out, too_long
+from pyworkflow._replay.ends import (
+    RESERVE_OP,
+    closing_problem,
+    damaged,
+    end_of_reserve,
+    timed_out,
+    too_long,
+)
 from pyworkflow._replay.loop import BusyLoop, WorkflowBlocked
 from pyworkflow._replay.mismatch import OTHER_ARGUMENTS, arguments_of, describe_mismatch
 from pyworkflow._replay.transitions import AFTER_END, TABLE, Action, OpKind, OpState
@@ -40,28 +48,6 @@ __all__ = ["DEADLINE_OP", "GRACE_OP", "Replay", "WorkflowSpec"]
 
 DEADLINE_OP = "0#deadline"
 GRACE_OP = "0#grace"
-
-
-class WorkflowSpec(Protocol):
-    """What replay needs of a workflow's definition."""
-
-    @property
-    def name(self) -> str:
-        """The name that runs record."""
-        ...
-
-    @property
-    def check_args(self) -> str:
-        """``stall`` or ``warn`` when a recorded argument digest differs."""
-        ...
-
-    def call(self, args: str) -> Coroutine[Any, Any, object]:
-        """The coroutine for these arguments (payload text). ``SerializationError``."""
-        ...
-
-    def encode_result(self, value: object) -> str:
-        """The result as payload text. ``SerializationError``."""
-        ...
 
 
 # Replays whose code has begun and was not closed. The collector must not meet them: it would throw
@@ -93,6 +79,8 @@ class Replay:
         self.seen = 0
         self.outcome: Outcome | None = None
         self.problem: WorkflowError | None = None
+        self.unknown_event = False
+        """A newer version of PyWorkflow wrote an event of the history."""
         self.spins = False
         """Its code took its worker for itself: a retry costs the others as much."""
         self.other_arguments: str | None = None
@@ -131,13 +119,26 @@ class Replay:
                 continue
             if self.problem is not None:
                 return
-            self._feed(event)
+            try:
+                self._feed(event)
+            except (KeyError, TypeError, ValueError) as exc:
+                self.problem = damaged(event, exc)
+
+    @property
+    def needs_newer_code(self) -> bool:
+        """Whether the problem is that newer code recorded the history: others may have that code."""
+        if self.unknown_event:
+            return True
+        context = self._context
+        return isinstance(self.problem, NonDeterminism) and (
+            context is None or not all(map(context.knows_patch, self._markers))
+        )
 
     def know_markers(self, events: Iterable[Event]) -> None:
         """Look ahead for version markers: one anywhere in the history counts from the start."""
         for event in events:
             if event.type == _MARKED:
-                self._markers.add(str(event.data["id"]))
+                self._markers.add(str(event.data.get("id")))
 
     def skip_to(self, seq: int) -> None:
         """Everything up to ``seq`` was fed, or is of no concern to replay."""
@@ -151,6 +152,7 @@ class Replay:
 
     def _feed(self, event: Event) -> None:
         if event.v > EVENT_VERSION or event.type not in _KNOWN:
+            self.unknown_event = True
             self.problem = WorkflowError(
                 f"the history holds an event that this version does not know: seq={event.seq} "
                 f"type={event.type} v={event.v}; upgrade the worker"
