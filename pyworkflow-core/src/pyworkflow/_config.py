@@ -382,7 +382,9 @@ def _url(name: str, value: object, source: str, base: Path) -> object:
 
 def _broker(name: str, value: object, source: str, _base: Path) -> object:
     if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value):
-        return value
+        if "#" not in value:
+            return value
+        raise _bad(name, value, source, "a URL with %23 in the place of #, which would end it")
     raise _bad(name, value, source, "a URL like redis://HOST:6379/0")
 
 

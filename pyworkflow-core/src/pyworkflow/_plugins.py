@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from pyworkflow import _hooks
 from pyworkflow._config import Settings, check_namespace, settings
 from pyworkflow._hooks import around, ask, error_class, hooks_active, observe, observer_errors
-from pyworkflow._urls import ParsedUrl, parse_url, redact_url, resolve_url
+from pyworkflow._urls import ParsedUrl, check_name, parse_url, redact_url, resolve_url
 from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound, WorkflowError
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def make_storage(url: str, namespace: str = "default") -> StorageBackend:
     from pyworkflow.spi.storage import StorageBackend
 
     parse_url(url, "storage")
+    check_name(url)
     parsed = parse_url(resolve_url(url, Path()), "storage")
     if "namespace" in parsed.options:
         raise ConfigurationError(
@@ -132,6 +133,7 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
     The plugin's options are ``config`` overridden by the URL's query. Raises as ``make_storage``.
     """
     parsed = parse_url(url, "executor")
+    check_name(url, "executor")
     made = _catalogue.make("executor", parsed, {**(config or {}), **parsed.options})
     if not all(
         callable(getattr(made, name, None)) for name in ("open", "notify", "serve", "close")
@@ -434,6 +436,12 @@ def _make_with(
 ) -> object:
     try:
         return _hooks.call(impl, {"url": url.url, "options": dict(options)})
+    except ConfigurationError as error:
+        said, shown = str(error), redact_url(url.url)
+        if shown == url.url or url.url not in said:
+            raise
+        # A plugin's message may repeat the URL as it got it.
+        raise ConfigurationError(said.replace(url.url, shown)) from None
     except WorkflowError:
         raise
     except ImportError as error:  # a driver that is an extra of the plugin

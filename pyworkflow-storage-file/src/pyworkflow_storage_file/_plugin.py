@@ -19,7 +19,7 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
     Raises:
         ConfigurationError: no path, a host, an unknown option, or a bad value.
     """
-    scheme, _, rest = url.partition("?")[0].partition("#")[0].partition(":")
+    scheme, _, rest = url.partition("?")[0].partition(":")
     if scheme.lower() != "file":
         return None
     unknown = sorted(set(options) - {"namespace", "fsync"})
@@ -38,12 +38,12 @@ def pyworkflow_make_storage(url: str, options: Mapping[str, str]) -> StorageBack
         host, slash, path = rest[2:].partition("/")
         if host not in {"", "localhost"}:
             raise ConfigurationError(
-                f"a file URL names a host: host={host!r} url={url!r}; "
+                f"a file URL names a host: host={host.rpartition('@')[2]!r} url={url!r}; "
                 "write file:///absolute/dir or file:relative/dir"
             )
         path = slash + path
     path = unquote(path)
-    if not path.strip("/"):
+    if not path.strip("/") or "\0" in path:
         raise ConfigurationError(
             f"a file URL needs a directory: url={url!r}; "
             "write file:///absolute/dir or file:relative/dir"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -32,7 +32,7 @@ class Address:
     port: int
     db: int
     username: str | None
-    password: str | None
+    password: str | None = field(repr=False)
     options: Mapping[str, str]
 
     @property

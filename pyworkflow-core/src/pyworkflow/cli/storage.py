@@ -299,7 +299,7 @@ def _refuse_missing(url: str) -> None:
     scheme, _, rest = resolve_url(url, Path.cwd()).partition(":")
     if scheme.lower() not in {"file", "sqlite"} or ":memory:" in rest:
         return
-    path = rest.partition("?")[0].partition("#")[0].removeprefix("//localhost")
+    path = rest.partition("?")[0].removeprefix("//localhost")
     path = re.sub("^/+(?=[A-Za-z]:|/)", "", unquote(path))
     if path and not Path(path).exists():
         raise Unusable(f"there is no store: location={path}; check the URL")

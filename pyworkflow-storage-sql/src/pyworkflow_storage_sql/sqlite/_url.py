@@ -22,7 +22,7 @@ def make(url: str, options: Mapping[str, str]) -> StorageBackend:
             f"sqlite URLs have no such options: options={','.join(unknown)} url={url!r}; "
             "there is namespace"
         )
-    rest = url.partition("?")[0].partition("#")[0].partition(":")[2]
+    rest = url.partition("?")[0].partition(":")[2]
     if not rest.startswith("//"):
         raise ConfigurationError(
             f"not a sqlite URL: url={url!r}; write sqlite:///relative.db or sqlite:////absolute.db"
@@ -30,7 +30,7 @@ def make(url: str, options: Mapping[str, str]) -> StorageBackend:
     host, _, path = rest[2:].partition("/")
     if host not in {"", "localhost"}:
         raise ConfigurationError(
-            f"a sqlite URL names a host: host={host!r} url={url!r}; "
+            f"a sqlite URL names a host: host={host.rpartition('@')[2]!r} url={url!r}; "
             "write sqlite:///relative.db or sqlite:////absolute.db"
         )
     path = unquote(path)
