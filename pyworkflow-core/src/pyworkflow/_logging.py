@@ -180,6 +180,15 @@ class _ReopeningFileHandler(logging.FileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._file = self._identity()
 
+    def _open(self) -> Any:
+        return open(  # as the base class
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=lambda path, flags: os.open(path, flags, 0o600),
+        )
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._follow()

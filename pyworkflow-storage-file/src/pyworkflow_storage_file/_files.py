@@ -67,11 +67,12 @@ class Files:
         try:
             if not root.is_dir():
                 touched += [path.parent for path in (root, *root.parents) if not path.exists()]
-                root.mkdir(parents=True, exist_ok=True)
+                make_private(root)
             ignore = root / ".gitignore"
             if not ignore.exists():
-                ignore.write_text("*\n", encoding="ascii")
-            self.directory.mkdir(exist_ok=True)
+                with open(ignore, "w", encoding="ascii", opener=_owner_only) as file:
+                    file.write("*\n")
+            self.directory.mkdir(mode=0o700, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigurationError(
                 f"the store's path is not a directory: path={root} file={error.filename}; "
@@ -106,7 +107,14 @@ class Files:
     def new_segment(self, name: str) -> int:
         """Open a segment that is empty and not in the manifest yet."""
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        return os.open(self.directory / name, flags, 0o666)
+        return os.open(self.directory / name, flags, self._mode())
+
+    def _mode(self) -> int:
+        """Of new files: 0600, or that of a store that was made otherwise, as others may share it."""
+        try:
+            return (self.directory / "lock").stat().st_mode & 0o666
+        except OSError:
+            return 0o600
 
     def open_segment(self, name: str) -> int:
         """Open a segment that the manifest names."""
@@ -151,7 +159,7 @@ class Files:
             }
         )
         new = self.manifest_path.with_suffix(".new")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, self._mode())
         try:
             self.write(fd, content.encode() + b"\n", 0)
             self.flush(fd)
@@ -194,7 +202,8 @@ class Files:
     def poison(self, reason: str) -> None:
         """Leave word that nobody may use the store, as far as the disk still takes it."""
         try:
-            self.poison_path.write_text(reason, encoding="utf-8", errors="replace")
+            with open(self.poison_path, "wb", opener=_owner_only) as file:
+                file.write(reason.encode("utf-8", "replace"))
             self._calls.flush_directory(self.directory)
         except OSError:
             pass  # the lock's marker says so too, and there is no third place
@@ -222,3 +231,14 @@ def read_all(fd: int, offset: int) -> bytes:
         parts.append(part)
         offset += len(part)
     return b"".join(parts) if len(parts) != 1 else parts[0]
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above that are missing, for the owner alone."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

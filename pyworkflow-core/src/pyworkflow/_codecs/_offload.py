@@ -117,11 +117,13 @@ def _write(directory: Path, name: str, data: bytes) -> None:
     # Written even when a file of the name stands: that one may be damaged, or about to be swept.
     path = _path(directory, name)
     if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [folder for folder in path.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
         _sync(path.parent.parent)
     half = path.with_name(f"{name}.{secrets.token_hex(6)}.part")
     try:
-        with half.open("xb") as file:
+        with open(half, "xb", opener=lambda where, flags: os.open(where, flags, 0o600)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

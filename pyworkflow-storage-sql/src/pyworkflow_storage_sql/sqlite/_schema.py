@@ -58,6 +58,14 @@ def _migrations() -> list[tuple[int, str, str]]:
     return [(int(name[:4]), name.removesuffix(".sql"), text) for name, text in found]
 
 
+def _make_private(path: Path) -> None:
+    """Make a missing file for the owner alone; its ``-wal`` and ``-shm`` get its mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError:  # it exists, or the connection tells what is wrong
+        return
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """A connection for any thread, without a transaction of its own making.
 
@@ -65,6 +73,7 @@ def connect(path: Path) -> sqlite3.Connection:
         ConfigurationError: There cannot be a database at the path.
     """
     _check_place(path)
+    _make_private(path)
     conn = sqlite3.connect(
         path,
         timeout=OPEN_TIMEOUT,
