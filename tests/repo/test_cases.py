@@ -33,7 +33,6 @@ FAILING = {
     "scale_log_injection",
     "scale_lost_claim_answer",
     "scale_outage_floods_log",
-    "scale_sqlite_purge",
     "scale_stored_names_import",
     "second_signal",
     "typeddict_argument",

@@ -176,6 +176,10 @@ def _take_key(batch: Batch, key: str, mark: KeyMark) -> None:
     )
 
 
+_MOST_PURGED = 20_000
+"""Rows that one purge deletes, about: its transaction keeps all other writers waiting."""
+
+
 def purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch) -> int:
     """Remove ended runs; let go of keys whose time is over."""
     conn, namespace = batch.conn, batch.namespace
@@ -194,10 +198,14 @@ def purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch) 
         "order by r.finished_at, r.id limit ?",
         (namespace, to_micros(before), max(0, limit)),
     ).fetchall()
+    removed = deleted = 0
     for run, key, finished, run_id in rows:
+        if deleted > _MOST_PURGED:
+            break
         for table in ("events", "answers", "run_data"):
-            conn.execute(f"delete from {table} where run = ?", (run,))  # noqa: S608 - a name from above
+            deleted += conn.execute(f"delete from {table} where run = ?", (run,)).rowcount  # noqa: S608 - a name from above
         conn.execute("delete from runs where id = ?", (run,))
+        removed += 1
         if key is None:
             continue
         until = from_micros(finished) + key_retention
@@ -207,7 +215,7 @@ def purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch) 
             conn.execute(
                 "delete from idempotency_keys where namespace = ? and key = ?", (namespace, key)
             )
-    return len(rows)
+    return removed
 
 
 # --- copies -----------------------------------------------------------------------------------
