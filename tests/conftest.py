@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.signals import children_take_signals
+
 # Imported by the fixtures: environments that run only tests of the tree have no servers.
 if TYPE_CHECKING:
     from tests.proxy import Proxy
@@ -21,6 +23,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("deterministic")
+
+children_take_signals()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from pyworkflow import Client, step, workflow
+from pyworkflow._engine import keeper as keeper_module
 from pyworkflow._engine import leases, pipeline
+from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.pipeline import DIVISIBLE, Pipeline, StorageClock
 from pyworkflow._engine.waits import answered
 from pyworkflow.errors import StorageError, StorageUnavailable
@@ -384,7 +386,7 @@ def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A turn in an answer from before the pause begins in the very round of the loop that asks.
-    watch = Watch(monkeypatch, leases)
+    watch = Watch(monkeypatch, keeper_module)
     early, late = ClaimRef("run", "step:1#1", "t1"), ClaimRef("run", TURN, "t2")
     asked: list[set[ClaimRef]] = []
 
@@ -397,7 +399,9 @@ def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
     async def main() -> None:
         nonlocal keeper
         storage = Asked()
-        keeper = leases.LeaseKeeper(storage, LEASE, LEASE / 3, print)
+        keeper = keeper_module.LeaseKeeper(
+            storage, LEASE, LEASE / 3, print, outages=Outages(storage.now, "me")
+        )
         keeper.add(early)
         await keeper.after_pause(storage)
         assert asked == []
@@ -407,7 +411,7 @@ def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
         keeper.close()
         assert asked == [{early}, {early, late}]
 
-    keeper: leases.LeaseKeeper
+    keeper: keeper_module.LeaseKeeper
     asyncio.run(main())
 
 

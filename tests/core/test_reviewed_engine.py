@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from pyworkflow import Client, sleep, step, step_context, workflow
+from pyworkflow._engine import keeper as keeper_module
 from pyworkflow._engine import leases as leases_module
 from pyworkflow._engine import worker as worker_module
 from pyworkflow._engine.owner import is_gone, owner_of
@@ -408,7 +409,7 @@ def test_a_worker_that_stands_still_while_it_asks_does_not_claim_its_own_work(
     monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
     ahead = 0.0
-    for module in (worker_module, leases_module):
+    for module in (worker_module, leases_module, keeper_module):
         monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + ahead)
 
     class StandsStill(MemoryStorageBackend):

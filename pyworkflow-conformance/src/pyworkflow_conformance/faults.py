@@ -239,6 +239,10 @@ class FaultyStorage(StorageBackend):
         """As the store behind."""
         return await self._call("holders", self.inner.holders)
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """As the store behind."""
+        return await self._call("leases", lambda: self.inner.leases(owner))
+
     async def free(self, owner: str) -> int:
         """As the store behind."""
         return await self._call("free", lambda: self.inner.free(owner), repeatable=False)

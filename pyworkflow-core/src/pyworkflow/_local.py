@@ -40,6 +40,8 @@ __all__ = [
 T = TypeVar("T")
 _log = logging.getLogger("pyworkflow.worker")
 _DEFAULT_THREADS = 4
+_CLOSES_S = 5.0
+"""Seconds for the end of the host's worker and store, at the end of the process."""
 _HALF_SECOND = timedelta(milliseconds=500)
 
 
@@ -192,9 +194,11 @@ class EmbeddedHost:
         """Wait until each run started here has ended or sleeps; then say what still waits."""
         if self.pid != os.getpid() or self.loop.is_closed() or not self.thread.is_alive():
             return
+        interrupted = False
         try:
             waiting = self._wait_at_the_end() if self.started else []
         except KeyboardInterrupt:
+            interrupted = True
             _tell("left: the runs are durable; `pyworkflow worker MODULE` goes on with them")
             waiting = []
         except StorageError as exc:
@@ -203,11 +207,15 @@ class EmbeddedHost:
         if waiting:
             _tell(_farewell(waiting))
         try:
-            self.submit(self._close()).result(timeout=5)
-        except (TimeoutError, concurrent.futures.CancelledError, KeyboardInterrupt):
+            # A step may block the loop: whoever interrupted waits for it no longer.
+            self.submit(self._close()).result(timeout=1.0 if interrupted else _CLOSES_S)
+        except KeyboardInterrupt:
+            interrupted = True
+        except (TimeoutError, concurrent.futures.CancelledError):
             pass
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=2)
+        if not interrupted:
+            self.thread.join(timeout=2)
 
     def _wait_at_the_end(self) -> list[tuple[Run, float]]:
         future = self.submit(self._wait_for_started())

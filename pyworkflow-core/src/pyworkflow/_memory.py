@@ -259,6 +259,12 @@ class MemoryStorageBackend(StorageBackend):
         with shared.lock:
             return shared.store.holders(now=shared.now())
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        shared = self._use()
+        with shared.lock:
+            return shared.store.leases(owner, now=shared.now())
+
     async def next_due(
         self,
         *,

@@ -227,6 +227,10 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
         """The owners of leases that have not ended."""
         return await self._read(lambda batch: batch.store.holders(now=batch.now))
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        return await self._read(lambda batch: batch.store.leases(owner, now=batch.now))
+
     async def stats(self) -> Mapping[str, int]:
         """Counts of runs by status."""
         return await self._read(lambda batch: batch.store.stats(now=batch.now))

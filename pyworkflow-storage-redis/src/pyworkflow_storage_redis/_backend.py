@@ -432,6 +432,11 @@ class RedisStorageBackend(StorageBackend):
         """The owners of leases that have not ended."""
         return sorted(await self._started().call("free"))
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        found = await self._started().call("free", owner, "list")
+        return [ClaimRef(*names) for names in found]
+
     async def stats(self) -> Mapping[str, int]:
         """Numbers of runs, per status, of events and of items."""
         link = self._started()

@@ -440,6 +440,11 @@ class SimulatedStorage(StorageBackend):
         found: list[str] = await self._call("holders")
         return found
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """As the server."""
+        found: list[ClaimRef] = await self._call("leases", owner)
+        return found
+
     async def free(self, owner: str) -> int:
         """As the server."""
         found: int = await self._call("free", owner)

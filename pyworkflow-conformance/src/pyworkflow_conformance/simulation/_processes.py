@@ -30,11 +30,12 @@ _LONGEST = 1.0
 class _Leases(LeaseKeeper):
     """Renews in a task: there are no threads."""
 
-    def _look(self) -> None:
-        self._timer = None
-        if self._task is None and self._held and not self._stop.is_set():
+    async def ready(self) -> None:
+        """There is no connection to open."""
+
+    def _begin(self) -> None:
+        if self._task is None:
             assert self._loop is not None
-            self._heard = self._loop.time()
             self._task = self._loop.create_task(self._renew())
 
 
@@ -110,7 +111,11 @@ class WorkerProcess:
                 notify=cluster.notify if cluster.rings else None,
             )
             worker.leases = _Leases(
-                self.storage, cluster.settings.lease, cluster.settings.renew_every, worker._lost
+                self.storage,
+                cluster.settings.lease,
+                cluster.settings.renew_every,
+                worker._lost,
+                outages=worker.outages,
             )
             worker.evictor = _Evictor(cluster.saw)  # type: ignore[assignment]  # has what is asked of one
             worker.runner._threads = _Threads(cluster)  # type: ignore[assignment]  # has what is asked of them

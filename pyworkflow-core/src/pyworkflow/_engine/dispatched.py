@@ -16,6 +16,7 @@ from pyworkflow._engine.leases import ref_of
 from pyworkflow._engine.records import end_events, started_event
 from pyworkflow._engine.session import FLUSH
 from pyworkflow._engine.steps import StepEnd, StepTry, took_too_long
+from pyworkflow._engine.suspects import KILLS
 from pyworkflow._failures import encode_error
 from pyworkflow._retry import RetryPolicy
 from pyworkflow.errors import (
@@ -47,8 +48,6 @@ failpoints.register(
     },
 )
 
-KILLS = 3
-"""Claims of a step without progress after which it is taken to kill its worker."""
 _SUSPICION = 10.0
 """Seconds that a step whose worker died runs before another such step may begin beside it."""
 _TURN_OF_A_SUSPECT = timedelta(milliseconds=250)
@@ -146,6 +145,10 @@ class DispatchedSteps:
         """What works on a (run, item) here."""
         found = self._running.get(ref)
         return None if found is None else found[1]
+
+    def works_for(self, run_id: str) -> bool:
+        """Whether a step of the run is in progress here."""
+        return any(run == run_id for run, _ in self._running)
 
     def adopted(self, run_id: str) -> list[asyncio.Task[Any]]:
         """The run's steps that a session handed off to this worker."""

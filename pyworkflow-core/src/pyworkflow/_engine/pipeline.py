@@ -26,6 +26,7 @@ from pyworkflow import _plugins
 from pyworkflow._clock import to_micros, utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._engine.leases import ref_of, still_held
+from pyworkflow._engine.outages import Backoff, Outages
 from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
@@ -106,10 +107,13 @@ class Pipeline:
         patience: float,
         codecs: Writer | None = None,
         max_payload: int = 0,
+        *,
+        outages: Outages | None = None,
     ) -> None:
         failpoints.check()
         self.write_with(codecs, max_payload)
         self._storage = storage
+        self.outages = outages if outages is not None else Outages(storage.now, "client")
         self._clock = clock
         self._patience = patience
         """Seconds to go on trying while the storage does not answer: about a lease."""
@@ -173,18 +177,22 @@ class Pipeline:
         and the store, which is in order, would count a claim that ends as a worker that died.
         """
         end = monotonic() + self._patience
-        pause = 0.05
+        backoff = Backoff(self.outages.jitter)
         while True:
             try:
-                return await codecs.wrap_change(change, self._max_payload)
+                wrapped = await codecs.wrap_change(change, self._max_payload)
             except (StorageUnavailable, StorageFull) as exc:
                 if self.on_trouble is not None:
                     self.on_trouble(exc)
+                pause = backoff.seconds()
                 if change.claim is None and monotonic() + pause > end:
                     raise
-                _log.warning("a payload cannot be wrapped now; trying again: %s", exc)
+                self.outages.failed("wrap", "payloads cannot be wrapped now", exc)
+            else:
+                self.outages.worked("wrap")
+                return wrapped
+            # Not the store's outage: its probe would tell nothing.
             await asyncio.sleep(pause)
-            pause = min(pause * 2, 5.0)
 
     async def idle(self, timeout: float) -> None:
         """Until no change is under way, or for ``timeout`` seconds."""
@@ -260,7 +268,7 @@ class Pipeline:
     async def _deliver(self, changes: list[Change]) -> list[Answer | Exception]:
         """Send a batch, again while the storage is unavailable: changes carry their keys."""
         end = monotonic() + self._patience
-        pause = 0.05
+        backoff: Backoff | None = None
         while True:
             try:
                 if failpoints.active:
@@ -269,6 +277,7 @@ class Pipeline:
                 answers = await self._storage.commit_many(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
+                self.outages.worked("commit")
                 if monotonic() - sent > self._patience / 2 and any(map(_claims, answers)):
                     # The answer was long under way: others may have all of it by now.
                     return await self._standing(answers)
@@ -277,10 +286,12 @@ class Pipeline:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
                 if self.on_trouble is not None:
                     self.on_trouble(exc)
+                self.outages.failed("commit", "changes cannot be committed", exc)
+                backoff = backoff or Backoff(self.outages.jitter)
+                pause = backoff.seconds()
                 if not isinstance(exc, StorageUnavailable) or monotonic() + pause > end:
-                    _log.error("the storage failed; giving up %d changes: %s", len(changes), exc)
+                    _log.debug("given up: changes=%d error=%s", len(changes), exc)
                     return [exc] * len(changes)
-                _log.warning("the storage does not answer; trying again: %s", exc)
             except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
                 if len(changes) > 1:
                     # One of them cannot be stored: it must not take the others along.
@@ -289,8 +300,7 @@ class Pipeline:
                     return [exc]
                 _log.exception("the storage failed in an unexpected way")
                 return [StorageError(f"unexpected: {exc!r}")]
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 5.0)
+            await self.outages.pause(pause)
 
     async def _standing(self, answers: Sequence[Answer]) -> list[Answer | Exception]:
         """The answers, with those claims alone that others have not taken meanwhile."""

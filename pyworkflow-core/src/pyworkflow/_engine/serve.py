@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
 from typing import cast
 
+from pyworkflow._engine.interrupts import obeyed
 from pyworkflow._engine.worker import Worker
 from pyworkflow.spi.executor import Runtime
 
@@ -31,21 +31,18 @@ def serve_here(runtime: Runtime) -> None:
 async def _serve(worker: Worker) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    with obeyed(lambda: loop.call_soon_threadsafe(stop.set)):
+        await worker.open()
+        _log.info("the worker claims work: storage=%s", worker.storage.info().location)
+        worker.serve()
         try:
-            loop.add_signal_handler(number, stop.set)
-        except (NotImplementedError, RuntimeError, ValueError):
-            pass  # not in the main thread, or no such signals here: the caller stops us
-    await worker.open()
-    _log.info("the worker claims work: storage=%s", worker.storage.info().location)
-    worker.serve()
-    try:
-        await stop.wait()
-        grace = worker.settings.drain
-        _log.info("the worker drains: grace=%gs", grace.total_seconds())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        await worker.drain(grace)
-    finally:
-        await worker.close()
-        await worker.storage.close()
+            await stop.wait()
+            grace = worker.settings.drain
+            _log.info(
+                "the worker drains: grace=%gs; another signal ends it at once",
+                grace.total_seconds(),
+            )
+            await worker.drain(grace)
+        finally:
+            await worker.close()
+            await worker.storage.close()

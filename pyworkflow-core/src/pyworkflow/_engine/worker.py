@@ -27,16 +27,22 @@ from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
-from pyworkflow._engine.leases import LeaseKeeper, claim, give_back
+from pyworkflow._engine.keeper import LeaseKeeper
+from pyworkflow._engine.leases import claim, give_back
 from pyworkflow._engine.live import TURNS, LiveRun
 from pyworkflow._engine.observers import Raised, log_end, log_steps, observed_hooks, tell_observers
+from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.owner import free_gone, free_process, new_owner
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
+from pyworkflow._engine.recovery import Recovery
+from pyworkflow._engine.renewals import RenewalProcess
+from pyworkflow._engine.serving import Serving
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
+from pyworkflow._engine.suspects import POISON, Suspects, is_poison
 from pyworkflow._engine.unfit import UnfitRuns
-from pyworkflow._engine.waits import Awaited, answered
+from pyworkflow._engine.waits import answered
 from pyworkflow._portable import import_listed, note_imports
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
@@ -60,14 +66,10 @@ __all__ = ["Worker"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
-POISON = 10
-"""Claims of a turn without progress after which the run stalls, for an hour."""
 _POISONED = (
     f"poison: the turn was claimed {POISON} times without progress; its code seems to take the "
     "worker down"
 )
-GONE_EVERY = 1.0
-"""Seconds between looks for leases of processes that are gone."""
 
 
 class Worker:
@@ -100,8 +102,8 @@ class Worker:
         self.client: object | None = None
         """What clients in its steps talk to; made by them."""
         self.is_closed = False
-        self._queues = None if queues is None else frozenset(queues)
-        self._serves = self._queues if serves is None else frozenset(serves)
+        self.queues = None if queues is None else frozenset(queues)
+        self._serves = self.queues if serves is None else frozenset(serves)
         self._bells = Bells(self, notify)
         self.clock = StorageClock()
         prepare()
@@ -111,7 +113,10 @@ class Worker:
         self.max_events = storage.info().max_events_per_commit
         stored = min(settings.max_payload, storage.info().max_payload)
         patience = settings.lease.total_seconds()
-        self.pipeline = Pipeline(storage, self.clock, patience, self.codecs, stored)
+        self.outages = Outages(storage.now, self.owner)
+        self.pipeline = Pipeline(
+            storage, self.clock, patience, self.codecs, stored, outages=self.outages
+        )
         self.pipeline.batch = Batch()
         self.max_payload = stored if self.codecs is None else self.codecs.max_size
         """Bytes of one payload before codecs."""
@@ -124,7 +129,16 @@ class Worker:
         )
         self.runner.worker = self
         self.end_process = end_process
-        self.leases = LeaseKeeper(storage, settings.lease, settings.renew_every, self._lost)
+        self.leases = LeaseKeeper(
+            storage,
+            settings.lease,
+            settings.renew_every,
+            self._lost,
+            outages=self.outages,
+            start_process=lambda: RenewalProcess.start(settings, storage),
+        )
+        self.suspects = Suspects(self)
+        self.recovery = Recovery(self)
         self.roads = Roads()
         self.unfit = UnfitRuns(settings.version_grace)
         self.raised = Raised()
@@ -134,11 +148,12 @@ class Worker:
         self._turns: dict[str, asyncio.Task[None]] = {}
         self._deliveries: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._aside: set[asyncio.Task[Any]] = set()
+        """Tasks that keep the worker in order, and are no work."""
         self._server: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
+        self.woken = asyncio.Event()
+        """There may be something to claim."""
         self._stopping = False
-        self._looked_for_gone = 0.0
-        self._awaited = Awaited()
         self._unwatch: Callable[[], None] = lambda: None
 
     # --- life ---------------------------------------------------------------------------------
@@ -157,7 +172,7 @@ class Worker:
     def serve(self) -> None:
         """Claim whatever is due, from now on, in a task of this loop."""
         if self._server is None:
-            self._server = self.spawn(self._serve())
+            self._server = self.spawn(Serving(self).run())
 
     @property
     def is_serving(self) -> bool:
@@ -171,6 +186,7 @@ class Worker:
         """
         self._stopping = True
         self.wake()
+        self.outages.hurry()
         if self._server is not None:
             # A claim that is under way must not come after what is given back below.
             await asyncio.wait({self._server}, timeout=2.0)
@@ -207,12 +223,15 @@ class Worker:
         """Stop at once and let go of coroutines and threads. A store that was given stays open."""
         self._stopping = self.is_closed = True
         self._unwatch()
+        self.recovery.close()
+        self.outages.close()
         self.leases.close()
-        tasks = [t for t in self._tasks if not t.done()]
+        tasks = [t for t in self._tasks | self._aside if not t.done()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
+        await self.leases.closed(timeout=2.0)
         while self._kept:
             self._drop(self._kept.popitem()[1])
         self.evictor.stop()
@@ -226,6 +245,13 @@ class Worker:
         # Not the context of the caller or of the step that happens to cause it.
         task = asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
         self.keep_task(task)
+        return task
+
+    def spawn_aside(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that is no work: nothing waits for its end."""
+        task = asyncio.get_running_loop().create_task(coro)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
         return task
 
     def keep_task(self, task: asyncio.Task[Any]) -> None:
@@ -259,57 +285,7 @@ class Worker:
 
     def wake(self) -> None:
         """There may be something to claim."""
-        self._wake.set()
-
-    async def _serve(self) -> None:
-        _plugins.observe(
-            "pyworkflow_worker_started", worker=self.owner, queues=sorted(self._queues or ())
-        )
-        pause = 0.05
-        while not self._stopping:
-            self._wake.clear()
-            try:
-                if took := await self.claim_due():
-                    self._awaited.came()
-                timeout = 0.0 if took else await self._until_due()
-                pause = 0.05
-            except StorageError as exc:
-                _log.warning("no work can be claimed: %s", exc)
-                timeout, pause = pause, min(pause * 2, 5.0)
-            except Exception:  # noqa: BLE001 - a backend's own bug must not end the worker
-                _log.exception("no work can be claimed: the storage failed in an unexpected way")
-                timeout, pause = pause, min(pause * 2, 5.0)
-            if timeout > 0:
-                await self._idle(timeout)
-            else:
-                await asyncio.sleep(0)
-        _plugins.observe("pyworkflow_worker_stopping", worker=self.owner)
-
-    async def _until_due(self) -> float:
-        due = await self.storage.next_due(queues=self._queues, workflows=workflow_names())
-        if monotonic() - self._looked_for_gone > GONE_EVERY and await self.free_gone():
-            return 0.0
-        if due is None:
-            return 1.0
-        left = (to_micros(due) - self.clock.micros()) / 1_000_000
-        if left <= 0 and not (self.room() and self._steps.room()):
-            left = 0.25  # what is due waits for room here, which wakes us, or is for others
-        return self._awaited.seconds(due, left)
-
-    async def _idle(self, timeout: float) -> None:
-        """Until woken, until the store may hold news, or for ``timeout`` seconds."""
-        woken = asyncio.ensure_future(self._wake.wait())
-        news = asyncio.ensure_future(
-            self.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
-        )
-        try:
-            await asyncio.wait({woken, news}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if news.done() and news.exception() is not None:
-                await asyncio.sleep(min(timeout, 0.05))
-        finally:
-            for waiter in (woken, news):
-                waiter.cancel()
-            await asyncio.gather(woken, news, return_exceptions=True)
+        self.woken.set()
 
     def serves(self, queue: str) -> bool:
         """Whether work of this queue is for this worker."""
@@ -337,36 +313,45 @@ class Worker:
         """How many more turns may be driven here."""
         return TURNS - len(self._turns)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether turns and steps may begin here."""
+        return bool(self.room() and self._steps.room())
+
     async def claim_due(
         self, items: Sequence[tuple[str, str]] | None = None, *, turns_of: str = "", most: int = 100
     ) -> list[WorkItem]:
         """Claim what is due, and begin it: just ``items``, or turns of the queue ``turns_of``."""
+        await self.leases.ready()
+        await self.suspects.none_alone()
         await self.leases.after_pause(self.storage)
         kinds = {ItemKind.DELIVER}
         if (turns := self.room()) > 0:
             kinds.add(ItemKind.TURN)
         if (steps := self._steps.room()) > 0 and not turns_of:
             kinds.add(ItemKind.STEP)
-        queues = frozenset((turns_of,)) if turns_of else self._queues
-        asked = monotonic()
-        claimed = await claim(
-            self.storage,
-            ClaimRequest(
-                owner=self.owner,
-                lease=self.settings.lease,
-                limit=max(1, min(turns, steps, most)),
-                items=items,
-                queues=queues if items is None else None,
-                kinds=frozenset(kinds),
-                workflows=workflow_names(),
-                known=self._known,
-            ),
+        queues = frozenset((turns_of,)) if turns_of else self.queues
+        request = ClaimRequest(
+            owner=self.owner,
+            lease=self.settings.lease,
+            limit=max(1, min(turns, steps, most)),
+            items=items,
+            queues=queues if items is None else None,
+            kinds=frozenset(kinds),
+            workflows=workflow_names(),
+            known=self._known,
         )
-        self.clock.update(claimed.now)
-        self.leases.asked_at = asked
-        for taken in claimed.claims:
-            self._begin(taken)
-        return [taken.item for taken in claimed.claims]
+        asked = monotonic()
+        with self.recovery.claiming():
+            claimed = await claim(self.storage, request)
+            self.clock.update(claimed.now)
+            self.leases.asked_at = asked
+            claims = await self.suspects.sift(claimed.claims)
+            for taken in claims:
+                self._begin(taken)
+        if (alone := self.suspects.alone) is not None:
+            self.suspects.follow(self._task_on(alone))
+        return [taken.item for taken in claims]
 
     def _begin(self, claim: Claim) -> None:
         match claim.item.kind:
@@ -382,7 +367,6 @@ class Worker:
 
     async def free_gone(self) -> int:
         """Free at once what processes of this machine held that are gone."""
-        self._looked_for_gone = monotonic()
         return await free_gone(self.storage)
 
     # --- Runtime: what executors call -----------------------------------------------------------
@@ -411,9 +395,24 @@ class Worker:
         """What works on a (run, item) that is no turn."""
         return self._steps.task_of(ref) or self._deliveries.get(ref)
 
+    def _task_on(self, key: tuple[str, str]) -> asyncio.Task[Any] | None:
+        return self._turns.get(key[0]) if key[1] == TURN else self.task_of(key)
+
+    def works_on(self, ref: ClaimRef) -> bool:
+        """Whether the item is in progress here."""
+        return self._task_on((ref.run_id, ref.item_id)) is not None
+
+    def may_come_to_know(self, ref: ClaimRef) -> bool:
+        """Whether an answer to work in progress may bring the item, or a thread still runs it."""
+        return bool(
+            self.following(ref.run_id)
+            or self._steps.works_for(ref.run_id)
+            or self.runner.in_threads(ref.run_id)
+        )
+
     async def next_due(self) -> datetime | None:
         """When an item is due next."""
-        return await self.storage.next_due(queues=self._queues)
+        return await self.storage.next_due(queues=self.queues)
 
     async def seconds_until_due(self) -> float | None:
         """How long until an item is due."""
@@ -458,9 +457,13 @@ class Worker:
         except (Refusal, RunClosed, RunNotFound) as refusal:
             _log.debug("the claim is over: %r run_id=%s", refusal, run_id)
         except StorageError as exc:
-            _log.warning("given up until the claim runs out: %s run_id=%s", exc, run_id)
+            self.outages.failed("work", "work is given up until the storage works again", exc)
+            _log.debug("an item is given up: %s run_id=%s", exc, run_id)
+            self.recovery.wanted()
         except Exception:  # noqa: BLE001 - a fault of one item must not stop the worker
             _log.exception("an item could not be worked on run_id=%s", run_id)
+        else:
+            self.outages.worked("work")
 
     async def _turn(self, claim: Claim, resumed: bool) -> None:
         run = claim.run
@@ -521,7 +524,7 @@ class Worker:
         if run.stalled == _POISONED:
             # It was put aside for long enough: record that, or it would be counted no more.
             await session.unstall()
-        elif claim.item.claims > POISON and run.stalled is None:
+        elif await is_poison(self, claim):
             again = self.clock.micros() + 3_600_000_000
             await session.stall(_POISONED, from_micros(again))
             return False
@@ -618,6 +621,8 @@ class Worker:
         self, run_id: str, workflow: str, events: Sequence[Event], answer: Committed
     ) -> None:
         """Events are durable: tell the log and the observers."""
+        if self.suspects.alone is not None:
+            self.suspects.committed(run_id, events)
         log_steps(run_id, workflow, events, self.raised)
         if not events or not (hooks := observed_hooks()):
             return

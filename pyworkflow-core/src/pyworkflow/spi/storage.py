@@ -444,6 +444,26 @@ class StorageBackend(ABC):
             if cursor is None:
                 return sorted(owners)
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended, in any order.
+
+        A worker compares them with its own work when an answer was lost. The default pages through
+        all runs: a backend with an index of leases should answer from it.
+        """
+        now = await self.now()
+        found: list[ClaimRef] = []
+        cursor: str | None = None
+        while True:
+            page = await self.list_runs(RunQuery(limit=1000), cursor)
+            for run in page.items:
+                for item in await self.list_work(run.run_id):
+                    lease = item.lease
+                    if lease is not None and lease.owner == owner and lease.until > now:
+                        found.append(ClaimRef(item.run_id, item.item_id, lease.token))
+            cursor = page.cursor
+            if cursor is None:
+                return found
+
     async def free(self, owner: str) -> int:
         """End every lease of ``owner``, a process known to be gone; how many.
 

@@ -496,6 +496,14 @@ class ReferenceStore:
         """Owners of leases that have not ended."""
         return sorted({i.lease.owner for i in self._leased(now) if i.lease is not None})
 
+    def leases(self, owner: str, *, now: datetime) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        return [
+            ClaimRef(item.run_id, item.item_id, item.lease.token)
+            for item in self._leased(now)
+            if item.lease is not None and item.lease.owner == owner
+        ]
+
     def _leased(self, now: datetime) -> list[WorkItem]:
         return [i for i in self._leases.values() if i.lease is not None and i.lease.until > now]
 

@@ -23,7 +23,7 @@ from pyworkflow._definitions import (
     workflow,
 )
 from pyworkflow._engine import dispatched, guard, owner, session
-from pyworkflow._engine.leases import LeaseKeeper
+from pyworkflow._engine.keeper import LeaseKeeper
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_executor, configured_storage
 from pyworkflow._logging import logger

@@ -1,4 +1,5 @@
--- free, holders: what is leased, of one owner or of all. ARGV[3]: the owner; none: names only.
+-- free, holders, leases: what is leased, of one owner or of all. ARGV[3]: the owner; none: names
+-- only. ARGV[4]: list the owner's claims, and free none.
 local owner = ARGV[3]
 local names, freed = {}, {}
 local function look(key)
@@ -16,6 +17,13 @@ look(P .. 'aside')
 if not owner then
   local texts = {}
   for name in pairs(names) do texts[#texts + 1] = enc(name) end
+  return answer('[' .. table.concat(texts, ',') .. ']')
+end
+if ARGV[4] then
+  local texts = {}
+  for _, one in ipairs(freed) do
+    texts[#texts + 1] = '[' .. enc(one[1]) .. ',' .. enc(one[2]) .. ',' .. enc(one[3][TOKEN]) .. ']'
+  end
   return answer('[' .. table.concat(texts, ',') .. ']')
 end
 for _, one in ipairs(freed) do

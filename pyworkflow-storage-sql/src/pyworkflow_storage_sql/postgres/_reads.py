@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from pyworkflow.spi import (
+    ClaimRef,
     Event,
     KeyMark,
     Page,
@@ -121,6 +122,19 @@ class PostgresReads(PostgresBase):
             )
         )
         return sorted(self._names.full(row["owner"]) for row in rows)
+
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        rows = await self._call(
+            self._schema.fill(
+                "SELECT run_id, item_id, token FROM {schema}.work_items "
+                "WHERE token IS NOT NULL AND lease_until > (SELECT {schema}.instant()) "
+                "AND owner = $1"
+            ),
+            self._name(owner),
+        )
+        full = self._names.full
+        return [ClaimRef(full(row["run_id"]), full(row["item_id"]), row["token"]) for row in rows]
 
     async def next_due(
         self,

@@ -243,6 +243,10 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
         """The owners of leases that have not ended."""
         return await self._read(work.holders)
 
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        return await self._read(partial(work.leases, owner))
+
     async def export_run(self, run_id: str) -> RunDelta | None:
         """The run without its events."""
         return await self._read(partial(runs.export_run, run_id))

@@ -29,7 +29,7 @@ from pyworkflow_storage_sql.sqlite._rows import (
 )
 from pyworkflow_storage_sql.sqlite._writer import Batch
 
-__all__ = ["announce", "claim", "free", "holders", "next_due", "release", "renew"]
+__all__ = ["announce", "claim", "free", "holders", "leases", "next_due", "release", "renew"]
 
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
 #: Of one queue and priority, in the order of the index.
@@ -286,6 +286,17 @@ def holders(batch: Batch) -> list[str]:
         (batch.namespace, batch.micros),
     )
     return [row[0] for row in rows]
+
+
+def leases(owner: str, batch: Batch) -> list[ClaimRef]:
+    """The claims of ``owner`` whose leases have not ended."""
+    rows = batch.conn.execute(
+        "select r.run_id, i.item_id, i.token from work_items i indexed by work_held "
+        "join runs r on r.id = i.run where i.namespace = ? and i.token is not null "
+        "and i.lease_until > ? and i.owner = ?",
+        (batch.namespace, batch.micros, owner),
+    )
+    return [ClaimRef(*row) for row in rows]
 
 
 def next_due(
