@@ -64,10 +64,10 @@ GOOD = {
     "cancel.requested": ({"reason": "r"}, {}),
     "limit.reached": ({"length": 60, "limit": 60, "reserve": 100}, {}),
     "version.marked": ({"id": "p"}, {}),
-    "log.debug": ({"message": "m", "fields": {"a": 1}}, {"logger": "x"}),
-    "log.info": ({"message": "m", "fields": {}}, {"logger": "x"}),
-    "log.warning": ({"message": "m", "fields": {}}, {"logger": "x"}),
-    "log.error": ({"message": "m", "fields": {}}, {"logger": "x"}),
+    "log.debug": ({"message": "m", "fields": {"a": 1}}, {"logger": "x", "step": "s", "attempt": 2}),
+    "log.info": ({"message": "m", "fields": {}}, {"logger": "x", "step": "s", "attempt": 2}),
+    "log.warning": ({"message": "m", "fields": {}}, {"logger": "x", "step": "s", "attempt": 2}),
+    "log.error": ({"message": "m", "fields": {}}, {"logger": "x", "step": "s", "attempt": 2}),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,13 +16,48 @@ from pyworkflow.events import Json
 __all__ = [
     "Current",
     "LogContext",
+    "MAX_LINES",
+    "MAX_LINES_SIZE",
     "StepContext",
+    "StepLines",
     "current",
+    "lines_of",
     "log_context",
     "mark_cancelled",
     "running_step",
     "step_context",
 ]
+
+
+MAX_LINES = 200
+MAX_LINES_SIZE = 64 * 1024
+"""Characters of an attempt's log lines, with their fields as JSON."""
+_LONGEST_LINE = 16_384
+_lines_lock = threading.Lock()
+
+
+class StepLines:
+    """The log lines of one attempt that go into its history; what is over the limits is counted."""
+
+    __slots__ = ("left_out", "lines", "size")
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str, Mapping[str, Json]]] = []
+        """(level, message, fields)"""
+        self.size = 0
+        self.left_out = 0
+
+    def add(self, level: str, message: str, fields: Mapping[str, Json]) -> None:
+        """Keep a line, or count it. Called from any thread of the step."""
+        if len(message) > _LONGEST_LINE:
+            message = message[:_LONGEST_LINE] + "… (cut)"
+        size = len(message) + (len(json.dumps(fields)) if fields else 0)
+        with _lines_lock:
+            if len(self.lines) >= MAX_LINES or self.size + size > MAX_LINES_SIZE:
+                self.left_out += 1
+                return
+            self.size += size
+            self.lines.append((level, message, fields))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +72,7 @@ class StepContext:
     attempt: int
     """1 for the first try."""
     _cancelled: bool = field(default=False, init=False, repr=False, compare=False)
+    _lines: StepLines | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def is_cancelled(self) -> bool:
@@ -88,13 +126,22 @@ class Current:
 class _Draft:
     """A step context that is being made."""
 
-    __slots__ = ("_cancelled", "attempt", "run_id", "step_id", "step_name", "workflow_name")
+    __slots__ = (
+        "_cancelled",
+        "_lines",
+        "attempt",
+        "run_id",
+        "step_id",
+        "step_name",
+        "workflow_name",
+    )
     run_id: str
     step_id: str
     step_name: str
     workflow_name: str
     attempt: int
     _cancelled: bool
+    _lines: StepLines | None
 
 
 def step_context(
@@ -111,9 +158,15 @@ def step_context(
     made.workflow_name = workflow_name
     made.attempt = attempt
     made._cancelled = False
+    made._lines = None
     made.__class__ = StepContext
     context: StepContext = made
     return context
+
+
+def lines_of(context: StepContext | None) -> StepLines | None:
+    """The log lines of the attempt so far, if there are any."""
+    return None if context is None else context._lines
 
 
 def mark_cancelled(context: StepContext) -> None:
@@ -128,10 +181,10 @@ running_step: ContextVar[StepContext | None] = ContextVar("pyworkflow_step", def
 class LogContext:
     """Names for log records, and the way of a workflow's log lines into its history."""
 
-    __slots__ = ("_run", "run_id", "step_id", "step_name", "workflow_name")
+    __slots__ = ("_run", "_step", "run_id", "step_id", "step_name", "workflow_name")
 
     def __init__(self, run: RunContext | None, step: StepContext | None) -> None:
-        self._run = run
+        self._run, self._step = run, step
         self.step_id: str | None = None
         self.step_name: str | None = None
         if run is not None:
@@ -151,8 +204,17 @@ class LogContext:
         return self._run is not None and (self._run.is_replaying or self._run.evicting)
 
     def emit_log(self, level: str, message: str, fields: Mapping[str, Json]) -> bool:
-        """Record a line of workflow code; True when handlers shall get it as well."""
-        return self._run is not None and self._run.log(level, message, fields)
+        """Record a line of a workflow or step; True when handlers shall get it as well."""
+        if self._run is not None:
+            return self._run.log(level, message, fields)
+        step = self._step
+        if step is not None:
+            with _lines_lock:
+                lines = step._lines
+                if lines is None:
+                    object.__setattr__(step, "_lines", lines := StepLines())
+            lines.add(level, message, fields)
+        return True
 
 
 def current() -> Current | None:

@@ -39,6 +39,8 @@ class WorkflowLogger(logging.LoggerAdapter[logging.Logger]):
 
     In workflow code every line becomes a ``log.*`` event, whatever the level of the handlers, and
     reaches them while it is new, not when replay repeats it. Its ``extra`` are the event's fields.
+    The lines of a step become events with the end of the attempt: 200 lines and 64 KiB of each
+    attempt at most, the rest is counted.
     Nothing that a handler does wrong reaches the workflow.
     """
 
@@ -48,7 +50,7 @@ class WorkflowLogger(logging.LoggerAdapter[logging.Logger]):
         extra = _own_names(kwargs.get("extra"))
         exc_info = _exc_info(kwargs.get("exc_info"))
         in_workflow = context is not None and context.in_workflow
-        if context is not None and in_workflow:
+        if context is not None:
             fields = {name: to_json(value) for name, value in extra.items()}
             if exc_info is not None:
                 fields["exception"] = "".join(traceback.format_exception(*exc_info)).rstrip()

@@ -332,6 +332,9 @@ class _Log(EventData):
     message: str
     fields: dict[str, JsonValue]  # pyright: ignore[reportIncompatibleMethodOverride] - a deprecated method of BaseModel
     logger: str | None = None
+    step: str | None = None
+    """The step whose line it is; absent in lines of workflow code."""
+    attempt: Attempt | None = None
 
 
 class LogDebug(_Log):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow._clock import EPOCH, from_micros
+from pyworkflow._context import MAX_LINES, MAX_LINES_SIZE, StepLines, lines_of
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
 from pyworkflow._replay.commands import CancelRun, CompleteRun, FailRun, Outcome
@@ -27,6 +28,7 @@ __all__ = [
     "cancelled_error",
     "cancelled_event",
     "end_events",
+    "ended_by_cancel",
     "ending_of",
     "scheduled_event",
     "started_event",
@@ -126,11 +128,45 @@ def started_event(what: StepTry, worker: str, *, dispatched: bool) -> Event:
     return _event(_STARTED, OBSERVATION, data, what.op)
 
 
+def line_events(what: StepTry, lines: StepLines, most: int) -> list[Event]:
+    """The log lines of an attempt as events of its op, at most so many, and how many are left out."""
+    kept = lines.lines[: max(0, min(MAX_LINES, most - 4))]
+    left_out = lines.left_out + len(lines.lines) - len(kept)
+    step: dict[str, Any] = {"step": what.step.name, "attempt": what.attempt}
+    events = [
+        Event(
+            f"log.{level}",
+            OBSERVATION,
+            {"message": message, "fields": dict(fields), **step},
+            what.op,
+        )
+        for level, message, fields in kept
+    ]
+    if left_out:
+        message = (
+            f"{left_out} further log lines of this attempt are left out of the history: it takes "
+            f"{MAX_LINES} lines and {MAX_LINES_SIZE // 1024} KiB of each attempt"
+        )
+        data: dict[str, Any] = {"message": message, "fields": {"left_out": left_out}, **step}
+        events.append(Event(EventType.LOG_WARNING, OBSERVATION, data, what.op))
+    return events
+
+
+def ended_by_cancel(worker: Worker, what: StepTry, *, by: str | None = None) -> list[Event]:
+    """The events of an attempt in place that was cancelled."""
+    events = [started_event(what, worker.owner, dispatched=False)]
+    if (lines := lines_of(what.context)) is not None:
+        events += line_events(what, lines, worker.max_events // 2)
+    return [*events, cancelled_event(what.op, what.step.name, by=by)]
+
+
 def end_events(
     worker: Worker, what: StepTry, end: StepEnd, *, started: bool, dispatched: bool = False
 ) -> tuple[list[Event], int | None]:
     """The events of a try's end, and when the next try is due (µs), or None."""
     events = [] if started else [started_event(what, worker.owner, dispatched=dispatched)]
+    if (lines := lines_of(what.context)) is not None:
+        events += line_events(what, lines, worker.max_events // 2)
     data: dict[str, Any] = {"name": what.step.name, "attempt": what.attempt}
     if end.error is None:
         data["digest"] = what.digest

@@ -23,8 +23,8 @@ from pyworkflow._engine.records import (
     OBSERVATION,
     cancelled_error,
     cancelled_event,
+    ended_by_cancel,
     ending_of,
-    started_event,
     suspension,
 )
 from pyworkflow._engine.steps import StepTry
@@ -284,8 +284,7 @@ class Session(Straight):
             self._drops.append(f"step:{command.op}")
         elif place is not None and place.what.began is not None and not op.recorded:
             # It ran in place: nothing is to be dropped, and people see what became of it.
-            self._events.append(started_event(place.what, self._worker.owner, dispatched=False))
-            self._events.append(cancelled_event(command.op, command.name))
+            self._events += ended_by_cancel(self._worker, place.what)
 
     # --- committing -------------------------------------------------------------------------------
 
@@ -303,7 +302,7 @@ class Session(Straight):
             else:
                 self._handing.append(place)
         size, rest = 0, several
-        while self._ended and rest > 0 and size < _BYTES:
+        while self._ended and rest > 0 and size < _BYTES and len(self._events) < self._most:
             place = self._ended.pop(0)
             rest -= 1
             size += len(place.end.result or "") if place.end is not None else 0
@@ -397,15 +396,12 @@ class Session(Straight):
             if event.type == EventType.STEP_SCHEDULED and event.op is not None:
                 pending[event.op] = str(event.data["name"])
         dispatched = list(pending)
-        events: list[Event] = []
-        for op, place in self._running.items():
-            what = place.what
-            if op not in pending and what.began is not None and replay.is_emitted(op):
-                pending[op] = what.step.name
-                events.append(started_event(what, self._worker.owner, dispatched=False))
         if self._abandoned:
             return [], dispatched  # no replay comes to this end: it could not accept them
-        events += [cancelled_event(op, name, by="end") for op, name in pending.items()]
+        events = [cancelled_event(op, name, by="end") for op, name in pending.items()]
+        for op, place in self._running.items():
+            if op not in pending and place.what.began is not None and replay.is_emitted(op):
+                events += ended_by_cancel(self._worker, place.what, by="end")
         return events, dispatched
 
     async def _leave_to_others(self, problem: Exception) -> bool:
@@ -501,10 +497,12 @@ class Session(Straight):
         self._handing = [p for p in self._running.values() if p.end is None]
         several = self._several
         while True:
-            for place in self._ended[:several]:
+            for _ in range(several):
+                if not self._ended or len(self._events) >= self._most:
+                    break
+                place = self._ended.pop(0)
                 del self._running[place.what.op]
                 self._record_end(place)
-            del self._ended[:several]
             # What ended during a commit is in ``_ended`` now.
             self._handing = [p for p in self._handing if p.end is None]
             handing = self._hand_off(several)
