@@ -21,7 +21,7 @@ from typing import (
     overload,
 )
 
-from pyworkflow._duration import parse_duration
+from pyworkflow._option_values import check_place, check_tags, delay_option, duration_option
 from pyworkflow._registry import (
     STEPS,
     WORKFLOWS,
@@ -31,7 +31,7 @@ from pyworkflow._registry import (
     workflow_names,
 )
 from pyworkflow._replay.context import current_run
-from pyworkflow._retry import RETRIES, Delay, RetryDelay, RetryPolicy, delay_of
+from pyworkflow._retry import RETRIES, RetryDelay, RetryPolicy
 from pyworkflow._serialization import (
     decode,
     decode_arguments,
@@ -85,13 +85,18 @@ class RunOptions:
         attributes: Mapping[str, Any] | None = None,
         max_duration: D | None = None,
     ) -> None:
+        check_place(ArgumentError, queue, priority)
         self.run_id = run_id
         self.idempotency_key = idempotency_key
         self.queue = queue
         self.priority = priority
-        self.tags = tuple(tags)
+        self.tags = check_tags(ArgumentError, tags)
         self.attributes = dict(attributes or {})
-        self.max_duration = None if max_duration is None else parse_duration(max_duration)
+        self.max_duration = (
+            None
+            if max_duration is None
+            else duration_option("max_duration", max_duration, ArgumentError)
+        )
 
     def with_key(self, key: str) -> RunOptions:
         """The same with an idempotency key."""
@@ -143,13 +148,14 @@ class Step(Generic[P, R]):
             raise DefinitionError(
                 f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
             )
+        check_place(DefinitionError, queue, priority)
         if hard_timeout and timeout is None:
             raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.name = _check_name("step", name, fn)
-        self.policy = RetryPolicy(max_retries, _delay(retry_delay))
-        self.timeout = None if timeout is None else _duration("timeout", timeout)
+        self.policy = RetryPolicy(max_retries, delay_option(retry_delay))
+        self.timeout = None if timeout is None else duration_option("timeout", timeout)
         self.queue = queue
         self.priority = priority
         self.dispatch = dispatch
@@ -286,13 +292,14 @@ class Workflow(Generic[P, R]):
             raise DefinitionError(
                 f"version={version!r} is not text; write version={str(version)!r}"
             )
+        check_place(DefinitionError, queue, priority)
         self.version = version
         self.max_duration = (
-            None if max_duration is None else _duration("max_duration", max_duration)
+            None if max_duration is None else duration_option("max_duration", max_duration)
         )
         self.queue = queue
         self.priority = priority
-        self.tags = tuple(tags)
+        self.tags = check_tags(DefinitionError, tags)
         self.check_args = check_args
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
@@ -576,20 +583,6 @@ def _check_function(kind: str, fn: Callable[..., object]) -> None:
         raise DefinitionError(
             f"step {fn.__qualname__} is a generator; return a list, or make each part a step"
         )
-
-
-def _duration(setting: str, value: D) -> timedelta:
-    try:
-        return parse_duration(value)
-    except (ValueError, TypeError) as exc:
-        raise DefinitionError(f"{setting}={value!r}: {exc}") from exc
-
-
-def _delay(value: RetryDelay) -> Delay:
-    try:
-        return delay_of(value)
-    except (ValueError, TypeError) as exc:
-        raise DefinitionError(f"retry_delay={value!r}: {exc}") from exc
 
 
 # --- the way up: methods that start runs --------------------------------------------------------

@@ -90,8 +90,9 @@ async def free_gone(storage: StorageBackend) -> int:
     freed = 0
     for owner in await storage.holders():
         if is_gone(owner):
-            freed += await storage.free(owner)
-            _log.info("freed what a process that is gone held: owner=%s items=%d", owner, freed)
+            count = await storage.free(owner)
+            freed += count
+            _log.info("freed what a process that is gone held: owner=%s items=%d", owner, count)
     return freed
 
 

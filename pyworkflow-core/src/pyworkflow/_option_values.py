@@ -1,0 +1,57 @@
+"""Values of options: of a definition (``DefinitionError``), and of one start (``ArgumentError``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from pyworkflow._duration import parse_duration
+from pyworkflow._retry import Delay, RetryDelay, delay_of
+from pyworkflow.errors import DefinitionError, WorkflowError
+
+__all__ = ["check_place", "check_tags", "delay_option", "duration_option"]
+
+D = str | int | float | timedelta
+_HIGHEST = 9
+
+
+def check_place(error: type[WorkflowError], queue: object, priority: object) -> None:
+    """Refuse a queue without a name, and a priority other than 0 to 9; None is left out."""
+    if queue is not None and (not isinstance(queue, str) or not queue.strip()):
+        raise error(f"queue={queue!r} is no name of a queue; write text, or leave it out")
+    if priority is None:
+        return
+    if type(priority) is not int or not 0 <= priority <= _HIGHEST:
+        raise error(f"priority={priority!r} is not a whole number from 0 to {_HIGHEST}")
+
+
+def check_tags(error: type[WorkflowError], tags: object) -> tuple[str, ...]:
+    """The tags; one text alone is not taken for its letters."""
+    if isinstance(tags, str | bytes) or not isinstance(tags, Iterable):
+        raise error(f"tags={tags!r} is no list of tags; write tags=[{tags!r}]")
+    checked = tuple(tags)
+    for tag in checked:
+        if not isinstance(tag, str) or not tag:
+            raise error(f"a tag is not text: tag={tag!r}")
+    return checked
+
+
+def duration_option(
+    setting: str, value: D, error: type[WorkflowError] = DefinitionError
+) -> timedelta:
+    """A duration above zero."""
+    try:
+        parsed = parse_duration(value)
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise error(f"{setting}={value!r}: {exc}") from exc
+    if parsed <= timedelta(0):
+        raise error(f"{setting}={value!r} leaves no time at all; write a duration above zero")
+    return parsed
+
+
+def delay_option(value: RetryDelay) -> Delay:
+    """A ``retry_delay``."""
+    try:
+        return delay_of(value)
+    except (ValueError, TypeError) as exc:
+        raise DefinitionError(f"retry_delay={value!r}: {exc}") from exc
