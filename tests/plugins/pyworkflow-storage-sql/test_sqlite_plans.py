@@ -67,6 +67,8 @@ class Statements:
         self.found: dict[str, tuple[str, Any]] = {}
 
     def add(self, sql: str, values: Any = ()) -> None:
+        if " in ()" in sql:
+            return  # of no row at all: nothing is read
         if re.match(r"\s*(select|insert|update|delete|with)\b", sql, re.IGNORECASE):
             shape = re.sub(r"'(?:[^']|'')*'|\b\d+\b", "?", sql)
             self.found.setdefault(re.sub(r"(\?, )+\?", "?", shape), (sql, values))

@@ -29,6 +29,7 @@ from pyworkflow_storage_sql import SQLiteStorageBackend
 from pyworkflow_storage_sql.sqlite import _schema as schema
 
 _TABLES = Path(__file__).parents[3] / "docs" / "reference" / "tables-sqlite.md"
+MIGRATIONS = [name for _, name, _ in schema._migrations()]
 _RACER = """
 import asyncio, sys
 from datetime import timedelta
@@ -90,12 +91,16 @@ def test_eight_processes_make_and_use_one_database(tmp_path: Path) -> None:
     asyncio.run(check())
 
 
+def test_migrations_are_numbered_without_gaps() -> None:
+    assert [int(name[:4]) for name in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
+
+
 def test_a_dry_run_names_what_is_to_do_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
 
     async def main() -> None:
         storage = SQLiteStorageBackend(path)
-        names = ["0001_tables", "namespace default"]
+        names = [*MIGRATIONS, "namespace default"]
         assert await storage.pending_migrations() == names
         assert await storage.pending_migrations() == names
         await storage.migrate()
@@ -107,7 +112,7 @@ def test_a_dry_run_names_what_is_to_do_and_writes_nothing(tmp_path: Path) -> Non
         return await SQLiteStorageBackend(path, namespace=namespace).pending_migrations()
 
     nowhere = SQLiteStorageBackend(tmp_path / "b.db").pending_migrations()
-    assert asyncio.run(nowhere) == ["0001_tables", "namespace default"]
+    assert asyncio.run(nowhere) == [*MIGRATIONS, "namespace default"]
     assert list(tmp_path.iterdir()) == []
     asyncio.run(main())
     before = path.read_bytes()
@@ -129,7 +134,7 @@ def test_a_migration_that_breaks_midway_is_begun_again(
     monkeypatch.undo()
     with contextlib.closing(schema.connect(path)) as conn:
         schema.migrate(conn, path)
-        assert conn.execute("pragma user_version").fetchone() == (1,)
+        assert conn.execute("pragma user_version").fetchone() == (len(MIGRATIONS),)
 
 
 async def _fill(path: Path) -> None:

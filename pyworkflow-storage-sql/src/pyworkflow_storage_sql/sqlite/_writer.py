@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from pyworkflow.spi import PayloadTooLarge, Refusal, RunClosed, RunNotFound
+from pyworkflow.spi import PayloadTooLarge, Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.storekit import failpoints
 from pyworkflow.storekit.embedded import (
     Answers,
@@ -32,6 +32,7 @@ from pyworkflow_storage_sql.sqlite._rows import from_micros
 from pyworkflow_storage_sql.sqlite._schema import (
     claim_namespace,
     connect,
+    inode_of,
     is_busy,
     migrate,
     storage_error,
@@ -127,6 +128,8 @@ class Writer:
         self._name = namespace
         self._lock_timeout = lock_timeout
         self._conn: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+        """Device and number of the file that was opened first; another one is not opened later."""
         self._namespace = 0
         self._latest = 0
         self._stored_latest = 0
@@ -144,6 +147,7 @@ class Writer:
         """
         try:
             conn = self._conn or self._open()
+            self._refuse_elsewhere()
             return self._do(conn, waiting, answers, wait)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             self.recover()
@@ -189,17 +193,29 @@ class Writer:
         """In the child: the thread does not exist here, and the object makes another writer."""
 
     def _open(self) -> sqlite3.Connection:
+        if self._inode is not None:
+            self._refuse_elsewhere()
         conn = connect(self.path)
         try:
             migrate(conn, self.path)
             self._namespace, self._work = claim_namespace(conn, self.path, self._name)
             conn.execute("pragma busy_timeout = 0")
+            self._inode = inode_of(self.path)
         except BaseException:
             conn.close()
             raise
         self._conn = conn
         self.is_open = True
         return conn
+
+    def _refuse_elsewhere(self) -> None:
+        """SQLite itself continues on a file without a name, which no other process can open."""
+        if inode_of(self.path) != self._inode:
+            raise StorageError(
+                f"the database was deleted, moved or replaced while in use: path={self.path}; "
+                "what was not acknowledged is not in the file at this path. Put the file back, or "
+                "start the process again to use the one that is there"
+            )
 
     def _do(
         self,
@@ -295,6 +311,7 @@ class Writer:
         began = time.perf_counter_ns()
         conn.execute("commit")
         self.pace.flushed(time.perf_counter_ns() - began)
+        self._refuse_elsewhere()
         if failpoints.active:
             failpoints.hit("sqlite.after_commit")
         if batch.touched:
