@@ -175,7 +175,7 @@ def test_n18_errors_of_libraries_that_are_imported_keep_their_types(
         "builtins:BaseException", "builtins:BaseExceptionGroup",
     ],
 )  # fmt: skip
-def test_l2_types_that_end_other_things_are_not_made_from_a_store(name: str) -> None:
+def test_l02_types_that_end_other_things_are_not_made_from_a_store(name: str) -> None:
     info = {**encode_error(ValueError("x")), "type": name}
     with pytest.raises(SerializationError, match=name):
         decode_error(info)

@@ -84,7 +84,7 @@ SECRETS = [
 
 
 @pytest.mark.parametrize(("url", "shown"), SECRETS)
-def test_l1_no_form_of_a_url_shows_a_secret(url: str, shown: str) -> None:
+def test_l01_no_form_of_a_url_shows_a_secret(url: str, shown: str) -> None:
     assert redact_url(url) == shown
 
 
@@ -96,12 +96,12 @@ def test_l1_no_form_of_a_url_shows_a_secret(url: str, shown: str) -> None:
         "host=db user=u dbname=x", "file:a#1/key", "some text",
     ],
 )  # fmt: skip
-def test_l1_what_is_no_secret_is_shown(url: str) -> None:
+def test_l01_what_is_no_secret_is_shown(url: str) -> None:
     assert redact_url(url) == url
 
 
 @pytest.mark.parametrize("url", [url for url, _ in SECRETS])
-def test_l1_no_error_log_or_repr_repeats_a_secret(
+def test_l01_no_error_log_or_repr_repeats_a_secret(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -18,13 +18,14 @@ from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from pyworkflow._text import cut, escaped, escaped_json, indented
 from pyworkflow.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pyworkflow._context import LogContext
     from pyworkflow.events import Json
 
-__all__ = ["WorkflowLogger", "configure_logging", "logger", "replay_filter"]
+__all__ = ["WorkflowLogger", "configure_logging", "logger", "replay_filter", "show_lines_alone"]
 
 _CONTEXT = ("run_id", "workflow_name", "step_id", "step_name")
 #: Set on records of workflow code that the engine found to be new: they are not muted.
@@ -308,8 +309,14 @@ def _event_level(level: int) -> str:
 
 # --- formats ----------------------------------------------------------------------------------
 
+_LONGEST_LINE = 16_384
+"""Characters of a line in a text log."""
+_LONGEST_TRACE = 65_536
+
 
 class _TextFormatter(logging.Formatter):
+    """One line for each record, and indented lines for its traceback: values cannot add others."""
+
     def __init__(self, show_context: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._show_context = show_context
@@ -318,25 +325,42 @@ class _TextFormatter(logging.Formatter):
         del datefmt
         return _instant(record, "milliseconds")
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        return _indented(super().formatException(ei))
+    def format(self, record: logging.LogRecord) -> str:
+        record.message, record.asctime = _message(record), self.formatTime(record)
+        parts = [escaped(cut(self.formatMessage(record), _LONGEST_LINE))]
+        if record.exc_info:
+            # Not record.exc_text: another handler's formatter may have set it.
+            parts.append(indented(cut(self.formatException(record.exc_info), _LONGEST_TRACE)))
+        elif record.exc_text:
+            parts.append(indented(cut(record.exc_text, _LONGEST_TRACE)))
+        if record.stack_info:
+            parts.append(indented(cut(record.stack_info, _LONGEST_TRACE)))
+        return "\n".join(parts)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         line = super().formatMessage(record)
         run_id, step = getattr(record, "run_id", None), getattr(record, "step_name", None)
         if not self._show_context or run_id is None or f"run_id={run_id}" in line:
             return line
+        # The context stays, however long the message is.
+        line = cut(line, _LONGEST_LINE - 3000)
         return f"{line} [run_id={run_id}{'' if step is None else f' step={step}'}]"
 
 
-def _indented(text: str) -> str:
-    """Lines of a traceback, none of which can be taken for a record of its own."""
-    lines = text.split("\n")
-    return "\n".join(
-        "    "
-        + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        for line in lines
-    )
+class _LineFormatter(logging.Formatter):
+    """The message alone, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(cut(_message(record), _LONGEST_LINE))
+
+
+def show_lines_alone() -> None:
+    """Where no handler is configured, let Python's own print one line for each warning.
+
+    For a command that shows errors and their tracebacks itself.
+    """
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_LineFormatter())
 
 
 class _JsonFormatter(logging.Formatter):
@@ -362,7 +386,7 @@ class _JsonFormatter(logging.Formatter):
         for name, value in vars(record).items():
             if name not in _STANDARD and name not in _CONTEXT:
                 line[f"{name}_" if name in line else name] = to_json(value)
-        return json.dumps(line, ensure_ascii=False)
+        return escaped_json(json.dumps(line, ensure_ascii=False))
 
 
 def _instant(record: logging.LogRecord, timespec: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Generator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pyworkflow._text import cut, escaped, escaped_json
+
 if TYPE_CHECKING:
     from pyworkflow.events import Event
     from pyworkflow.runs import Run
@@ -18,6 +20,7 @@ __all__ = [
     "counted",
     "event_json",
     "json_alone",
+    "lines",
     "moment",
     "note",
     "own_frames",
@@ -40,6 +43,9 @@ _STYLES = {
 }
 
 
+_CELL = 200
+"""Characters of a cell of a table."""
+
 _json_stream: TextIO | None = None
 
 
@@ -47,7 +53,7 @@ def print_json(document: object, *, line: bool = False) -> None:
     """One JSON document, indented, or on a line of its own in a stream."""
     text = json.dumps(document, ensure_ascii=False, indent=None if line else 2)
     stream = _json_stream or sys.stdout
-    stream.write(text + "\n")
+    stream.write(escaped_json(text) + "\n")
     stream.flush()
 
 
@@ -65,12 +71,13 @@ def json_alone() -> Generator[None]:
 
 def note(text: str) -> None:
     """Something about the result, which is not the result."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(lines(text) + "\n")
     sys.stderr.flush()
 
 
 def styled(text: str, style: str | None) -> None:
     """A line on stdout, in colour where the terminal has it."""
+    text = lines(text)
     if style is None or not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -81,7 +88,11 @@ def styled(text: str, style: str | None) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: rich's on a terminal, aligned columns otherwise, never cut off."""
+    """A table: rich's on a terminal, aligned columns otherwise.
+
+    A cell is one line; of a very long one its beginning and end are shown.
+    """
+    rows = [[escaped(cut(cell, _CELL)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -100,18 +111,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
-def print_pairs(pairs: Mapping[str, str]) -> None:
-    """Names and values, one under the other; empty ones are left out."""
+def print_pairs(pairs: Mapping[str, str | Sequence[str]]) -> None:
+    """Names and values, one under the other; empty ones are left out.
+
+    A text is one line, whatever is in it; what has several lines is given as a list of them.
+    """
     width = max(len(name) for name in pairs)
     for name, value in pairs.items():
         if value:
-            indented = value.replace("\n", "\n" + " " * (width + 2))
-            styled(f"{name.ljust(width)}  {indented}", _STYLES.get(value))
+            parts = [value] if isinstance(value, str) else value
+            text = ("\n" + " " * (width + 2)).join(map(escaped, parts))
+            styled(f"{name.ljust(width)}  {text}", _STYLES.get(text))
+
+
+def lines(text: str) -> str:
+    """The text with its own line breaks, and every other control character escaped."""
+    return text if text.isprintable() else "\n".join(map(escaped, text.split("\n")))
 
 
 def shown(value: object, limit: int = 200) -> str:
     """A value for people, on one line."""
-    text = " ".join(repr(value).split())
+    text = escaped(" ".join(repr(value).split()))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
@@ -120,18 +140,18 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def own_frames(traceback: str) -> str:
-    """A traceback without the frames of the engine, which tell the reader nothing."""
+def own_frames(traceback: str) -> list[str]:
+    """The lines of a traceback without the frames of the engine, which tell the reader nothing."""
     kept: list[str] = []
     inside = False
-    for line in traceback.rstrip().splitlines():
+    for line in traceback.rstrip().split("\n"):
         if line.startswith("  File "):
             inside = "/pyworkflow/_" in line.replace("\\", "/")
         elif not line.startswith("    "):
             inside = False
         if not inside:
             kept.append(line)
-    return "\n".join(kept)
+    return kept
 
 
 def moment(at: datetime | None) -> str:

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
+from pyworkflow._text import cut, escaped
 from pyworkflow.cli._output import age, shown
 from pyworkflow.cli._values import arguments_line, value_line
 
 if TYPE_CHECKING:
     from pyworkflow.events import Event
 
-__all__ = ["ENDS", "Progress", "describe", "style_of"]
+__all__ = ["ENDS", "LONGEST", "Progress", "describe", "style_of"]
 
+LONGEST = 20_000
+"""Characters of what is shown of an event."""
 ENDS = frozenset(
     {
         "workflow.completed",
@@ -50,6 +53,10 @@ def style_of(event: Event) -> str | None:
 
 def describe(event: Event, call: str | None = None) -> str:
     """What the event says, on one line. ``call`` shows the step with its arguments."""
+    return escaped(cut(_described(event, call), LONGEST))
+
+
+def _described(event: Event, call: str | None) -> str:
     data = cast("Mapping[str, Any]", event.data)
     name = call or str(data.get("name", ""))
     attempt = data.get("attempt", 1)
@@ -131,10 +138,10 @@ class Progress:
             at = _instant(cast("str", event.data["at"]))
         begun = self._begun or at
         branch = (event.op or "").partition("#")[0].partition(".")[2]
-        place = f"[{branch}] " if branch else ""
+        place = f"[{escaped(branch)}] " if branch else ""
         text = describe(event, self._calls.get(event.op))
         if event.type == "workflow.started":
-            text += f"  {event.run_id}"
+            text += f"  {escaped(event.run_id)}"
         elif event.type in ENDS:
             text = event.type.partition(".")[2]  # what became of it is said at the end
         yield f"{(at - begun).total_seconds():7.2f}s  {place}{text}", style_of(event)
@@ -148,7 +155,7 @@ class Progress:
         for what, until in sorted(self._until.values(), key=lambda one: one[1])[:4]:
             left = (until - instant).total_seconds()
             parts.append(f"{what}, {age(round(left, 1))} left" if left > 0 else f"{what}, due")
-        return " · ".join(parts)
+        return escaped(" · ".join(parts))
 
     def _note(self, event: Event) -> None:
         data = cast("Mapping[str, Any]", event.data)

@@ -154,4 +154,7 @@ def _status_of(error: Exception) -> int:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"pyworkflow: {text}\n")
+    from pyworkflow._text import escaped
+
+    # A message may hold a value with line breaks: they make no line that seems to be ours.
+    sys.stderr.write("pyworkflow: " + "\n  ".join(map(escaped, text.split("\n"))) + "\n")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from pyworkflow._text import escaped
 from pyworkflow.cli import _output as output
 from pyworkflow.cli._options import (
     import_workflows,
@@ -199,10 +200,12 @@ def _numbers(tree: Any, check: Check | None) -> Any:
 
 
 def _follow(embedded: EmbeddedHost, module: str, start: Callable[[], str]) -> int:
+    from pyworkflow._logging import show_lines_alone
     from pyworkflow.runs import RunStatus
 
     run_id = ""
     progress = Progress()
+    show_lines_alone()
     try:
         run_id = start()
         # The exit waits for runs that the process started; from here on this command does.
@@ -299,25 +302,31 @@ def _say_the_end(embedded: EmbeddedHost, run: Run, failure: str) -> None:
         output.note(f"pyworkflow: the run {_what_became(run)}")
         if run.error is not None and run.error.traceback:
             if failure:
-                output.note(f"In the step that failed last:\n{output.own_frames(failure)}")
+                output.note("In the step that failed last:")
+                output.note(_indented(output.own_frames(failure)))
                 output.note("In the workflow:")
-            output.note(output.own_frames(run.error.traceback))
+            output.note(_indented(output.own_frames(run.error.traceback)))
     output.styled(f"history  {embedded.storage.info().location}, run {run.run_id}", "dim")
     output.styled(f"         pyworkflow runs events {run.run_id}{store_hint()}", "dim")
+
+
+def _indented(lines: list[str]) -> str:
+    """Lines of a traceback: a message in it has lines of its own, which pass for none of ours."""
+    return "\n".join(f"  {escaped(line)}" for line in lines)
 
 
 def _what_became(run: Run) -> str:
     from pyworkflow.runs import RunStatus
 
     if run.status is RunStatus.STALLED:
-        return f"is stalled: {run.stalled}\nIt is durable: a worker with corrected code goes on with it"
+        return f"is stalled: {escaped(run.stalled or '')}\nIt is durable: a worker with corrected code goes on with it"
     if run.status is RunStatus.CANCELLED:
         reason = "" if run.error is None else run.error.message
-        return f"was cancelled: {reason}" if reason else "was cancelled"
+        return f"was cancelled: {escaped(reason)}" if reason else "was cancelled"
     if run.error is None:
         return run.status.value
     kind = run.error.type.rpartition(":")[2]
-    return f"{run.status.value}: {kind}: {run.error.message}".rstrip(": ")
+    return escaped(f"{run.status.value}: {kind}: {run.error.message}".rstrip(": "))
 
 
 def _say_how_to_go_on(embedded: EmbeddedHost, module: str, run_id: str) -> None:

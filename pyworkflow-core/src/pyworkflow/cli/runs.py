@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pyworkflow._text import cut, escaped
 from pyworkflow.cli import _output as output
 from pyworkflow.cli._options import in_store, shared, store_hint, wants_json
-from pyworkflow.cli._progress import ENDS, describe, style_of
+from pyworkflow.cli._progress import ENDS, LONGEST, describe, style_of
 from pyworkflow.cli._values import arguments_line, value_line
 
 if TYPE_CHECKING:
@@ -127,9 +128,11 @@ def show_run(run_id: str) -> None:
         ]
         output.print_json({**output.run_json(run), "work": items})
         return
-    error = ""
+    error: list[str] = []
     if run.error is not None:
-        error = output.own_frames(run.error.traceback) or f"{run.error.type}: {run.error.message}"
+        error = [line for line in output.own_frames(run.error.traceback) if line] or [
+            f"{run.error.type}: {run.error.message}"
+        ]
     output.print_pairs(
         {
             "run": run.run_id,
@@ -147,7 +150,7 @@ def show_run(run_id: str) -> None:
             "deadline": output.moment(run.deadline),
             "events": str(run.history_length),
             "next run": run.next or "",
-            "work": "\n".join(_owed(item) for item in work),
+            "work": [_owed(item) for item in work],
         }
     )
 
@@ -199,8 +202,8 @@ def _show_event(event: Event, plain: bool) -> None:
     try:
         said = describe(event)
     except (KeyError, TypeError, ValueError):  # written by another version: shown as it is
-        said = json.dumps(dict(event.data))
-    op = event.op or ""
+        said = escaped(cut(json.dumps(dict(event.data)), LONGEST))
+    op = escaped(event.op or "")
     at = f"{event.timestamp:%Y-%m-%d %H:%M:%S}.{event.timestamp.microsecond // 1000:03}Z"
     output.styled(f"{event.seq:>5}  {at}  {event.type:<19} {op:<14} {said}", style_of(event))
 
@@ -224,10 +227,10 @@ def cancel_run(run_id: str, reason: str) -> None:
     if wants_json():
         output.print_json({"run_id": run_id, "status": run.status.value})
     elif run.status.is_terminal:
-        output.styled(f"{run.status.value}  {run_id}", "yellow")
+        output.styled(f"{run.status.value}  {escaped(run_id)}", "yellow")
     else:
-        output.styled(f"asked to cancel  {run_id}", "yellow")
+        output.styled(f"asked to cancel  {escaped(run_id)}", "yellow")
         output.note(
-            f"its code ends it when a worker drives it: `pyworkflow runs show {run_id}"
+            f"its code ends it when a worker drives it: `pyworkflow runs show {escaped(run_id)}"
             f"{store_hint()}`"
         )
