@@ -7,6 +7,7 @@ waits does so for a file named by its tag: the test decides when it goes on.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
 import json
 import os
@@ -249,6 +250,23 @@ async def mixed(tag: str) -> list[object]:
     await sleep(0.05)
     parts = await asyncio.gather(*(share(tag, n) for n in range(3)))
     return [*first, len(parts), await quick(tag, "c")]
+
+
+@step(dispatch="queue", max_retries=0)
+def holding(tag: str, hold: float, total: float) -> str:
+    """Keeps the interpreter's lock for ``hold`` seconds at a time, as C code may."""
+    note(tag, "holding")
+    keep = ctypes.PyDLL(None).usleep  # unlike CDLL, it does not release the lock
+    end = time.monotonic() + total
+    while time.monotonic() < end:
+        keep(ctypes.c_uint(int(hold * 1_000_000)))
+    return "held"
+
+
+@workflow
+async def starved(tag: str, hold: float, total: float) -> str:
+    """A step that starves all threads of its process."""
+    return await holding(tag, hold, total)
 
 
 @workflow

@@ -403,6 +403,8 @@ class Operations:
     async def _watch(self, run_id: str, timeout: timedelta) -> None:
         watch = asyncio.ensure_future(self.storage.watch(run_id, after=_NEVER, timeout=timeout))
         self._watches.add(watch)
+        # It may fail while the caller is cancelled, who asks no more.
+        watch.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             await asyncio.wait([watch])
             if not watch.cancelled():

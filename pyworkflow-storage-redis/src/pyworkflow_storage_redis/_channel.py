@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Coroutine, Generator
 from typing import Any
 
 from redis.exceptions import ConnectionError as Disconnected
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from pyworkflow_storage_redis._connection import RedisConnection
 
@@ -134,10 +134,13 @@ class Channel:
                     continue  # its caller was cancelled
                 if isinstance(value, Exception):
                     answer.set_exception(value)
+                    answer.exception()  # as in ``_fail``
                 else:
                     answer.set_result(value)
         except (RedisError, OSError, EOFError) as error:
             self._fail(error)
+        except Exception as error:  # noqa: BLE001 - bytes that are no answer end in any of them
+            self._fail(InvalidResponse(f"the answer is damaged: {type(error).__name__}"))
         finally:
             self.alive = False
             await connection.disconnect(nowait=True)
@@ -166,3 +169,4 @@ class Channel:
             answer, _ = self._waiting.popleft()
             if not answer.done():
                 answer.set_exception(error)
+                answer.exception()  # perhaps its caller is cancelled in this turn of the loop

@@ -63,6 +63,11 @@ def translate(error: Exception, location: str) -> WorkflowError:
     for code, meaning in _BUSY.items():
         if code in text:
             return StorageUnavailable(f"{meaning}: location={location}; try again later")
+    if isinstance(error, exceptions.InvalidResponse):
+        return StorageUnavailable(
+            f"the Redis server's answer is damaged: location={location} error={text[:100]!r}; the "
+            "connection was closed, and it is unknown what was done: try again"
+        )
     if isinstance(
         error, exceptions.ConnectionError | exceptions.TimeoutError | OSError | TimeoutError
     ):

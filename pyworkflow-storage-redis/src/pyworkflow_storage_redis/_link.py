@@ -104,7 +104,7 @@ class Link:
             except exceptions.MovedError as moved:
                 await self._move(moved)
             except (exceptions.RedisError, OSError, TimeoutError) as error:
-                lost = isinstance(error, exceptions.ConnectionError | OSError | TimeoutError)
+                lost = isinstance(error, _LOST)
                 if "READONLY" in text_of(error):
                     # A failover may have put another server behind the name.
                     await self._hang_up()
@@ -112,9 +112,18 @@ class Link:
                     raise translate(error, self.location) from error
                 failure = error
             else:
-                answer: list[Any] = json.loads(cast("bytes", raw).decode())
-                self._serial = max(self._serial, answer[0])
-                return answer
+                answer = _answer_in(raw)
+                if answer is not None:
+                    self._serial = max(self._serial, answer[0])
+                    return answer
+                # Whatever comes next over this connection may be as wrong.
+                await self._hang_up()
+                if not again or failure is not None:
+                    raise StorageUnavailable(
+                        f"the Redis server's answer is damaged: location={self.location}; the "
+                        "connection was closed, and it is unknown what was done: try again"
+                    )
+                failure = exceptions.InvalidResponse("damaged")
         raise StorageUnavailable(
             f"the Redis server does not do what is asked: location={self.location}; try again later"
         )
@@ -189,6 +198,10 @@ class Link:
                     if "LOADING" not in text_of(error) or loop.time() > end:
                         raise translate(error, self.location) from error
                     await asyncio.sleep(_PAUSE)
+                except (ValueError, TypeError, AttributeError, LookupError) as error:
+                    await channel.close()
+                    damaged = exceptions.InvalidResponse(type(error).__name__)
+                    raise translate(damaged, self.location) from error
                 except BaseException:
                     await channel.close()
                     raise
@@ -279,6 +292,19 @@ class Link:
         if found > FORMAT:
             raise SchemaTooNew(f"location={self.location}", found, FORMAT)
         return [f"{number:04d}" for number in range(found + 1, FORMAT + 1)]
+
+
+_LOST = (exceptions.ConnectionError, exceptions.InvalidResponse, OSError, TimeoutError)
+
+
+def _answer_in(raw: object) -> list[Any] | None:
+    """Serial, clock and answer; None when it is none of a script's answers."""
+    try:
+        answer: Any = json.loads(cast("bytes", raw))
+        serial, _clock, _value = answer
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return cast("list[Any]", answer) if isinstance(serial, int) else None
 
 
 def _facts(answer: Any) -> dict[str, str]:

@@ -236,7 +236,9 @@ class LeaseKeeper:
                     async with asyncio.timeout(self._tick):
                         await woken.wait()
                 except TimeoutError:
-                    self._see_to_process(monotonic() - slept - self._tick)
+                    # After the renewal is sent: each call of the system waits for the interpreter's
+                    # lock again.
+                    loop.call_soon(self._see_to_process, monotonic() - slept - self._tick)
         finally:
             self._end_process()
             if storage is not None:

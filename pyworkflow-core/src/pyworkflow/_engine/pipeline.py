@@ -149,6 +149,7 @@ class Pipeline:
                 future.set_result(answer)
             else:
                 future.set_exception(answer)
+                future.exception()  # its caller may be cancelled in this turn of the loop
 
         self.submit(change, done)
         return await future

@@ -80,6 +80,8 @@ class Serving:
         news = asyncio.ensure_future(
             worker.storage.watch(None, after=0, timeout=timedelta(seconds=timeout))
         )
+        # It may fail while this is cancelled, and no more asked for.
+        news.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             await asyncio.wait({woken, news}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if not news.done():

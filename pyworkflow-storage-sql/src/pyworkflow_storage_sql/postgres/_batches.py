@@ -67,7 +67,7 @@ class Batches(Generic[T, A]):
                     for request, future in batch:
                         await self._alone(request, future)
                 elif not batch[0][1].done():
-                    batch[0][1].set_exception(exc)
+                    _fail(batch[0][1], exc)
                 continue
             for (_, future), answer in zip(batch, answers, strict=True):
                 await self._deliver(future, answer)
@@ -83,6 +83,11 @@ class Batches(Generic[T, A]):
             answer = (await self._send([request]))[0]
         except Exception as exc:  # noqa: BLE001 - the caller's
             if not future.done():
-                future.set_exception(exc)
+                _fail(future, exc)
         else:
             await self._deliver(future, answer)
+
+
+def _fail(future: asyncio.Future[A], problem: Exception) -> None:
+    future.set_exception(problem)
+    future.exception()  # its caller may be cancelled in this turn of the loop, and never ask

@@ -159,6 +159,7 @@ class Dispatcher(Generic[B]):
         for operation in self._pending:
             if not operation.future.done():
                 operation.future.set_exception(StorageError("the storage was closed"))
+                operation.future.exception()  # as in ``_answer``
         self._pending.clear()
 
     def _begin_look(self) -> asyncio.Future[Any]:
@@ -252,6 +253,7 @@ class Dispatcher(Generic[B]):
                     future.set_result(result)
                 else:
                     future.set_exception(error)
+                    future.exception()  # its caller may be cancelled in this turn of the loop
             elif operation.undo is not None and error is None:
                 operation.undo(result)
         self.watchers.tell(*news, looked=self._look is None)
@@ -266,6 +268,7 @@ class Dispatcher(Generic[B]):
             for operation in self._pending:
                 if not operation.future.done():
                     operation.future.set_exception(copy_error(error))
+                    operation.future.exception()  # as in ``_answer``
             self._pending.clear()
         self._stuck_timer = self._loop.call_later(1.0, self._look_if_stuck, stuck)
 
