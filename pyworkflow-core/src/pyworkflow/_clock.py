@@ -1,14 +1,15 @@
 """Instants: aware UTC datetimes of whole microseconds, and the integers that stand for them.
 
-Nothing here reads a clock but ``utcnow``; what decides is the storage's clock, never this one.
+Nothing here reads a clock but ``utcnow`` and ``ticks``; what decides is the storage's clock, never this one.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["EPOCH", "ensure_utc", "from_micros", "to_micros", "utcnow"]
+__all__ = ["EPOCH", "ensure_utc", "from_micros", "ticks", "to_micros", "utcnow"]
 
 #: 1970-01-01T00:00:00Z, the zero of ``to_micros``.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -19,6 +20,21 @@ LAST = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 def utcnow() -> datetime:
     """This machine's idea of now, as an aware UTC datetime."""
     return datetime.now(UTC)
+
+
+if hasattr(time, "clock_gettime_ns"):
+    #: Continues while the machine sleeps, where there is such a clock.
+    _SINCE_BOOT: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+    def ticks() -> int:
+        """Microseconds since the machine was started. No setting of a clock changes it."""
+        return time.clock_gettime_ns(_SINCE_BOOT) // 1000
+
+else:
+
+    def ticks() -> int:
+        """Microseconds since some instant. No setting of a clock changes it."""
+        return time.monotonic_ns() // 1000
 
 
 def to_micros(instant: datetime) -> int:

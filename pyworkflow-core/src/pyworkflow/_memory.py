@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from itertools import count
 from typing import Self
 
-from pyworkflow._clock import utcnow
+from pyworkflow._clock import EPOCH, ticks, to_micros, utcnow
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
@@ -27,6 +27,7 @@ from pyworkflow.spi.storage import (
     RunQuery,
     StorageBackend,
 )
+from pyworkflow.storekit._steady import SteadyClock
 from pyworkflow.storekit.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 
 __all__ = ["MemoryStorageBackend"]
@@ -74,13 +75,12 @@ class _Shared:
         self.waiters: dict[str | None, set[_Waiter]] = {}
         """By the run they wait for; None: workers."""
         self.news = 0
-        self._latest = utcnow()
+        self._clock = SteadyClock()
         self._tokens = count(1)
 
     def now(self) -> datetime:
-        # The machine's clock may be set back; the storage's own stands still until it catches up.
-        self._latest = max(self._latest, utcnow())
-        return self._latest + self.offset
+        wall = to_micros(utcnow())
+        return EPOCH + timedelta(microseconds=self._clock.read(wall, ticks())) + self.offset
 
     def token(self) -> str:
         return f"t{next(self._tokens)}"

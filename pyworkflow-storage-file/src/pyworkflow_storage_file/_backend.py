@@ -36,7 +36,7 @@ from pyworkflow.spi import (
 from pyworkflow.storekit import check_change
 from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
 from pyworkflow_storage_file._calls import Calls
-from pyworkflow_storage_file._journal import Journal
+from pyworkflow_storage_file._journal import SEGMENT_BYTES, Journal
 from pyworkflow_storage_file._state import State
 from pyworkflow_storage_file._writer import Batch, Writer
 
@@ -68,7 +68,7 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
     #: After so many seconds of waiting for another process, calls raise ``StorageUnavailable``.
     _lock_timeout: float = 30.0
     #: A segment that has reached this length is sealed.
-    _segment_bytes: int = 64 * 1024 * 1024
+    _segment_bytes: int = SEGMENT_BYTES
 
     def __init__(
         self,

@@ -23,11 +23,12 @@ class Calls:
     def clocks(self) -> tuple[int, int]:
         """The wall clock and the time since boot, ns."""
         while True:
-            before = time.clock_gettime_ns(_SINCE_BOOT)
             wall = time.time_ns()
-            # Stopped in between, the process would take its own pause for a clock that was set.
-            if time.clock_gettime_ns(_SINCE_BOOT) - before < 10_000_000:
-                return wall, before
+            # Read second: a pause in between must not look like a wall clock that is ahead.
+            boottime = time.clock_gettime_ns(_SINCE_BOOT)
+            # After a long one the store's clock would be behind for once.
+            if time.time_ns() - wall < 10_000_000:
+                return wall, boottime
 
     def ticks(self) -> int:
         """What tells how long something took, ns."""

@@ -23,7 +23,14 @@ from pyworkflow.spi import (
 from pyworkflow.storekit import failpoints
 from pyworkflow_storage_file._calls import Calls
 
-__all__ = ["Files", "Manifest", "read_all", "segment_name", "storage_error"]
+__all__ = [
+    "Files",
+    "Manifest",
+    "pack_name",
+    "read_all",
+    "segment_name",
+    "storage_error",
+]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
@@ -37,7 +44,7 @@ failpoints.register(
 )
 
 #: Version of the manifest that this code writes, and the newest that it reads.
-MANIFEST_FORMAT: Final = 1
+MANIFEST_FORMAT: Final = 2
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -47,6 +54,10 @@ class Manifest(NamedTuple):
     generation: int
     """How often the journal was rewritten, plus one."""
     segments: list[str]
+    packs: list[str] = []  # noqa: RUF012 - a named tuple's default; nothing changes it
+    """What earlier segments amount to, in order; read before the segments."""
+    first: int = 1
+    """The number of the first line of the first segment."""
 
 
 class Files:
@@ -59,6 +70,10 @@ class Files:
         self._namespace = namespace
         self._sync = sync
         self._calls = calls
+
+    def copy(self) -> Files:
+        """Another object for the same files."""
+        return Files(self.directory, namespace=self._namespace, sync=self._sync, calls=self._calls)
 
     def make_directories(self) -> list[Path]:
         """Make the store's directories; returns the ones above whose names must be flushed."""
@@ -144,20 +159,26 @@ class Files:
             segments = [str(name) for name in manifest["segments"]]
             if not segments or any("/" in name for name in segments):
                 raise ValueError("segments")
-            return Manifest(int(manifest["generation"]), segments)
+            packs = [str(name) for name in manifest.get("packs", ())]
+            if any("/" in name for name in packs):
+                raise ValueError("packs")
+            first = int(manifest.get("first", 1))
+            return Manifest(int(manifest["generation"]), segments, packs, first)
         except (ValueError, TypeError, KeyError) as error:
             raise StorageDamaged(str(path), 0, f"no manifest: {error}") from error
 
     def switch(self, manifest: Manifest) -> None:
         """Switch to ``manifest`` in one step; ``flush_names`` makes it survive power loss."""
-        content = json.dumps(
-            {
-                "format": MANIFEST_FORMAT,
-                "namespace": self._namespace,
-                "generation": manifest.generation,
-                "segments": manifest.segments,
-            }
-        )
+        described: dict[str, object] = {
+            # Without packs, 0.1.0 can read it too.
+            "format": MANIFEST_FORMAT if manifest.packs else 1,
+            "namespace": self._namespace,
+            "generation": manifest.generation,
+            "segments": manifest.segments,
+        }
+        if manifest.packs or manifest.first != 1:
+            described |= {"packs": manifest.packs, "first": manifest.first}
+        content = json.dumps(described)
         new = self.manifest_path.with_suffix(".new")
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, self._mode())
         try:
@@ -173,9 +194,13 @@ class Files:
             failpoints.hit("file.after_rename")
 
     def remove_leftovers(self) -> None:
-        """Delete segments of generations that are over, or that never came to be."""
+        """Delete segments and packs that the manifest no longer names, or does not name yet.
+
+        Only with the lock of packing held, or the pack of another process goes before it is named.
+        """
         try:
-            known = set(self.read_manifest().segments)
+            manifest = self.read_manifest()
+            known = {*manifest.segments, *manifest.packs}
             for path in self.directory.glob("*.jsonl"):
                 if path.name not in known:
                     path.unlink(missing_ok=True)
@@ -219,15 +244,21 @@ def storage_error(what: str, path: Path, error: OSError) -> StorageError:
     return StorageError(f"{what}: {facts}; check the disk, and the permissions of the path")
 
 
+def pack_name(generation: int, pack: int) -> str:
+    """The file name of a pack that comes with a generation."""
+    return f"{generation:06d}-p{pack:05d}.jsonl"
+
+
 def segment_name(generation: int, segment: int) -> str:
     """The file name of a segment; they sort in order."""
     return f"{generation:06d}-{segment:06d}.jsonl"
 
 
-def read_all(fd: int, offset: int) -> bytes:
-    """What a file holds from ``offset`` on."""
+def read_all(fd: int, offset: int, end: int | None = None) -> bytes:
+    """What a file has from ``offset`` on, up to ``end``."""
     parts: list[bytes] = []
-    while part := os.pread(fd, 8 * 1024 * 1024, offset):
+    most = 8 * 1024 * 1024
+    while part := os.pread(fd, most if end is None else min(most, end - offset), offset):
         parts.append(part)
         offset += len(part)
     return b"".join(parts) if len(parts) != 1 else parts[0]

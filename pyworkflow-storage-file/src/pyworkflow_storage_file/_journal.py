@@ -1,5 +1,6 @@
-"""The journal of one namespace: a manifest, and segments of lines that only grow at their end.
+"""The journal of one namespace: a manifest, packs, and segments of lines that grow at their end.
 
+What lies in packs and in all segments but the last does not change: it is read without the lock.
 Sequence of a write: take the lock, read what others appended, append, flush, leave the marker, let
 go of the lock. Whoever takes the lock compares the marker with the length of the last segment; if
 they differ, a holder died, and the file is flushed before a byte of it is believed. What is left of
@@ -11,16 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Final, NoReturn
 
-from pyworkflow.spi import SchemaTooNew, StorageDamaged, StorageError, StorageUnavailable
-from pyworkflow.storekit import failpoints
+from pyworkflow.spi import StorageDamaged, StorageError, StorageUnavailable
+from pyworkflow.storekit import SteadyClock, failpoints
 from pyworkflow.storekit.embedded import Pace
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._calls import Calls
-from pyworkflow_storage_file._files import Files, Manifest, read_all, segment_name, storage_error
+from pyworkflow_storage_file._compact import Plan
+from pyworkflow_storage_file._files import Files, Manifest, segment_name, storage_error
 from pyworkflow_storage_file._lock import (
     CLEAN,
     DIRTY,
@@ -28,9 +30,14 @@ from pyworkflow_storage_file._lock import (
     Marker,
     StoreLock,
     boot_id,
+    elsewhere,
+    is_in_place,
 )
+from pyworkflow_storage_file._packs import Pack
+from pyworkflow_storage_file._reading import Reader
+from pyworkflow_storage_file._records import Record, Sink
 
-__all__ = ["Journal", "Record", "Sink"]
+__all__ = ["SEGMENT_BYTES", "Journal", "Record", "Sink"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
@@ -41,27 +48,17 @@ failpoints.register(
         "file.before_append": "records are complete, and nothing of them is in the journal",
         "file.before_fsync": "records are appended, and may not survive power loss",
         "file.after_fsync": "records are on disk, and nobody has an answer yet",
+        "file.before_pack": "packs are on disk, and the manifest does not name them",
     },
 )
 
 
-class Record(NamedTuple):
-    """What one line carries: a kind and its JSON."""
-
-    kind: bytes
-    body: bytes
-
-
-class Sink(Protocol):
-    """Who keeps the state that the journal amounts to."""
-
-    def reset(self) -> None:
-        """Forget everything: the journal is read from its start."""
-        ...
-
-    def load(self, kind: bytes, body: bytes) -> None:
-        """Apply one record. An exception means that the record is damaged."""
-        ...
+#: A segment that has reached this length is sealed, and goes into a pack.
+SEGMENT_BYTES: Final = 16 * 1024 * 1024
+#: So little is read with the lock held, without looking for what can be read before.
+_LITTLE: Final = 256 * 1024
+#: So often what is packed while it is read is looked for at its new place, without the lock.
+_TRIES: Final = 5
 
 
 class Journal:
@@ -75,28 +72,22 @@ class Journal:
         namespace: str = "default",
         sync: bool = True,
         calls: Calls | None = None,
-        segment_bytes: int = 64 * 1024 * 1024,
+        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self.directory = directory
         self.lock = StoreLock(directory)
         self.pace = Pace()
+        self.clock = SteadyClock()
+        """Shows ns, without the offset that the store adds."""
         self._sink = sink
         self._calls = calls if calls is not None else Calls()
         self._files = Files(directory, namespace=namespace, sync=sync, calls=self._calls)
         self._segment_bytes = segment_bytes
         self._boot = boot_id()
-        self._fd = -1
+        self._at = Reader(self._files, sink)
         self._loaded = False
-        self._generation = 0
-        self._segments: list[str] = []
-        self._reading = 0
-        """Index of the segment that ``_fd`` is open on."""
-        self._offset = 0
         self._synced = 0
-        self._number = 1
         self._cuts = 0
-        self._sealed = 0
-        """Bytes in the segments before the current one."""
         self.last_marker: Marker | None = None
         """What the previous holder left, if it lived in this boot; set by ``acquire``."""
 
@@ -104,16 +95,30 @@ class Journal:
 
     @property
     def size(self) -> int:
-        """Bytes of the current generation, as far as it was read."""
-        return self._sealed + self._offset
+        """Bytes of the packs and segments, as far as they were read."""
+        return self._at.size
+
+    @property
+    def packs(self) -> Sequence[Pack]:
+        """The packs, as far as this process has taken them over."""
+        return self._at.packs.opened
+
+    @property
+    def has_sealed(self) -> bool:
+        """Whether there are segments to be packed."""
+        return len(self._at.manifest.segments) > 1
 
     @property
     def generation(self) -> int:
-        """How often the journal was rewritten, plus one."""
-        return self._generation
+        """How often the journal was packed, plus one."""
+        return self._at.manifest.generation
 
-    def open(self) -> None:
-        """Make or find the files and read them all.
+    def make_files(self) -> Files:
+        """For another thread: an object for the same files."""
+        return self._files.copy()
+
+    def open(self, prepare: Callable[[], None] | None = None) -> None:
+        """Make or find the files and read them. ``prepare`` is called in between.
 
         Raises:
             StorageError: the directory cannot be used, or what is in it.
@@ -130,11 +135,12 @@ class Journal:
                     self._files.create()
                 if self.lock.read() is None:  # whoever made the store may have died over it
                     self._files.flush_names(*above)
-                self._files.remove_leftovers()
             except OSError as error:
                 raise storage_error("cannot prepare the store", self.directory, error) from error
             finally:
                 self.lock.release()
+            if prepare is not None:
+                prepare()
             self.acquire()
             self.release()
         except BaseException:
@@ -143,10 +149,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
         self._loaded = False
+        self._at.close()
         self.lock.close()
 
     # --- the lock -----------------------------------------------------------------------------
@@ -157,12 +161,20 @@ class Journal:
         Takes no lock. False only means that ``acquire`` must look.
         """
         marker = self.lock.read()
-        return (
-            marker is not None
-            and marker.state == CLEAN
-            and self._is_here(marker)
-            and os.fstat(self._fd).st_size == self._offset
-        )
+        if marker is None or marker.state != CLEAN or not self._is_here(marker):
+            return False
+        self.clock.resume(marker.wall - marker.boottime)
+        return self._at.length == self._at.offset and self.lock.is_in_place()
+
+    def check_place(self) -> None:
+        """With the lock held: what was written lies where others look for it.
+
+        Raises:
+            StorageError: the store was deleted, moved or replaced.
+        """
+        path = self._at.path
+        if not self.lock.is_in_place() or not is_in_place(path, self._at.inode):
+            raise elsewhere(path)
 
     def acquire(self) -> None:
         """Take the lock and bring the state level with the files.
@@ -170,11 +182,15 @@ class Journal:
         Raises:
             StorageError: and the lock is not held.
         """
+        self.read_ahead()
         self.lock.acquire()
         try:
             marker = self.lock.read()
             self.last_marker = marker if marker is not None and marker.boot == self._boot else None
-            if not self._is_level(marker):
+            self._resume_clock(marker)
+            if marker is not None and self._is_level(marker):
+                self._synced = marker.synced
+            else:
                 self._catch_up(marker)
         except OSError as error:
             self.lock.release()
@@ -189,12 +205,14 @@ class Journal:
         Raises:
             StorageError: and the lock is not held.
         """
-        if self._offset >= self._segment_bytes or not self.lock.try_acquire():
+        if self._at.offset >= self._segment_bytes or not self.lock.try_acquire():
             return False
         try:
             marker = self.lock.read()
-            if self._is_level(marker):
+            if marker is not None and self._is_level(marker):
                 self.last_marker = marker
+                self._synced = marker.synced
+                self._resume_clock(marker)
                 return True
         except OSError as error:
             self.lock.release()
@@ -232,6 +250,15 @@ class Journal:
         self._loaded = False
         self._catch_up(self.lock.read())
 
+    def make_room(self) -> None:
+        """Begin a new segment if the last one is full: before the sink is told of new records.
+
+        Raises:
+            StorageFull, StorageError: nothing has changed.
+        """
+        if self._at.offset >= self._segment_bytes:
+            self._roll()
+
     def append(self, records: Sequence[Record], *, durable: bool) -> None:
         """Append records with one write; when ``durable``, they survive power loss on return.
 
@@ -239,9 +266,8 @@ class Journal:
             StorageFull: no room; nothing of them is in the journal, nor will be.
             StorageError: likewise, or nobody can know and the store refuses everybody from now on.
         """
-        if self._offset >= self._segment_bytes:
-            self._roll()
-        number, synced, start = self._number, self._synced, self._offset
+        self.make_room()
+        number, synced, start = self._at.number, self._synced, self._at.offset
         data = b"".join(
             [
                 _lines.encode(n, synced, record.kind, record.body)
@@ -252,23 +278,23 @@ class Journal:
         try:
             if failpoints.active:
                 failpoints.hit("file.before_append")
-            self._files.write(self._fd, data, start)
+            self._files.write(self._at.fd, data, start)
             if durable:
                 flushing = True
                 if failpoints.active:
                     failpoints.hit("file.before_fsync")
                 began = self._calls.ticks()
-                self._files.flush(self._fd)
+                self._files.flush(self._at.fd)
                 self.pace.flushed(self._calls.ticks() - began)
                 if failpoints.active:
                     failpoints.hit("file.after_fsync")
         except OSError as error:
             # A failed flush may have lost more than this write: everything since the last good one.
             self._undo(synced if flushing else start, error)
-        self._offset = start + len(data)
-        self._number = number + len(records)
+        self._at.offset = start + len(data)
+        self._at.number = number + len(records)
         if durable:
-            self._synced = self._offset
+            self._synced = self._at.offset
         try:
             self._mark(CLEAN)
         except OSError as error:
@@ -278,54 +304,48 @@ class Journal:
                 "send the same change again"
             ) from error
 
-    def rewrite(self, records: Iterable[Record]) -> None:
-        """Start a new generation that holds ``records`` alone, and drop the old one.
+    def seal(self) -> None:
+        """Have the last segment be sealed, if there is anything in it."""
+        if self._at.offset > 0:
+            self._roll()
 
-        A crash at any point leaves the old generation or the new one, whole.
+    def clean_up(self) -> None:
+        """Delete what no manifest names. With the lock of packing held, too."""
+        self._files.remove_leftovers()
+
+    def install(self, plan: Plan) -> bool:
+        """Switch to packs in place of what they were made of; False when that is not there.
+
+        A crash at any point leaves the old files or the new ones, whole.
 
         Raises:
-            StorageError: the old generation stands.
+            StorageError: the old files count.
         """
-        generation = self._generation + 1
-        names: list[str] = []
-        fd = -1
-        offset = number = sealed = 0
+        manifest = self._files.read_manifest()
+        before = plan.before
+        if (
+            manifest.generation != before.generation
+            or manifest.segments[: plan.sealed] != before.segments[: plan.sealed]
+        ):
+            return False
+        if failpoints.active:
+            failpoints.hit("file.before_pack")
+        manifest = plan.manifest(manifest)
         try:
-            for record in records:
-                if fd < 0 or offset >= self._segment_bytes:
-                    if fd >= 0:
-                        self._files.flush(fd)
-                        os.close(fd)
-                        sealed += offset
-                    names.append(segment_name(generation, len(names) + 1))
-                    fd = self._files.new_segment(names[-1])
-                    offset = 0
-                number += 1
-                line = _lines.encode(number, offset, record.kind, record.body)
-                self._files.write(fd, line, offset)
-                offset += len(line)
-            if fd < 0:
-                names.append(segment_name(generation, 1))
-                fd = self._files.new_segment(names[-1])
-            self._files.flush(fd)
             self._mark(DIRTY)
-            self._switch(Manifest(generation, names))
+            self._switch(manifest)
         except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            self._files.remove_leftovers()
             self._mark(CLEAN)
-            raise storage_error("cannot rewrite the journal", self.directory, error) from error
-        except StorageError:
-            os.close(fd)
-            raise
-        os.close(self._fd)
-        self._fd = fd
-        self._generation, self._segments, self._reading = generation, names, len(names) - 1
-        self._offset = self._synced = offset
-        self._number, self._sealed = number + 1, sealed
-        self._mark(CLEAN)
-        self._files.remove_leftovers()
+            raise storage_error("cannot name a pack", self.directory, error) from error
+        self._mark(CLEAN, manifest)
+        return True
+
+    def _resume_clock(self, marker: Marker | None) -> None:
+        """Have the clock be no earlier than what any process has read from it."""
+        if marker is not None and marker.boot == self._boot:
+            self.clock.resume(marker.wall - marker.boottime)
+        elif marker is not None:
+            self.clock.resume(marker.wall - self._calls.clocks()[1])
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -333,8 +353,8 @@ class Journal:
         return (
             self._loaded
             and marker.boot == self._boot
-            and marker.generation == self._generation
-            and marker.segments == len(self._segments)
+            and marker.generation == self._at.manifest.generation
+            and marker.segments == len(self._at.manifest.segments)
             and marker.cuts == self._cuts
         )
 
@@ -344,7 +364,7 @@ class Journal:
             marker is not None
             and marker.state == CLEAN
             and self._is_here(marker)
-            and os.fstat(self._fd).st_size == self._offset == marker.end
+            and self._at.length == self._at.offset == marker.end
         )
 
     def _catch_up(self, marker: Marker | None) -> None:
@@ -356,95 +376,95 @@ class Journal:
             self._refuse_poisoned()
         clean = alive and marker is not None and marker.state == CLEAN
         cuts = marker.cuts if alive and marker is not None else 0
-        if not (clean and marker is not None and self._is_here(marker)):
+        here = clean and marker is not None and self._is_here(marker)
+        loaded, self._loaded = self._loaded, False  # until everything was read
+        if not here:
             manifest = self._files.read_manifest()
-            if (
-                not self._loaded
-                or not alive
-                or manifest.generation != self._generation
-                or cuts != self._cuts
-            ):
-                self._restart(manifest)
-            self._segments = manifest.segments
-        if os.fstat(self._fd).st_size < self._offset:
-            self._restart(Manifest(self._generation, self._segments))
+            # After another boot, and without a marker, the last segment may have been cut off.
+            unsure = not alive and self._at.is_last and self._at.offset > 0
+            if not loaded or unsure or cuts != self._cuts or not self._at.adopt(manifest):
+                self._at.restart(manifest)
+        if self._at.length < self._at.offset:
+            self._at.restart(self._files.read_manifest())
         self._cuts = cuts
-        self._loaded = False  # until everything was read
-        while self._reading < len(self._segments) - 1:
-            self._read_segment(None)
-            self._sealed += self._offset
-            os.close(self._fd)
-            self._fd = -1
-            self._reading += 1
-            self._offset = 0
-            self._fd = self._files.open_segment(self._segments[self._reading])
-        size = os.fstat(self._fd).st_size
+        self._at.read_sealed()
+        size = self._at.length
         there = (
             marker is not None
-            and marker.generation == self._generation
-            and marker.segments == len(self._segments)
+            and marker.generation == self._at.manifest.generation
+            and marker.segments == len(self._at.manifest.segments)
         )
         if clean and there and marker is not None and size == marker.end:
             self._synced = marker.synced
-            self._read_segment(marker.synced)
-            if self._offset == size:
+            self._read(marker.synced)
+            if self._at.offset == size:
                 self._loaded = True
                 return
         else:
             # Its last holder died: nothing is believed before it is sure to survive as well.
             self._flush_or_poison()
-            self._read_segment(marker.synced if there and marker is not None else 0)
-        self._synced = self._offset
+            self._read(marker.synced if there and marker is not None else 0)
+        self._synced = self._at.offset
         self._loaded = True
+        if marker is None and self._sink.latest:  # the clock's latest reading is lost with it
+            self.clock.resume(self._sink.latest - self._calls.clocks()[1])
         self._mark(CLEAN)
 
-    def _restart(self, manifest: Manifest) -> None:
-        self._sink.reset()
-        self._loaded = False
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._fd = self._files.open_segment(manifest.segments[0])
-        self._generation, self._segments = manifest
-        self._reading = self._offset = self._synced = self._sealed = 0
-        self._number = 1
+    def read_ahead(self) -> None:
+        """Read what cannot change any more; without the lock, so that others can write meanwhile.
 
-    def _read_segment(self, floor: int | None) -> None:
-        """Apply the rest of the open segment.
-
-        Below ``floor`` the last segment was durable; None: this is another one, and all of it was.
+        What is left, ``acquire`` reads with the lock held.
         """
-        path = self.directory / self._segments[self._reading]
-        base = self._offset
-        data = read_all(self._fd, base)
-        size = base + len(data)
-        load = self._sink.load
+        if self._loaded and not self.lock.is_in_place():
+            return  # to be reported with the lock
         try:
-            for line in _lines.scan(data, base, self._number):
+            for _ in range(_TRIES):
+                marker = self.lock.read()
+                alive = marker is not None and marker.boot == self._boot
+                if (
+                    marker is not None
+                    and self._is_here(marker)
+                    and marker.end - self._at.offset < _LITTLE
+                ):
+                    return
+                manifest = self._files.read_manifest()
                 try:
-                    load(line.kind, line.body)
-                except (SchemaTooNew, MemoryError):
-                    raise
-                except Exception as error:
-                    raise _lines.Damage(
-                        line.offset, f"the record does not load: {type(error).__name__}: {error}"
-                    ) from error
-                self._offset = line.end
-                self._number = line.number + 1
-        except _lines.TooNew as error:
-            raise SchemaTooNew(str(path), error.version, _lines.FORMAT) from None
-        except _lines.Damage as damage:
-            if (
-                floor is None
-                or damage.offset < floor <= size
-                or damage.__cause__ is not None
-                or not _lines.is_torn(data, base, damage.offset)
-            ):
-                raise StorageDamaged(str(path), damage.offset, damage.detail) from None
-            self._cut_tail(path, damage, size, floor)
+                    self._read_unchanging(marker if alive else None, manifest)
+                    return
+                except StorageDamaged:
+                    # The files may have been packed, and deleted, just now.
+                    self._loaded = False
+                    if self._files.read_manifest() == manifest:
+                        raise
+        except OSError as error:
+            raise storage_error("cannot read the journal", self.directory, error) from error
 
-    def _cut_tail(self, path: Path, damage: _lines.Damage, size: int, floor: int) -> None:
+    def _read_unchanging(self, marker: Marker | None, manifest: Manifest) -> None:
+        cuts = 0 if marker is None else marker.cuts
+        loaded, self._loaded = self._loaded, False
+        if not loaded or cuts != self._cuts or not self._at.adopt(manifest):
+            self._at.restart(manifest)
+        self._cuts = cuts
+        self._at.read_sealed()
+        if (
+            marker is not None
+            and marker.state == CLEAN
+            and marker.generation == self._at.manifest.generation
+            and marker.segments == len(self._at.manifest.segments)
+            and self._at.offset < marker.synced <= self._at.length
+        ):
+            self._at.read(None, marker.synced)  # nothing below is ever cut off
+        self._loaded = True
+
+    def _read(self, floor: int) -> None:
+        """With the lock held: read the rest of the last segment, and cut off what is torn."""
+        damage = self._at.read(floor)
+        if damage is not None:
+            self._cut_tail(damage, floor)
+
+    def _cut_tail(self, damage: _lines.Damage, floor: int) -> None:
         """Drop what a dead writer left half done; nobody was told that it is there."""
+        path, size = self._at.path, self._at.length
         if size < floor:
             _log.warning(
                 "the journal was shortened by someone else: file=%s length=%d durable=%d",
@@ -456,7 +476,7 @@ class Journal:
         if marker is None or damage.offset < marker.end:
             self._cuts += 1  # others may have read what was there
         self._mark(DIRTY)
-        self._files.truncate(self._fd, damage.offset)
+        self._files.truncate(self._at.fd, damage.offset)
         self._flush_or_poison()
         _log.info(
             "dropped the rest of a write that was cut short: file=%s offset=%d bytes=%d: %s",
@@ -470,17 +490,19 @@ class Journal:
 
     def _roll(self) -> None:
         """Seal the current segment and go on in a new one."""
-        name = segment_name(self._generation, len(self._segments) + 1)
+        name = segment_name(self._at.manifest.generation, len(self._at.manifest.segments) + 1)
         fd = -1
         try:
-            self._files.flush(self._fd)
+            self._files.flush(self._at.fd)
         except OSError as error:
             self._undo(self._synced, error)
         try:
             fd = self._files.new_segment(name)
             self._files.flush(fd)
             self._mark(DIRTY)
-            self._switch(Manifest(self._generation, [*self._segments, name]))
+            manifest = self._files.read_manifest()
+            manifest = manifest._replace(segments=[*manifest.segments, name])
+            self._switch(manifest)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -489,12 +511,8 @@ class Journal:
         except StorageError:
             os.close(fd)
             raise
-        os.close(self._fd)
-        self._fd = fd
-        self._segments = [*self._segments, name]
-        self._reading += 1
-        self._sealed += self._offset
-        self._offset = self._synced = 0
+        self._at.begin(fd, manifest)
+        self._synced = 0
         self._mark(CLEAN)
 
     def _switch(self, manifest: Manifest) -> None:
@@ -509,23 +527,26 @@ class Journal:
     def _flush_or_poison(self) -> None:
         """A flush that cannot be undone when it fails: a second one would wrongly succeed."""
         try:
-            self._files.flush(self._fd)
+            self._files.flush(self._at.fd)
         except OSError as error:
             self._poison(error)
 
-    def _mark(self, state: int) -> None:
+    def _mark(self, state: int, manifest: Manifest | None = None) -> None:
+        """Leave the marker; with a manifest when it is not the one that was read."""
         wall, boottime = self._calls.clocks()
+        generation = self._at.manifest.generation if manifest is None else manifest.generation
+        segments = self._at.manifest.segments if manifest is None else manifest.segments
         self.lock.write(
             Marker(
                 state,
                 self._boot,
-                self._generation,
-                len(self._segments),
+                generation,
+                len(segments),
                 self._cuts,
-                self._offset,
+                self._at.offset,
                 self._synced,
                 os.getpid(),
-                wall,
+                self.clock.read(wall, boottime),
                 boottime,
             )
         )
@@ -536,22 +557,22 @@ class Journal:
         """Take back a write that failed, down to ``length``, for everybody and for good."""
         self._loaded = False
         try:
-            if length < self._offset:
+            if length < self._at.offset:
                 self._cuts += 1  # others may have read what goes now
             self._mark(DIRTY)
-            self._files.truncate(self._fd, length)
-            self._files.flush(self._fd)
-            self._offset = length
+            self._files.truncate(self._at.fd, length)
+            self._files.flush(self._at.fd)
+            self._at.offset = length
             self._synced = min(self._synced, length)
             self._mark(CLEAN)
         except OSError:
             self._poison(error)
-        raise storage_error("cannot write", self._segment_path(), error) from error
+        raise storage_error("cannot write", self._at.path, error) from error
 
     def _poison(self, error: OSError) -> NoReturn:
         """Nobody can know what the disk holds: refuse everybody, also after a restart."""
         self._loaded = False
-        reason = f"file={self._segment_path()} error={error}\n"
+        reason = f"file={self._at.path} error={error}\n"
         try:
             self._mark(POISONED)
         except OSError:
@@ -567,6 +588,3 @@ class Journal:
             "store, check the disk, copy the directory to a good one, delete its files "
             f"'{self._files.poison_path.name}' and '{self.lock.path.name}', and start again"
         ) from cause
-
-    def _segment_path(self) -> Path:
-        return self.directory / self._segments[-1] if self._segments else self.directory

@@ -14,7 +14,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from zlib import crc32
 
-__all__ = ["FORMAT", "Damage", "Line", "TooNew", "encode", "parse", "scan"]
+__all__ = [
+    "FORMAT",
+    "LONGEST_HEAD",
+    "Damage",
+    "Line",
+    "TooNew",
+    "encode",
+    "is_torn",
+    "measure",
+    "parse",
+    "scan",
+]
 
 #: Version of the line format that this code writes, and the newest that it reads.
 FORMAT = 1
@@ -23,6 +34,9 @@ _HEAD = re.compile(
     rb'(\{"v":(\d{1,9}),"n":(\d{1,19}),"s":(\d{1,19}),"l":(\d{1,10}),"k":"([a-z]{1,16})")'
     rb',"c":"([0-9a-f]{8})","d":'
 )
+
+#: No head of a line, up to its body, is longer.
+LONGEST_HEAD = 160
 
 
 class Line(NamedTuple):
@@ -81,6 +95,20 @@ def parse(data: bytes, offset: int, end: int, base: int = 0) -> Line:
     if int(version) > FORMAT:
         raise TooNew(int(version))
     return Line(int(number), int(synced), kind, body, base + offset, base + end)
+
+
+def measure(start: bytes, offset: int) -> tuple[bytes, int]:
+    """The kind and the length of the line that begins with ``start``, at ``offset`` of its file.
+
+    Nothing is checked but the head's layout.
+
+    Raises:
+        Damage: no line starts here.
+    """
+    match = _HEAD.match(start)
+    if match is None:
+        raise Damage(offset, "no line of the journal starts here")
+    return match[6], match.end() + int(match[5]) + 2
 
 
 def scan(data: bytes, base: int, number: int) -> Iterator[Line]:

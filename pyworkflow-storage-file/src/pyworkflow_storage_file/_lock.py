@@ -24,7 +24,17 @@ except ModuleNotFoundError as error:
         "the file backend needs POSIX file locks, which this system lacks; use sqlite"
     ) from error
 
-__all__ = ["CLEAN", "DIRTY", "POISONED", "Marker", "StoreLock", "boot_id"]
+__all__ = [
+    "CLEAN",
+    "DIRTY",
+    "POISONED",
+    "Marker",
+    "StoreLock",
+    "boot_id",
+    "elsewhere",
+    "inode_of",
+    "is_in_place",
+]
 
 CLEAN, DIRTY, POISONED = 0, 1, 2
 _LAYOUT = struct.Struct("<4sB3x16sQQQQQIqq")
@@ -54,9 +64,9 @@ class Marker(NamedTuple):
     """Up to here the last segment was durable."""
     pid: int
     wall: int
-    """Wall clock of the last release, ns."""
+    """What the store's clock showed then, without its offset, ns."""
     boottime: int
-    """Time since boot then, ns: it goes on while the machine sleeps and nobody can set it."""
+    """Time since boot then, ns: it continues while the machine sleeps and cannot be set."""
 
     def pack(self) -> bytes:
         """The bytes of the marker."""
@@ -82,6 +92,8 @@ class StoreLock:
         self.path = directory / "lock"
         self._gate = -1
         self._fd = -1
+        self._inode = 0, 0
+        """Device and number of the file ``lock`` that is open."""
         self._known: tuple[bytes, Marker | None] = b"", None
         """What was read or written last, and what it means."""
         self.waiting_since: float | None = None
@@ -91,6 +103,7 @@ class StoreLock:
         """Open the files. The directory exists."""
         self._gate = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._inode = inode_of(os.fstat(self._fd))
 
     def close(self) -> None:
         """Close the files, which also gives the lock up. Idempotent."""
@@ -108,7 +121,7 @@ class StoreLock:
         finally:
             flock(self._gate, LOCK_UN)
             self.waiting_since = None
-        self._refuse_deleted()
+        self._refuse_elsewhere()
 
     def try_acquire(self) -> bool:
         """Take the lock if nobody has it or waits for it."""
@@ -122,16 +135,17 @@ class StoreLock:
             return False
         finally:
             flock(self._gate, LOCK_UN)
-        self._refuse_deleted()
+        self._refuse_elsewhere()
         return True
 
-    def _refuse_deleted(self) -> None:
-        if os.fstat(self._fd).st_nlink == 0:
+    def _refuse_elsewhere(self) -> None:
+        if not self.is_in_place():
             self.release()
-            raise StorageError(
-                f"the store was deleted or moved while in use: path={self.path}; "
-                "close this object and open the store again"
-            )
+            raise elsewhere(self.path)
+
+    def is_in_place(self) -> bool:
+        """Whether the path of the lock still names the file that is open."""
+        return is_in_place(self.path, self._inode)
 
     def release(self) -> None:
         """Let the next one have it."""
@@ -160,6 +174,28 @@ class StoreLock:
         data = marker.pack()
         os.pwrite(self._fd, data, 0)
         self._known = data, marker
+
+
+def inode_of(status: os.stat_result) -> tuple[int, int]:
+    """What tells one file from another: device and number."""
+    return status.st_dev, status.st_ino
+
+
+def is_in_place(path: Path, inode: tuple[int, int]) -> bool:
+    """Whether a path names the file with this device and number."""
+    try:
+        return inode_of(os.stat(path)) == inode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def elsewhere(path: Path) -> StorageError:
+    """The error for a file that another process deleted, moved or replaced."""
+    return StorageError(
+        f"the store was deleted, moved or replaced while in use: path={path}; nothing was written "
+        "to what the path names now. Put it back in place, or restart this process to use what "
+        "the path names"
+    )
 
 
 def boot_id() -> bytes:

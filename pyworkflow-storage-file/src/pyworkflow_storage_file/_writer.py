@@ -11,7 +11,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -32,9 +33,14 @@ from pyworkflow.storekit.embedded import (
     copy_error,
 )
 from pyworkflow_storage_file._calls import Calls
+from pyworkflow_storage_file._codec import encode
+from pyworkflow_storage_file._compact import Plan, Stopped
 from pyworkflow_storage_file._files import storage_error
-from pyworkflow_storage_file._journal import Journal, Record
-from pyworkflow_storage_file._state import DELTA, State, encode
+from pyworkflow_storage_file._journal import Journal
+from pyworkflow_storage_file._merge import DELTA
+from pyworkflow_storage_file._packing import Packer, prepare
+from pyworkflow_storage_file._records import Record
+from pyworkflow_storage_file._state import State
 
 __all__ = ["Batch", "Writer"]
 
@@ -42,9 +48,11 @@ _log = logging.getLogger("pyworkflow.storage.file")
 
 #: A batch ends at this many bytes, so that one payload does not hold up the others.
 _BATCH_BYTES: Final = 8 * 1024 * 1024
-#: The journal is rewritten when it is larger than this and mostly garbage.
-_REWRITE_BYTES: Final = 8 * 1024 * 1024
-#: A wall clock that moved this far against the time since boot was set by somebody, ns.
+#: Garbage is dropped when the files are larger than this and mostly garbage.
+_GARBAGE_BYTES: Final = 8 * 1024 * 1024
+#: So long ``close`` lets the packing end that was begun; what it has not done another process does.
+_PACKING_S: Final = 2.0
+#: A wall clock that is this far ahead of the store's was set forward, ns.
 _JUMP: Final = 1_000_000_000
 #: What an operation may raise without having touched the state.
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
@@ -106,8 +114,7 @@ class Writer(Forkable):
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
         self._calls = calls
-        self._last_clocks = calls.clocks()
-        self._rewrite_at = _REWRITE_BYTES
+        self._packer = Packer(self._journal.make_files, self)
         self._work = 0
         """Counts the news for workers."""
         add_forkable(self)
@@ -120,7 +127,7 @@ class Writer(Forkable):
         """
         try:
             if not self.is_open:
-                self._journal.open()
+                self._journal.open(self._prepare)
                 self.is_open = True
             if any(operation.writes for operation in waiting):
                 return self._write(waiting, answers, wait)
@@ -156,18 +163,26 @@ class Writer(Forkable):
 
     def close(self) -> None:
         """Close the files. Idempotent."""
+        if self.is_open and self._packer.is_busy:
+            # It needs the mutex to come to its end: what was purged may be most of the files.
+            self.mutex.release()
+            try:
+                self._packer.wait(_PACKING_S)
+            finally:
+                self.mutex.acquire()
         self.is_open = False
+        self._packer.stop()
         self._journal.close()
 
     def _read(self, waiting: list[Operation[Batch]], answers: Answers[Batch], wait: bool) -> bool:
+        is_current = self._journal.is_current()
         clocks = self._calls.clocks()
-        if not self._journal.is_current() or self._has_jumped(clocks):
+        if not is_current or self._jump(clocks) > _JUMP:
             if not wait:
                 return False
             self._acquire(wait)
             self._journal.release()
             clocks = self._calls.clocks()
-        self._last_clocks = clocks
         batch = Batch(self._state, self._instant(clocks), self._token)
         for operation in waiting:
             if not operation.future.done():
@@ -184,6 +199,7 @@ class Writer(Forkable):
             return False
         try:
             # From here on the state may be ahead of the files, whatever is thrown.
+            journal.make_room()
             journal.invalidate()
             batch = Batch(state, self._instant(clocks), self._token)
             taken = 0
@@ -203,6 +219,7 @@ class Writer(Forkable):
                     break
             if batch.records:
                 journal.append(batch.records, durable=batch.durable)
+            journal.check_place()
             journal.validate()
             del waiting[taken:]
             return True
@@ -221,7 +238,7 @@ class Writer(Forkable):
     def _acquire(self, wait: bool) -> Clocks | None:
         """Take the lock, and read the clocks; None without the lock when that would take long.
 
-        If somebody set the wall clock, leases do not move with it.
+        If the wall clock was set forward, leases keep the time they had left.
         """
         journal = self._journal
         if wait:
@@ -229,12 +246,9 @@ class Writer(Forkable):
         elif not journal.try_acquire():
             return None
         try:
-            clocks = wall, boottime = self._calls.clocks()
-            marker = journal.last_marker
-            if marker is None:
-                return clocks
-            jump = (wall - marker.wall) - (boottime - marker.boottime)
-            if abs(jump) > _JUMP:
+            clocks = self._calls.clocks()
+            jump = self._jump(clocks)
+            if jump > _JUMP and journal.last_marker is not None:
                 if not wait:
                     journal.release()
                     return None
@@ -245,12 +259,13 @@ class Writer(Forkable):
             raise
 
     def _follow(self, jump: int, clocks: Clocks) -> None:
-        """With the lock held: somebody set the wall clock, by so many ns."""
+        """With the lock held: the wall clock was set forward, by so many ns."""
         journal = self._journal
-        _log.warning("the wall clock was set: seconds=%.3f", jump / 1e9)
+        journal.make_room()
+        _log.warning("the clock of this machine was set forward: seconds=%.3f", jump / 1e9)
         journal.invalidate()
-        now = self._instant(clocks)
-        delta = self._state.follow_jump(timedelta(microseconds=jump // 1000), now)
+        self._instant(clocks)
+        delta = self._state.store.postpone(timedelta(microseconds=jump // 1000))
         if delta is None:
             journal.touch()
         else:
@@ -259,41 +274,82 @@ class Writer(Forkable):
             journal.append([Record(DELTA, body)], durable=False)
         journal.validate()
 
-    def _has_jumped(self, clocks: Clocks) -> bool:
-        last = self._last_clocks
-        return abs((clocks[0] - last[0]) - (clocks[1] - last[1])) > _JUMP
+    def _jump(self, clocks: Clocks) -> int:
+        """By how much the wall clock was set forward since the store's clock was read, ns."""
+        return -self._journal.clock.lead(*clocks)
 
     def _instant(self, clocks: Clocks) -> datetime:
         """What the store calls now."""
-        return _EPOCH + timedelta(microseconds=clocks[0] // 1000) + self._state.shift
+        reading = self._journal.clock.read(*clocks)
+        return _EPOCH + timedelta(microseconds=reading // 1000) + self._state.shift
 
     def _token(self) -> str:
         self._tokens += 1
         return f"{self._token_prefix}{self._tokens:x}"
 
+    # --- packing ------------------------------------------------------------------------------
+
     @property
     def wants_upkeep(self) -> bool:
-        """Whether there is so much garbage that ``upkeep`` should look."""
-        return self._state.garbage > self._rewrite_at
+        """Whether there is something to pack."""
+        return (self._journal.has_sealed or self._is_garbage) and self._packer.is_ready
+
+    @property
+    def _is_garbage(self) -> bool:
+        journal = self._journal
+        garbage = self._state.garbage + sum(pack.dead for pack in journal.packs)
+        return garbage * 2 > journal.size > _GARBAGE_BYTES
 
     def upkeep(self) -> None:
-        """Drop the garbage from the journal, when most of it is."""
-        journal, state = self._journal, self._state
+        """Begin to pack, in another thread."""
+        self._packer.start()
+
+    def seal(self, stop: Callable[[], bool]) -> frozenset[str]:
+        """From the thread that packs: see ``Host``."""
+        with self._exclusive(stop):
+            if self._is_garbage:
+                self._journal.seal()
+            return frozenset(pack.name for pack in self._journal.packs if pack.dead * 2 > pack.size)
+
+    def install(self, plan: Plan, stop: Callable[[], bool]) -> bool:
+        """From the thread that packs: see ``Host``."""
+        with self._exclusive(stop):
+            done = self._journal.install(plan)
+            self._journal.clean_up()
+        with self._mutex(stop):
+            self._journal.read_ahead()
+        return done
+
+    @contextmanager
+    def _mutex(self, stop: Callable[[], bool]) -> Generator[None]:
+        while not self.mutex.acquire(timeout=0.05):
+            if stop():
+                raise Stopped
         try:
-            self._acquire(wait=True)
+            if stop() or not self.is_open:
+                raise Stopped
+            yield
+        finally:
+            self.mutex.release()
+
+    @contextmanager
+    def _exclusive(self, stop: Callable[[], bool]) -> Generator[None]:
+        """With the mutex and the store's lock, and with all that was written read."""
+        with self._mutex(stop):
+            self._journal.acquire()
             try:
-                if journal.size > _REWRITE_BYTES and state.garbage * 2 > journal.size:
-                    journal.rewrite(state.compact())
-                self._rewrite_at = max(_REWRITE_BYTES, journal.size // 2)
+                yield
             finally:
-                journal.release()
-        except Exception as error:  # noqa: BLE001  all was answered; the thread must go on
-            self._rewrite_at = max(_REWRITE_BYTES, journal.size)
-            _log.warning("the journal was not rewritten: %s", error)
+                self._journal.release()
+
+    def _prepare(self) -> None:
+        prepare(self._journal.make_files(), self._lock)
 
     def after_fork_in_child(self) -> None:
         """In a forked child: close the parent's files, without unlocking them.
 
         Kept open, they would keep the lock when the parent dies; unlocked, it would lose it.
         """
-        self.close()
+        self.is_open = False
+        self._packer.abandon()
+        self._journal.close()

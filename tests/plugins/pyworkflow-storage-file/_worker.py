@@ -94,7 +94,7 @@ async def work(path, name):
 
 async def rewrite(path):
     """Make garbage and rewrite the journal for ever."""
-    _writer._REWRITE_BYTES = 4_000
+    _writer._GARBAGE_BYTES = 4_000
     async with FileStorageBackend(path) as backend:
         await backend.commit(create("r"))
         number = 0

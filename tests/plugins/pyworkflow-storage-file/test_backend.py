@@ -546,7 +546,7 @@ def test_watch_wakes_a_worker_for_new_work_and_misses_none(tmp_path, same):
 
 
 def test_a_journal_of_garbage_is_rewritten_and_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr(_writer, "_REWRITE_BYTES", 20_000)
+    monkeypatch.setattr(_writer, "_GARBAGE_BYTES", 20_000)
 
     async def main():
         async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:
@@ -571,7 +571,7 @@ def test_a_journal_of_garbage_is_rewritten_and_followed(tmp_path, monkeypatch):
 
 
 def test_a_purge_gives_the_room_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(_writer, "_REWRITE_BYTES", 20_000)
+    monkeypatch.setattr(_writer, "_GARBAGE_BYTES", 20_000)
 
     async def main():
         async with FileStorageBackend(tmp_path) as backend:
@@ -680,7 +680,7 @@ def test_the_kinds_of_items_survive_a_restart(tmp_path):
 
 
 def test_a_rewrite_that_fails_is_tried_later_and_hurts_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(_writer, "_REWRITE_BYTES", 5_000)
+    monkeypatch.setattr(_writer, "_GARBAGE_BYTES", 5_000)
 
     class NoReplace(Calls):
         failed = 0

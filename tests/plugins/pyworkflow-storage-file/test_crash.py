@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -127,6 +128,12 @@ class Dying(Calls):
 
     def __init__(self, left):
         self.left = left
+        self.alive = threading.RLock()
+        """Held by every call, and by the death of the machine: all threads die at once."""
+
+    def clocks(self):
+        with self.alive:
+            return super().clocks()
 
     def at(self, name):
         self.left -= 1
@@ -137,26 +144,31 @@ class Dying(Calls):
         os._exit(7)
 
     def write(self, fd, data, offset):
-        if self.left == 1:
-            super().write(fd, bytes(data)[: len(data) * 2 // 3], offset)
-        self.at("write")
-        return super().write(fd, data, offset)
+        with self.alive:
+            if self.left == 1:
+                super().write(fd, bytes(data)[: len(data) * 2 // 3], offset)
+            self.at("write")
+            return super().write(fd, data, offset)
 
     def truncate(self, fd, length):
-        self.at("truncate")
-        super().truncate(fd, length)
+        with self.alive:
+            self.at("truncate")
+            super().truncate(fd, length)
 
     def flush(self, fd):
-        self.at("flush")
-        super().flush(fd)
+        with self.alive:
+            self.at("flush")
+            super().flush(fd)
 
     def flush_directory(self, path):
-        self.at("flush_directory")
-        super().flush_directory(path)
+        with self.alive:
+            self.at("flush_directory")
+            super().flush_directory(path)
 
     def replace(self, source, target):
-        self.at("replace")
-        super().replace(source, target)
+        with self.alive:
+            self.at("replace")
+            super().replace(source, target)
 
 
 class LosingPower(Dying):
@@ -170,17 +182,20 @@ class LosingPower(Dying):
         self.manifests = []
 
     def flush(self, fd):
-        super().flush(fd)
-        path = Path(f"/proc/self/fd/{fd}").readlink()
-        self.durable[path.name] = path.read_bytes()
+        with self.alive:
+            super().flush(fd)
+            path = Path(f"/proc/self/fd/{fd}").readlink()
+            self.durable[path.name] = path.read_bytes()
 
     def flush_directory(self, path):
-        super().flush_directory(path)
-        del self.manifests[:-1]
+        with self.alive:
+            super().flush_directory(path)
+            del self.manifests[:-1]
 
     def replace(self, source, target):
-        super().replace(source, target)
-        self.manifests.append(target.read_bytes())
+        with self.alive:
+            super().replace(source, target)
+            self.manifests.append(target.read_bytes())
 
     def die(self):
         for path in self.directory.glob("*.jsonl"):
@@ -203,7 +218,7 @@ class LosingPower(Dying):
 
 def busy(path, calls, acknowledge):
     """Commit pairs, claim and release, with small segments and early rewrites."""
-    _writer._REWRITE_BYTES = 1_500
+    _writer._GARBAGE_BYTES = 1_500
     backend = FileStorageBackend(path)
     backend._calls = calls
     backend._segment_bytes = 1_500
@@ -216,7 +231,8 @@ def busy(path, calls, acknowledge):
             for number in range(5):
                 events = [Event("log.info", "O", {"number": number, "part": p}) for p in (1, 2)]
                 await backend.commit(Change(run_id="r", key=f"n{number}", events=events))
-                os.write(acknowledge, b"%d\n" % number)
+                with calls.alive:
+                    os.write(acknowledge, b"%d\n" % number)
                 for _ in range(3):
                     request = ClaimRequest(owner="o", lease=timedelta(minutes=1))
                     for claim in (await backend.claim(request)).claims:

@@ -111,6 +111,11 @@ def utcnow() -> datetime:
     return _FIRST + timedelta(microseconds=round(_here().wall() * 1_000_000))
 
 
+def ticks() -> int:
+    """``_clock.ticks`` of the world."""
+    return round(_here().monotonic() * 1_000_000)
+
+
 class _Secrets:
     @staticmethod
     def token_hex(bytes: int) -> str:
@@ -151,6 +156,7 @@ def _places() -> list[tuple[ModuleType, str, Any]]:
     meanings: list[tuple[Any, Any]] = [
         (time.monotonic, monotonic),
         (_clock.utcnow, utcnow),
+        (_clock.ticks, ticks),
         (secrets, _Secrets),
         (_config.settings, lambda: _here().settings),
         (guard.shared_guard, lambda: _UNWATCHED),

@@ -52,7 +52,7 @@ from pyworkflow.spi._delta import (
     record_from_json,
     record_to_json,
 )
-from pyworkflow.spi._time import utcnow
+from pyworkflow.spi._time import ticks, utcnow
 from pyworkflow.spi.capabilities import (
     CONTRACT_VERSION,
     Capabilities,
@@ -153,6 +153,7 @@ __all__ = [
     # instants
     "from_micros",
     "to_micros",
+    "ticks",
     "utcnow",
     # hooks, on first use
     "CliGroup",

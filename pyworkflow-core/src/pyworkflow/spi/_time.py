@@ -1,4 +1,4 @@
-"""The clock for stores whose clock is the machine's."""
+"""The clocks for stores whose clock is the machine's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pyworkflow import _clock
 
-__all__ = ["utcnow"]
+__all__ = ["ticks", "utcnow"]
 
 
 def utcnow() -> datetime:
@@ -15,3 +15,8 @@ def utcnow() -> datetime:
     A store of one machine that takes its time from here can be simulated.
     """
     return _clock.utcnow()
+
+
+def ticks() -> int:
+    """Microseconds since the machine was started, for ``SteadyClock``; in a simulation, simulated."""
+    return _clock.ticks()

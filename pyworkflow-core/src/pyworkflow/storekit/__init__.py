@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from pyworkflow.storekit import embedded, failpoints, reference
     from pyworkflow.storekit._check import check_change
     from pyworkflow.storekit._decide import decide
+    from pyworkflow.storekit._dormant import DormantRun
     from pyworkflow.storekit._fsck import fsck
     from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
+    from pyworkflow.storekit._steady import SteadyClock
     from pyworkflow.storekit.reference import ReferenceStore
 
 __all__ = [
@@ -24,8 +26,11 @@ __all__ = [
     "check_change",
     "decide",
     # a whole store in memory, and the check of a store
+    "DormantRun",
     "ReferenceStore",
     "fsck",
+    # a clock that never goes back
+    "SteadyClock",
     # modules
     "embedded",
     "failpoints",
@@ -33,10 +38,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DormantRun": "_dormant",
     "KEPT_TOKENS": "_state",
     "ReferenceStore": "reference",
     "RunState": "_state",
     "RunView": "_state",
+    "SteadyClock": "_steady",
     "check_change": "_check",
     "decide": "_decide",
     "fsck": "_fsck",

@@ -67,6 +67,10 @@ class DormantRun(ABC):
     def load_row(self) -> RunState:
         """The run without its events and answers: enough for ``view`` with ``length``."""
 
+    def released(self) -> None:
+        """The store has removed the run."""
+        return
+
     def take_head(self, run: RunState) -> None:
         """Have the head of a run that is in memory."""
         self.number = run.number

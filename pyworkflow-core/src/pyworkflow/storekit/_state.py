@@ -13,6 +13,7 @@ from pyworkflow.runs import ErrorInfo, ParentRef, Run, RunStatus, WorkItem, deri
 from pyworkflow.spi._delta import Record, RunDelta
 
 if TYPE_CHECKING:
+    from pyworkflow.storekit._dormant import DormantRun
     from pyworkflow.storekit._listing import OrderedRuns
 
 __all__ = ["KEPT_TOKENS", "RunState", "RunView", "size_of"]
@@ -152,7 +153,7 @@ class RunState:
         self.sizes: list[int] = [0]
         self.place: OrderedRuns | None = None
         self.look_at: datetime | None = None
-        self.home: object = None
+        self.home: DormantRun | None = None
         """Where it was loaded from, for a store that keeps runs outside of memory."""
 
     @property

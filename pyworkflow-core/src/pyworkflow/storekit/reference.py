@@ -241,6 +241,18 @@ class ReferenceStore:
                 )
         return freed, self._applied(parts)
 
+    def postpone(self, by: timedelta) -> Delta | None:
+        """Let leases end later: the clock was set forward, and their time has not passed."""
+        parts: dict[str, RunDelta] = {}
+        for item in self._leases.values():
+            if item.lease is not None:
+                old = item.lease
+                lease = Lease(owner=old.owner, token=old.token, until=old.until + by)
+                _part(parts, item.run_id).items.append(
+                    with_lease(item, lease=lease, rung_at=item.rung_at)
+                )
+        return self._applied(parts)
+
     def purge(
         self, *, before: datetime, limit: int, key_retention: timedelta, now: datetime
     ) -> tuple[int, Delta | None]:
@@ -286,7 +298,7 @@ class ReferenceStore:
         if delta.freed or delta.taken:
             self._sorted_keys = None
             for key in delta.freed:
-                del self._keys[key]
+                self._keys.pop(key, None)
             for key, mark in delta.taken.items():
                 self._keys[key] = mark
                 if mark.until is not None:
@@ -321,6 +333,9 @@ class ReferenceStore:
     def _remove(self, run_id: str) -> None:
         run = self._runs.pop(run_id)
         self._listing.remove(run)
+        home = run if isinstance(run, DormantRun) else run.home
+        if home is not None:
+            home.released()
         self._events -= run.length
         self._forget(run_id)
         for item_id in run.items:
@@ -534,6 +549,15 @@ class ReferenceStore:
             self._listing.touch(run.run_id)
         for item in run.items.values():
             self._place(run, item)
+
+    def drop(self, run: DormantRun) -> None:
+        """Take a dormant run out, to be adopted again when its head was changed."""
+        del self._runs[run.run_id]
+        self._listing.remove(run)
+        self._events -= run.length
+        self._forget(run.run_id)
+        for item_id in run.items:
+            self._drop_item((run.run_id, item_id))
 
     def find(self, run_id: str) -> RunState | DormantRun | None:
         """The run as it is in memory."""

@@ -1,0 +1,49 @@
+"""The clock of a store that has only machines' clocks."""
+
+from __future__ import annotations
+
+__all__ = ["SteadyClock"]
+
+
+class SteadyClock:
+    """A clock that never stops and never goes back, made of a wall clock that may do both.
+
+    It shows the wall clock. When that is set back, or is behind what another process once read from
+    the store's clock, it continues from the latest reading at the pace of the time since boot, so
+    that durations stay right. When the wall clock is set forward it follows.
+
+    Pure: the caller reads the machine's clocks, the wall clock *first* (a pause between the two
+    must not look like a wall clock that is ahead), all in one unit of the caller's choice. ``ticks``
+    is the time since boot (``pyworkflow.spi.ticks`` in microseconds): it continues while the
+    machine sleeps, and cannot be set.
+
+    The state is one integer, ``base``: what the store's clock shows when ``ticks`` is zero. It only
+    grows. Keep it beside the data together with an id of the boot: processes of the same boot
+    ``resume`` it before they read. After another boot its ticks mean nothing; there, ``resume`` the
+    latest reading that was stored minus the ticks of now.
+    """
+
+    __slots__ = ("base",)
+
+    def __init__(self) -> None:
+        self.base: int | None = None
+        """The instant at which ``ticks`` was zero; None before the first reading."""
+
+    def resume(self, base: int) -> None:
+        """Be no earlier than a clock with this base, which another process or boot has shown."""
+        if self.base is None or base > self.base:
+            self.base = base
+
+    def read(self, wall: int, ticks: int) -> int:
+        """What the store's clock shows."""
+        base = wall - ticks
+        if self.base is None or base > self.base:
+            self.base = base
+        return ticks + self.base
+
+    def lead(self, wall: int, ticks: int) -> int:
+        """By how much the store's clock is ahead of the wall clock; negative while it is behind.
+
+        Behind it is only until the next ``read``: by as much the wall clock was set forward.
+        """
+        return 0 if self.base is None else self.base - (wall - ticks)
