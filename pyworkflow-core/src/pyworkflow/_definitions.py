@@ -237,9 +237,9 @@ class Step(Generic[P, R]):
         args, kwargs = decode_arguments(text)
         return self._signature.filled(self._fresh, args, kwargs) if self._fresh else (args, kwargs)
 
-    def encode_result(self, value: object) -> str:
-        """The result as payload text. ``SerializationError``."""
-        return encode(value, self._signature.result)
+    def encode_result(self, value: object, limit: int = 0) -> str:
+        """The result as payload text. ``SerializationError``, ``PayloadTooLarge``."""
+        return encode(value, self._signature.result, limit=limit)
 
     def decode_result(self, payload: str) -> object:
         """Inverse of ``encode_result``."""
@@ -398,9 +398,9 @@ class Workflow(Generic[P, R]):
             positional, named = self._signature.filled(self._fresh, positional, named)
         return self.fn(*positional, **named)
 
-    def encode_result(self, value: object) -> str:
-        """The result as payload text. ``SerializationError``."""
-        return encode(value, self._signature.result)
+    def encode_result(self, value: object, limit: int = 0) -> str:
+        """The result as payload text. ``SerializationError``, ``PayloadTooLarge``."""
+        return encode(value, self._signature.result, limit=limit)
 
     def decode_result(self, payload: str) -> object:
         """Inverse of ``encode_result``."""

@@ -14,11 +14,12 @@ from pydantic_core import from_json, to_json
 
 from pyworkflow import _failures
 from pyworkflow._failures import encode_error
+from pyworkflow._least_size import SCALARS, least_size
 from pyworkflow._portable import is_portable, portable_name, register_portable, resolve_type
 from pyworkflow._restore import StoredArgumentInvalid, StoredValueInvalid, from_text, restore
 from pyworkflow._shapes import STATE
 from pyworkflow._tagged import FLAT, MARK, MARKED, NotSerializable, Refused, text_of, walk
-from pyworkflow.errors import SerializationError
+from pyworkflow.errors import PayloadTooLarge, SerializationError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -63,20 +64,29 @@ _SMALL = 1 << 63
 _NO_ARGUMENTS = '{"args":[]}'
 
 
-def encode(value: object, adapter: TypeAdapter[Any] | None = None, *, root: str = "result") -> str:
+def encode(
+    value: object, adapter: TypeAdapter[Any] | None = None, *, root: str = "result", limit: int = 0
+) -> str:
     """The value as compact JSON text. ``root`` is what an error calls the value.
+
+    With a ``limit`` in bytes, what is sure to be larger is refused before its text is made.
 
     With ``adapter`` (see ``adapter_for``), a value that holds types without an exact form of their
     own is written as pydantic dumps it, if it comes back equal; ``decode`` then needs an adapter.
 
     Raises:
         SerializationError: something in it cannot be stored; the message leads to it.
+        PayloadTooLarge: it is larger than ``limit``; the size is the least that it can have.
     """
+    whole = not limit or type(value) in SCALARS or _fits(value, root, limit)
     plain = _plain(value)
     if plain is not None:
         return plain
     try:
-        text = text_of(walk(value))
+        tree = walk(value)
+        if not whole:
+            _fits(tree, root, limit)
+        text = text_of(tree)
         if '"$py":"model' in text or '"$py":"pydantic_dataclass' in text or _STATEFUL in text:
             _check_validation(value, text)
     except Refused as refused:
@@ -233,6 +243,14 @@ def decode_arguments(
         args = [_decode_tree(item, get(at)) for at, item in enumerate(args)]
         kwargs = {name: _decode_tree(item, get(name)) for name, item in kwargs.items()}
     return tuple(args), kwargs
+
+
+def _fits(value: object, root: str, limit: int) -> bool:
+    """Refuse what is sure to be too large; False when types of their own were not looked into."""
+    size, whole = least_size(value, limit)
+    if size > limit:
+        raise PayloadTooLarge(f"the {root}", size, limit)
+    return whole
 
 
 def _plain(value: object) -> str | None:

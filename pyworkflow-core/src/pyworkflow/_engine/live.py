@@ -22,10 +22,11 @@ class LiveRun:
 
     __slots__ = ("replay", "run_id", "warned", "workflow")
 
-    def __init__(self, workflow: Workflow[Any, Any], run_id: str) -> None:
+    def __init__(self, workflow: Workflow[Any, Any], run_id: str, max_result: int = 0) -> None:
         self.run_id = run_id
         self.workflow = workflow
         self.replay = Replay(workflow, run_id)
+        self.replay.max_result = max_result
         self.warned: set[int] = set()
         """Percent of its limit at which the history was said to get long."""
 

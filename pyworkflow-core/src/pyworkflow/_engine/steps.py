@@ -129,6 +129,8 @@ class StepRunner:
         self._threads = StepThreads(threads)
         self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
         self._max_payload = max_payload
+        # Codecs may make it smaller: then only what they take is sure.
+        self._max_result = max_payload if codecs is None else codecs.max_size
         self._busy = Slots(threads)
         self._may_end_process = may_end_process
         self.worker: Worker | None = None
@@ -176,7 +178,7 @@ class StepRunner:
                     value = await what.step.fn(*args, **kwargs)
                 else:
                     value = await self._call(what, args, kwargs, threads)
-                text = _encoded(what, value)
+                text = _encoded(what, value, self._max_result)
                 if self._codecs is not None:
                     text = await self._wrapped(self._codecs, what, text)
                 else:
@@ -353,9 +355,12 @@ def _over(what: StepTry, slots: Slots) -> None:
         what.place.end()
 
 
-def _encoded(what: StepTry, value: object) -> str:
+def _encoded(what: StepTry, value: object, limit: int) -> str:
     try:
-        return what.step.encode_result(value)
+        return what.step.encode_result(value, limit)
+    except PayloadTooLarge as exc:
+        name = f"the result of step {what.step.name!r}"
+        raise PayloadTooLarge(name, exc.size, exc.limit) from None
     except SerializationError as exc:
         raise SerializationError(
             f"the result of step {what.step.name!r} cannot be stored: {exc}"

@@ -481,7 +481,7 @@ class Worker:
             live = None
         replayed = 0 if live is not None else len(claim.events)
         if live is None:
-            live = LiveRun(workflow, run.run_id)
+            live = LiveRun(workflow, run.run_id, self.max_payload)
         _plugins.observe(
             "pyworkflow_turn_started",
             run_id=run.run_id,

@@ -66,8 +66,8 @@ class WorkflowSpec(Protocol):
         """The coroutine for these arguments (payload text). ``SerializationError``."""
         ...
 
-    def encode_result(self, value: object) -> str:
-        """The result as payload text. ``SerializationError``."""
+    def encode_result(self, value: object, limit: int = 0) -> str:
+        """The result as payload text. ``SerializationError``, ``PayloadTooLarge``."""
         ...
 
 

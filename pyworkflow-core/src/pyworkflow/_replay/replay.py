@@ -38,6 +38,7 @@ from pyworkflow._replay.transitions import AFTER_END, TABLE, Action, OpKind, OpS
 from pyworkflow._serialization import decode, decode_error
 from pyworkflow.errors import (
     NonDeterminism,
+    PayloadTooLarge,
     SerializationError,
     WorkflowContextError,
     WorkflowError,
@@ -79,6 +80,8 @@ class Replay:
         self.seen = 0
         self.outcome: Outcome | None = None
         self.problem: WorkflowError | None = None
+        self.max_result = 0
+        """Bytes of a result that the worker takes; 0 for no limit."""
         self.unknown_event = False
         """A newer version of PyWorkflow wrote an event of the history."""
         self.spins = False
@@ -394,7 +397,12 @@ class Replay:
         if error is not None:
             return FailRun(error)
         try:
+            if self.max_result:
+                return CompleteRun(self.workflow.encode_result(root.result(), self.max_result))
             return CompleteRun(self.workflow.encode_result(root.result()))
+        except PayloadTooLarge as exc:
+            what = f"the result of workflow {self.workflow.name!r}"
+            return FailRun(PayloadTooLarge(what, exc.size, exc.limit))
         except SerializationError as exc:
             return FailRun(exc)
 
