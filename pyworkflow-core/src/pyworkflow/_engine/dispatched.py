@@ -76,7 +76,7 @@ class DispatchedSteps:
     def room(self) -> int:
         """How many more may begin."""
         settings = self._worker.settings
-        waiting = self._worker.runner.waiting  # their slots are free
+        waiting = len(self._worker.runner.waiting)  # their slots are free
         return settings.concurrency + settings.threads + waiting - len(self._running)
 
     def begin(self, claim: Claim) -> None:

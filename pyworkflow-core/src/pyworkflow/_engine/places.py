@@ -29,13 +29,22 @@ class Place:
     """One attempt of a step in a worker, made when it asks for the first time."""
 
     __slots__ = (
-        "_slots", "_threads", "_waiting", "_waits", "has_slot", "is_abandoned", "is_over", "worker",
+        "_slots", "_step", "_threads", "_waiting", "_waits", "has_slot", "is_abandoned", "is_over",
+        "worker",
     )  # fmt: skip
 
     def __init__(
-        self, worker: Worker, slots: Slots, threads: StepThreads | None, *, is_over: bool
+        self,
+        worker: Worker,
+        step: tuple[str, str],
+        slots: Slots,
+        threads: StepThreads | None,
+        *,
+        is_over: bool,
     ) -> None:
         self.worker = worker
+        self._step = step
+        """Run and op."""
         self._slots = slots
         self._threads = threads
         """Those that the body runs in; None for an async step."""
@@ -64,7 +73,7 @@ class Place:
             self._threads.lend()  # its thread is of no use to others meanwhile
         self._waits += 1
         if self._waits == 1:
-            self.worker.runner.waiting += 1
+            self.worker.runner.waiting.add(self._step)
             if self.has_slot:
                 self.has_slot = False
                 self._slots.release()
@@ -98,7 +107,7 @@ class Place:
         return not self.has_slot
 
     def _stop_waiting(self) -> None:
-        self.worker.runner.waiting -= 1
+        self.worker.runner.waiting.discard(self._step)
         if self._threads is not None:
             self._threads.take_back()
 

@@ -135,8 +135,8 @@ class StepRunner:
         self._may_end_process = may_end_process
         self.worker: Worker | None = None
         """Whose steps these are: what clients inside them talk to."""
-        self.waiting = 0
-        """Steps that wait for a run, with their slot released."""
+        self.waiting: set[tuple[str, str]] = set()
+        """Steps (run, op) that wait for a run, with their slot released."""
         self.awaited: Counter[str] = Counter()
         """The runs that steps wait for."""
 
@@ -144,7 +144,8 @@ class StepRunner:
         """Where the attempt runs."""
         assert self.worker is not None
         slots, threads = (self._slots, None) if what.step.is_async else (self._busy, self._threads)
-        return Place(self.worker, slots, threads, is_over=what.is_over)
+        step = (what.run_id, what.op)
+        return Place(self.worker, step, slots, threads, is_over=what.is_over)
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
@@ -203,7 +204,6 @@ class StepRunner:
                 failpoints.hit("step.after_body")
             # The task may go on with the turn that this end brings, which is not the step.
             running_step.set(None)
-            running_try.set(None)
             return end
         finally:
             if threads and not threads[0].done():
