@@ -17,7 +17,7 @@ import pytest
 import typing_extensions
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, FutureDatetime, Json
 
-from pyworkflow import ArgumentError, sleep, workflow
+from pyworkflow import ArgumentError, sleep, step, workflow
 from pyworkflow._annotations import check_for, supported
 from pyworkflow._serialization import StoredArgumentInvalid
 from pyworkflow.cli.run import _arguments
@@ -330,6 +330,53 @@ def test_v04_parameters_that_no_longer_fit_stall_likewise() -> None:
             await b.work()
             assert await b.result(run_id) == 1
             del newer, newest
+
+    asyncio.run(main())
+
+
+def test_v04_a_dispatched_step_waits_for_code_that_takes_its_arguments() -> None:
+    def version(number: int) -> Any:
+        if number == 1:
+
+            @step(name="notes.parcel", dispatch="queue", retry_delay="1h")
+            async def older(weight: int, *, fast: bool) -> int:
+                raise ConnectionError("not yet")
+
+            return older
+
+        if number == 2:
+
+            @step(name="notes.parcel", dispatch="queue")
+            async def wrong(grams: int) -> int:
+                return grams
+
+            return wrong
+
+        @step(name="notes.parcel", dispatch="queue")
+        async def right(weight: int, *, fast: bool, grams: int = 0) -> int:
+            return weight
+
+        return right
+
+    async def main() -> None:
+        async with bench() as b:
+            first = version(1)
+
+            @workflow(name="notes.sending")
+            async def sending() -> int:
+                return int(await first(weight=3, fast=True))
+
+            run_id = await b.start(sending)
+            await b.has(run_id, "step.retrying")
+            second = version(2)
+            await b.pass_time("2h")
+            await b.has(run_id, "log.error")
+            assert "do not fit notes.parcel" in str(await b.events(run_id, "log.error"))
+            assert not await b.events(run_id, "step.failed")
+            third = version(3)
+            await b.pass_time("1h")
+            assert await b.result(run_id) == 3
+            del second, third
 
     asyncio.run(main())
 

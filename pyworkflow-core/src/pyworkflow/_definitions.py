@@ -21,6 +21,7 @@ from typing import (
     overload,
 )
 
+from pyworkflow._defining import check_function, check_name
 from pyworkflow._option_values import check_place, check_tags, delay_option, duration_option
 from pyworkflow._registry import (
     STEPS,
@@ -133,7 +134,7 @@ class Step(Generic[P, R]):
         semantics: Literal["at_least_once", "at_most_once"] = "at_least_once",
         hard_timeout: bool = False,
     ) -> None:
-        _check_function("step", fn)
+        check_function("step", fn)
         if semantics not in ("at_least_once", "at_most_once"):
             raise DefinitionError(
                 f"semantics={semantics!r} is neither 'at_least_once' nor 'at_most_once'"
@@ -153,7 +154,7 @@ class Step(Generic[P, R]):
             raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
         functools.update_wrapper(self, fn)
         self.fn = fn
-        self.name = _check_name("step", name, fn)
+        self.name = check_name("step", name, fn)
         self.policy = RetryPolicy(max_retries, delay_option(retry_delay))
         self.timeout = None if timeout is None else duration_option("timeout", timeout)
         self.queue = queue
@@ -224,8 +225,8 @@ class Step(Generic[P, R]):
         """Arguments as payload text."""
         return encode_arguments(args, dict(kwargs))
 
-    def bound_call(self, text: str) -> str:
-        """These arguments with all that can be by position: what digests are made of."""
+    def bound_call(self, text: str) -> dict[str, Any]:
+        """The tree of these arguments, with all that can be by position."""
         return self._signature.bound_form(text)
 
     def equal_calls(self, text: str) -> Iterator[str]:
@@ -236,6 +237,22 @@ class Step(Generic[P, R]):
         """The arguments for one attempt: lists, dicts and sets that are defaults are copies."""
         args, kwargs = decode_arguments(text)
         return self._signature.filled(self._fresh, args, kwargs) if self._fresh else (args, kwargs)
+
+    def stored_arguments(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``arguments`` of a call that other code may have made.
+
+        Raises:
+            SerializationError: the parameters were changed, and no longer take them.
+        """
+        try:
+            args, kwargs = self.arguments(text)
+            self._signature.check(args, kwargs)
+        except TypeError as exc:
+            raise SerializationError(
+                f"the stored arguments do not fit {self.name}{self._signature.signature}: {exc}; "
+                "give new parameters a default, and keep the old ones until no run has them"
+            ) from exc
+        return args, kwargs
 
     def encode_result(self, value: object, limit: int = 0) -> str:
         """The result as payload text. ``SerializationError``, ``PayloadTooLarge``."""
@@ -267,7 +284,7 @@ class Workflow(Generic[P, R]):
         tags: Sequence[str] = (),
         check_args: Literal["stall", "warn"] = "stall",
     ) -> None:
-        _check_function("workflow", fn)
+        check_function("workflow", fn)
         if not inspect.iscoroutinefunction(fn):
             kind = "an async generator" if inspect.isasyncgenfunction(fn) else "not async"
             remedy = "write it as `async def` and put what blocks into a step"
@@ -287,7 +304,7 @@ class Workflow(Generic[P, R]):
                 )
         self._fresh = self._signature.fresh_defaults(None)
         self.fn = fn
-        self.name = _check_name("workflow", name, fn)
+        self.name = check_name("workflow", name, fn)
         if not isinstance(version, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may lie
             raise DefinitionError(
                 f"version={version!r} is not text; write version={str(version)!r}"
@@ -555,34 +572,6 @@ class _StepDecorator(typing.Protocol):
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> Step[P, R]: ...
-
-
-def _check_name(kind: str, name: object, fn: Callable[..., object]) -> str:
-    if name is None:
-        return fn.__name__
-    if not isinstance(name, str) or not name:
-        raise DefinitionError(f"@{kind}(name={name!r}): a name is text, and not empty")
-    return name
-
-
-def _check_function(kind: str, fn: Callable[..., object]) -> None:
-    if isinstance(fn, (staticmethod, classmethod)) or not inspect.isfunction(fn):
-        raise DefinitionError(
-            f"@{kind} takes a plain function, not {fn!r}; methods and callables cannot be found "
-            "again by another process: write a function at module level"
-        )
-    if fn.__name__ == "<lambda>":
-        raise DefinitionError(f"@{kind} takes a function with a name, not a lambda; use def")
-    parts = fn.__qualname__.rpartition(".")
-    if parts[1] and not parts[0].endswith("<locals>"):
-        raise DefinitionError(
-            f"@{kind} cannot be put on a method: {fn.__qualname__}; write a function at module "
-            "level and pass it the data it needs"
-        )
-    if kind == "step" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
-        raise DefinitionError(
-            f"step {fn.__qualname__} is a generator; return a list, or make each part a step"
-        )
 
 
 # --- the way up: methods that start runs --------------------------------------------------------

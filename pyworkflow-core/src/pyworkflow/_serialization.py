@@ -36,6 +36,7 @@ __all__ = [
     "decode_error",
     "digest",
     "digest_arguments",
+    "digest_tree",
     "encode",
     "encode_arguments",
     "encode_error",
@@ -198,6 +199,11 @@ def digest(text: str, key: bytes = b"") -> str:
 def digest_arguments(arguments: str, key: bytes = b"") -> str:
     """The digest of what ``encode_arguments`` made, free of the order of sets, dicts, keywords."""
     return digest(_canonical(unwrapped(arguments)), key)
+
+
+def digest_tree(tree: Mapping[str, Any], key: bytes = b"") -> str:
+    """As ``digest_arguments``, of the tree of a call's arguments."""
+    return digest(text_of(_ordered(tree)), key)
 
 
 def encode_arguments(

@@ -116,10 +116,10 @@ class Signature:
         """The arguments with copies of the ``fresh`` defaults that they leave out."""
         return self._parameters.filled(fresh, args, kwargs)
 
-    def bound_form(self, text: str) -> str:
-        """The text of a call's arguments with all that can be by position."""
+    def bound_form(self, text: str) -> dict[str, Any]:
+        """The tree of a call's arguments with all that can be by position."""
         tree = from_text(text)
-        return text_of(self._parameters.bound(tree["args"], tree.get("kwargs", {})))
+        return self._parameters.bound(tree["args"], tree.get("kwargs", {}))
 
     def equal_forms(self, text: str) -> Iterator[str]:
         """The texts of every way to write a call: by position or name, defaults or none."""

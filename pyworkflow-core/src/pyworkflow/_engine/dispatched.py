@@ -195,6 +195,7 @@ class DispatchedSteps:
             return
         try:
             what.args = await opened_text(what.args)
+            what.call = step.stored_arguments(what.args)
         except SerializationError as exc:
             await self._unreadable(what, claim, exc)
             return

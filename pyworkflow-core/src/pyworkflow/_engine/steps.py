@@ -65,6 +65,8 @@ class StepTry:
     attempt: int
     policy: RetryPolicy
     timeout: timedelta | None
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """The arguments, where they were decoded already."""
     began: datetime | None = None
     """When the body began, by this machine's clock; for people."""
     context: StepContext | None = None
@@ -164,7 +166,7 @@ class StepRunner:
             what.began = utcnow()
             end = StepEnd()
             try:
-                args, kwargs = what.step.arguments(what.args)
+                args, kwargs = what.call or what.step.arguments(what.args)
                 if _plugins.hooks_active("pyworkflow_around_step"):
                     with _plugins.around(
                         "pyworkflow_around_step",

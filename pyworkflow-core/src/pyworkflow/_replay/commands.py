@@ -36,8 +36,8 @@ class StepSpec(Protocol):
         """Arguments as payload text; the same for equal arguments. ``SerializationError``."""
         ...
 
-    def bound_call(self, text: str) -> str:
-        """The same arguments with all that can be by position: what digests are made of."""
+    def bound_call(self, text: str) -> dict[str, Any]:
+        """The tree of these arguments with all that can be by position; digests are of that."""
         ...
 
     def equal_calls(self, text: str) -> Iterator[str]:

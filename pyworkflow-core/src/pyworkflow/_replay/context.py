@@ -20,7 +20,7 @@ from pyworkflow._replay.commands import (
 )
 from pyworkflow._replay.loop import DeterministicLoop, DurableTimer
 from pyworkflow._replay.transitions import OpKind, OpState
-from pyworkflow._serialization import digest, digest_arguments, payload_size
+from pyworkflow._serialization import digest, digest_arguments, digest_tree, payload_size
 from pyworkflow.errors import PayloadTooLarge, WorkflowContextError
 from pyworkflow.events import Json
 
@@ -109,7 +109,7 @@ class RunContext:
         op = Op(_STEP, len(self.ops))
         op.name = step.name
         if kwargs:
-            op.digest = digest_arguments(step.bound_call(text), self.salt)
+            op.digest = digest_tree(step.bound_call(text), self.salt)
         else:
             # One brace is the arguments' own: nothing in them has an order to be freed of.
             made = digest if text.count("{") == 1 else digest_arguments
@@ -131,7 +131,7 @@ class RunContext:
             return False
         for text in op.step.equal_calls(op.text):
             if digest_arguments(text, self.salt) == recorded:
-                op.digest = recorded
+                op.digest = str(recorded)
                 return True
         return False
 
