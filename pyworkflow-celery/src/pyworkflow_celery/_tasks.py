@@ -21,7 +21,7 @@ from pyworkflow.errors import (
 )
 from pyworkflow.spi import Doorbell, Outcome
 from pyworkflow.storekit import failpoints
-from pyworkflow_celery._arrival import MOST_HOPS, VERSION, pass_on
+from pyworkflow_celery._arrival import MOST_HOPS, VERSION, kind_of, pass_on
 from pyworkflow_celery._publish import HANDLE, publisher_for
 from pyworkflow_celery._shutdown import shutdown
 
@@ -59,7 +59,9 @@ def register_tasks(app: Any) -> None:
     }
 
     def handle(task: Any, run_id: str, item_id: str, v: int = VERSION) -> str:
-        return _handle(app, task.request, Doorbell(run_id, item_id, v))
+        outcome = _handle(app, task.request, Doorbell(run_id, item_id, v))
+        # What Celery logs as the result.
+        return f"{kind_of(item_id)} of {run_id}: {outcome}"
 
     def sweep() -> int:
         return _sweep(app)
@@ -125,7 +127,7 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
             _log.warning(
                 "no worker seems to have the workflow of a run: name=%s run_id=%s; import its "
                 "module in all workers of its queue: -I MODULE or PYWORKFLOW_MODULES",
-                getattr(request, "shadow", None),
+                _name_in(request),
                 bell.run_id,
             )
     elif outcome is not Outcome.HANDLED:
@@ -142,12 +144,16 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
 def _pass_on(app: Any, request: Any, bell: Doorbell, hops: int = 0) -> None:
     """Leave a doorbell to another worker."""
     fields = {"run_id": bell.run_id, "item_id": bell.item_id}
-    name = getattr(request, "shadow", None) or ""
     came = {
         "delivery_info": request.delivery_info,
         "pyworkflow_queue": getattr(request, "pyworkflow_queue", None),
     }
-    pass_on(app, fields, came, name, hops, bell.headers)
+    pass_on(app, fields, came, _name_in(request), hops, bell.headers)
+
+
+def _name_in(request: Any) -> str:
+    """The name of the workflow or step that the doorbell came with."""
+    return getattr(request, "pyworkflow_name", None) or getattr(request, "shadow", None) or ""
 
 
 def _sweep(app: Any) -> int:
