@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -93,10 +94,9 @@ def test_n09_each_process_of_a_celery_worker_opens_one_and_closes_it(
             assert len(opened) == len(set(opened)), did
             assert closed == opened[::-1], (did, worker.log)
     # What the worker's own log says of its tasks.
-    assert "turn of flow[" in said
-    assert "'turn of run_" in said
-    if "step ask[" in said:
-        assert "'step of run_" in said
+    assert re.search(r"Task flow\[\S+\] succeeded in \S+: 'turn of run_\w+: handled'", said), said
+    if "Task ask[" in said:
+        assert re.search(r"Task ask\[\S+\] succeeded in \S+: 'step of run_\w+: ", said), said
 
 
 def _path(fleet: Fleet) -> str:

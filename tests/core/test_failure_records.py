@@ -128,6 +128,12 @@ def test_n07_a_failed_step_has_its_error_and_an_attempt_before_it_is_a_warning_a
     error = _error_of(last)
     assert isinstance(error, Declined)  # the one that the step raised
     assert _functions(error)[-2:] == ["charge", "_ask_the_bank"]
+    # The workflow may handle it: a line of text says where, and no more.
+    for formatter in (_TextFormatter(True), logging.Formatter()):
+        text = formatter.format(last)
+        assert text.splitlines()[-1].startswith(f'    File "{__file__}", line ')
+        assert text.endswith("in _ask_the_bank")
+        assert "Traceback" not in text
     # One failure is one record for those who alert on errors.
     assert [r.levelname for r in caplog.records].count("ERROR") == 1
 
@@ -209,7 +215,7 @@ def test_n07_lines_of_a_traceback_in_the_text_log_are_no_records(
 
     asyncio.run(main())
     (record,) = _records(caplog, "run failed")
-    lines = _TextFormatter(True).formatException(record.exc_info).splitlines()
+    lines = _TextFormatter(True).format(record).splitlines()[1:]
     assert len(lines) > 5
     assert all(line.startswith("    ") for line in lines)
     assert "\x1b" not in "".join(lines)

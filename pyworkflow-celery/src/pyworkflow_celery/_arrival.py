@@ -25,7 +25,6 @@ __all__ = [
     "doorbell_strategy",
     "kind_of",
     "pass_on",
-    "title_of",
     "wake",
 ]
 
@@ -94,14 +93,6 @@ class DoorbellRequest(_celery.TaskRequest):  # type: ignore[misc]  # Celery has 
 
         cls.on_success = on_success
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType] # no types
-        fields, name = self.kwargs, self.request_dict.get("shadow")
-        # What Celery logs, here and in the pool, as received and succeeded.
-        self.name = title_of(str(fields.get("item_id")), name)
-        self.request_dict["shadow"] = self.name
-        self.request_dict["pyworkflow_name"] = name
-
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Nothing: the drain ends what the doorbell began, or the end of the process does."""
 
@@ -124,8 +115,7 @@ class DoorbellRequest(_celery.TaskRequest):  # type: ignore[misc]  # Celery has 
         # It may have died before it claimed the item: then nothing frees it, and nobody rings.
         hops = self.request_dict.get("pyworkflow_hops") or 0
         if isinstance(hops, int) and hops < MOST_HOPS:
-            name = self.request_dict.get("pyworkflow_name", self.name) or ""
-            pass_on(self._app, self.kwargs, self.request_dict, name, hops + 1)
+            pass_on(self._app, self.kwargs, self.request_dict, self.name, hops + 1)
         return None
 
 
@@ -133,17 +123,6 @@ def kind_of(item_id: str) -> str:
     """What a doorbell is for: a turn, a step, or a delivery."""
     kind = item_id.partition(":")[0]
     return kind if kind in ("turn", "step") else "delivery"
-
-
-def title_of(item_id: str, name: object) -> str:
-    """How a worker's log calls the task of a doorbell: ``turn of orders``, ``step charge``.
-
-    Without the run's id, so that monitors that count by name count what belongs together.
-    """
-    kind = kind_of(item_id)
-    if kind == "delivery" or not name:
-        return f"{kind} of a run"
-    return f"step {name}" if kind == "step" else f"turn of {name}"
 
 
 def pass_on(

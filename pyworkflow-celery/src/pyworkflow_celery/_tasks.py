@@ -127,7 +127,7 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
             _log.warning(
                 "no worker seems to have the workflow of a run: name=%s run_id=%s; import its "
                 "module in all workers of its queue: -I MODULE or PYWORKFLOW_MODULES",
-                _name_in(request),
+                getattr(request, "shadow", None),
                 bell.run_id,
             )
     elif outcome is not Outcome.HANDLED:
@@ -144,16 +144,12 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
 def _pass_on(app: Any, request: Any, bell: Doorbell, hops: int = 0) -> None:
     """Leave a doorbell to another worker."""
     fields = {"run_id": bell.run_id, "item_id": bell.item_id}
+    name = getattr(request, "shadow", None) or ""
     came = {
         "delivery_info": request.delivery_info,
         "pyworkflow_queue": getattr(request, "pyworkflow_queue", None),
     }
-    pass_on(app, fields, came, _name_in(request), hops, bell.headers)
-
-
-def _name_in(request: Any) -> str:
-    """The name of the workflow or step that the doorbell came with."""
-    return getattr(request, "pyworkflow_name", None) or getattr(request, "shadow", None) or ""
+    pass_on(app, fields, came, name, hops, bell.headers)
 
 
 def _sweep(app: Any) -> int:

@@ -30,7 +30,15 @@ __all__ = ["WorkflowLogger", "configure_logging", "logger", "replay_filter", "sh
 _CONTEXT = ("run_id", "workflow_name", "step_id", "step_name")
 #: Set on records of workflow code that the engine found to be new: they are not muted.
 _LIVE = "_pyworkflow_live"
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", _LIVE}
+#: Set on records whose ``exc_text`` is the place of the error alone: text shows no more of it.
+BRIEF = "_pyworkflow_brief"
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    _LIVE,
+    BRIEF,
+}
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -328,7 +336,9 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = _message(record), self.formatTime(record)
         parts = [escaped(cut(self.formatMessage(record), _LONGEST_LINE))]
-        if record.exc_info:
+        if getattr(record, BRIEF, False) and record.exc_text:
+            parts.append(record.exc_text)
+        elif record.exc_info:
             # Not record.exc_text: another handler's formatter may have set it.
             parts.append(indented(cut(self.formatException(record.exc_info), _LONGEST_TRACE)))
         elif record.exc_text:

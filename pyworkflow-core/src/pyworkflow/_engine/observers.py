@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
 from pyworkflow import _hooks, _plugins
+from pyworkflow._logging import BRIEF
+from pyworkflow._text import indented
 from pyworkflow._tracebacks import rebuilt
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import ErrorInfo, Run, RunStatus
@@ -101,31 +104,43 @@ _STEP_FAILED = "step failed, {}: step={} try=%s workflow={} run_id=%s: {}%s"
 def log_steps(run_id: str, workflow: str, events: Sequence[Event], raised: Raised) -> None:
     """A line for each attempt of a step that failed.
 
-    ``exc_info`` comes with the last attempt: until then the failure is not final.
+    ``exc_info`` comes with the last attempt: until then the failure is not final. The workflow may
+    handle it all the same, so a line of text shows the place alone, and not the whole stack.
     """
     for event in events:
         if event.type not in _FAILURES:  # a tuple of text: an enum's members hash slowly
             continue
         data = cast("dict[str, Any]", event.data)
-        name, attempt = data.get("name", ""), data.get("attempt", 1)
+        name, again = data.get("name", ""), data.get("retry_at")
         info = ErrorInfo.from_json(data.get("error") or {})
         error = raised.take(run_id, event.op)
-        again = data.get("retry_at")
-        # Trackers group records by their template: by step, workflow and error.
-        _log.warning(
-            _STEP_FAILED.format(
-                "no further try" if again is None else "next try at %s",
-                _literal(name),
-                _literal(workflow),
-                _kind(info),
-            ),
-            *(() if again is None else (again,)),
-            attempt,
-            run_id,
-            _said(info),
-            exc_info=(error or rebuilt(info)) if again is None else None,
-            extra=context_of(run_id, workflow, event.op, name),
+        if not _log.isEnabledFor(logging.WARNING):
+            continue
+        error = None if again is not None else error or rebuilt(info)
+        what = "no further try" if again is None else "next try at %s"
+        record = _log.makeRecord(
+            _log.name,
+            logging.WARNING,
+            __file__,
+            0,
+            # Trackers group records by their template: by step, workflow and error.
+            _STEP_FAILED.format(what, _literal(name), _literal(workflow), _kind(info)),
+            (*(() if again is None else (again,)), data.get("attempt", 1), run_id, _said(info)),
+            None if error is None else (type(error), error, error.__traceback__),
+            "log_steps",
+            context_of(run_id, workflow, event.op, name),
         )
+        record.exc_text = _place_of(error)
+        setattr(record, BRIEF, True)
+        _log.handle(record)
+
+
+def _place_of(error: BaseException | None) -> str | None:
+    """The line that raised, as text; formatters write it in place of the whole traceback."""
+    if error is None or error.__traceback__ is None:
+        return None
+    last = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
+    return indented(f'File "{last.filename}", line {last.lineno}, in {last.name}')
 
 
 def log_end(run: Run, status: RunStatus, error: ErrorInfo | None, raised: Raised) -> None:
