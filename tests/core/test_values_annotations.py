@@ -107,7 +107,7 @@ def test_v06_a_typed_dict_is_validated_whatever_module_it_comes_from(module: Any
         run(form, {"amount": 1})
 
 
-def test_v06_typed_dicts_keep_what_they_require_and_may_hold_themselves() -> None:
+def test_v06_typed_dicts_keep_what_they_require_and_may_contain_themselves() -> None:
     assert run(Partial, {"amount": "1", "note": "n"}) == repr({"amount": 1, "note": "n"})
     with pytest.raises(ArgumentError, match="note"):
         run(Partial, {"amount": 1})
@@ -273,15 +273,15 @@ def test_v04_a_stored_argument_that_does_not_fit_stalls_its_run_until_it_does() 
     asyncio.run(main())
 
 
-def test_v04_a_run_that_has_begun_stalls_likewise_and_resumes() -> None:
+def test_v04_a_run_that_has_started_stalls_likewise_and_resumes() -> None:
     def version(annotation: Any) -> Any:
-        @workflow(name="notes.begun")
-        async def begun(x: Any) -> Any:
+        @workflow(name="notes.started")
+        async def started(x: Any) -> Any:
             await sleep("1h")
             return repr(x)
 
-        begun.fn.__annotations__["x"] = annotation
-        return begun
+        started.fn.__annotations__["x"] = annotation
+        return started
 
     async def main() -> None:
         async with bench() as b:

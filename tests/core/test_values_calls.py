@@ -245,7 +245,7 @@ def test_v08_a_wrapped_async_step_fails_and_is_tried_again_as_any() -> None:
     assert run(flow) == 2
 
 
-def test_v08_the_time_limit_holds_for_the_body_of_a_wrapped_step() -> None:
+def test_v08_the_time_limit_bounds_the_body_of_a_wrapped_step() -> None:
     ended = []
 
     @step(name="calls.limited", max_retries=0, timeout=0.05)

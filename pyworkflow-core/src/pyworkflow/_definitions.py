@@ -387,7 +387,7 @@ class Workflow(Generic[P, R]):
         return encode_arguments(valid_args, valid_kwargs)
 
     def same_call(self, one: str, other: str) -> bool:
-        """Whether two payload texts hold the arguments of the same call."""
+        """Whether two payload texts are the arguments of the same call."""
         wanted = digest_arguments(one)
         if digest_arguments(other) == wanted:
             return True

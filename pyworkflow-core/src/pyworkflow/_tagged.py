@@ -331,7 +331,7 @@ _ENCODERS: dict[type, Encoder] = {
 
 
 LEAVES = frozenset(_ENCODERS) - {list, dict, tuple, set, frozenset}
-"""Built-in types, with strings, that hold no other values."""
+"""Built-in types, with strings, that contain no other values."""
 
 
 def _encoder_for(kind: type, value: object) -> Encoder:
