@@ -103,9 +103,10 @@ class _Encoder:
         kind = type(exc)
         details: dict[str, Any] = {}
         portable = _comes_back(kind) and level < _LEVELS
+        is_group = isinstance(exc, BaseExceptionGroup)
         left_out = 0
         if portable:
-            if issubclass(kind, BaseExceptionGroup):
+            if is_group:
                 details["message"] = _clean(cast("Any", exc).message, MESSAGE)
             else:
                 details["args"] = _texts(exc.args)
@@ -122,7 +123,7 @@ class _Encoder:
         }
         notes = list(_notes(exc))
         self.room -= sum(map(len, notes)) + _size(encoded)
-        if portable and issubclass(kind, BaseExceptionGroup):
+        if portable and is_group:
             members = cast("tuple[BaseException, ...]", cast("Any", exc).exceptions)
             details["exceptions"], left_out = self._members(members, level)
         if left_out:
