@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from itertools import count
 from typing import Self
 
-from pyworkflow._clock import EPOCH, ticks, to_micros, utcnow
+from pyworkflow._clock import ticks, utcnow
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
@@ -27,7 +27,6 @@ from pyworkflow.spi.storage import (
     RunQuery,
     StorageBackend,
 )
-from pyworkflow.storekit._steady import SteadyClock
 from pyworkflow.storekit.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 
 __all__ = ["MemoryStorageBackend"]
@@ -75,12 +74,18 @@ class _Shared:
         self.waiters: dict[str | None, set[_Waiter]] = {}
         """By the run they wait for; None: workers."""
         self.news = 0
-        self._clock = SteadyClock()
+        self._zero = utcnow() - timedelta(microseconds=ticks())
+        """What the clock showed when ``ticks`` was zero."""
         self._tokens = count(1)
 
     def now(self) -> datetime:
-        wall = to_micros(utcnow())
-        return EPOCH + timedelta(microseconds=self._clock.read(wall, ticks())) + self.offset
+        # The rule of ``SteadyClock``, without a conversion: every call of the store asks.
+        wall = utcnow()
+        shown = self._zero + timedelta(microseconds=ticks())
+        if wall > shown:
+            self._zero += wall - shown
+            shown = wall
+        return shown + self.offset
 
     def token(self) -> str:
         return f"t{next(self._tokens)}"

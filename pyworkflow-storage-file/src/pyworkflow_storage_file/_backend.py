@@ -30,6 +30,7 @@ from pyworkflow.spi import (
     RunDelta,
     RunNotFound,
     RunQuery,
+    StorageFull,
     StorageInfo,
     WorkItem,
 )
@@ -82,6 +83,8 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
         self.namespace = namespace
         self._directory = self.path / _directory_name(namespace)
         self._fsync = fsync
+        self._unreleased: dict[ClaimRef, None] = {}
+        """What was to be released while the disk was full."""
 
     def __repr__(self) -> str:
         return f"FileStorageBackend({str(self.path)!r}, namespace={self.namespace!r})"
@@ -153,15 +156,29 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items. A caller that is cancelled meanwhile gives them back."""
+        if self._unreleased:
+            await self._release_later()
         return await self._claim(partial(_claim, request), _release, small=True)
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
         """Extend leases."""
+        for ref in refs:
+            self._unreleased.pop(ref, None)
         return await self._write(partial(_renew, refs, lease), small=len(refs) <= FEW)
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
-        return await self._write(partial(_release, ref, delay=delay), small=True)
+        try:
+            return await self._write(partial(_release, ref, delay=delay), small=True)
+        except StorageFull:
+            self._unreleased[ref] = None
+            raise
+
+    async def _release_later(self) -> None:
+        """Release what a full disk did not let: or it waits for the end of its lease."""
+        for ref in list(self._unreleased):
+            await self._write(partial(_release, ref), small=True)
+            self._unreleased.pop(ref, None)
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody was told of lately; they are muted in the same step."""

@@ -626,6 +626,29 @@ def test_f28_a_full_disk_refuses_whole_changes_and_the_same_change_goes_through_
     asyncio.run(main())
 
 
+def test_found_m10_what_a_full_disk_kept_from_being_released_is_free_when_there_is_room(tmp_path):
+    async def main():
+        backend = FileStorageBackend(tmp_path)
+        backend._calls = Failing()
+        async with backend:
+            for run_id in ("a", "b"):
+                await backend.commit(create(run_id))
+            request = ClaimRequest(owner="o", lease=MINUTE, limit=2)
+            first, second = (await backend.claim(request)).claims
+            backend._calls.codes["write"] = errno.ENOSPC
+            for claim in (first, second):
+                with pytest.raises(StorageFull):
+                    await backend.release(claim.ref)
+            with pytest.raises(StorageFull):
+                await backend.claim(request)
+            backend._calls.codes.clear()
+            assert await backend.renew([second.ref], MINUTE) == [True]  # it is needed after all
+            (again,) = (await backend.claim(request)).claims
+            assert (again.item.run_id, again.item.claims) == (first.item.run_id, 1)
+
+    asyncio.run(main())
+
+
 def test_f29_a_failing_flush_reports_no_success_and_poisons_for_all(tmp_path):
     async def main():
         backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)

@@ -18,12 +18,12 @@ from typing import Final, Protocol
 from pyworkflow._clock import to_micros
 from pyworkflow.runs import ItemKind, RunStatus, WorkItem, derive_status
 
-__all__ = ["Listed", "OrderedRuns", "RunIndex"]
+__all__ = ["TOUCHED", "Listed", "OrderedRuns", "RunIndex", "parse_cursor"]
 
 #: A chunk of a list is split at this length: an insertion moves no more than one chunk.
 _CHUNK: Final = 2048
-#: So many touched runs are placed at once, for a store of which no list is ever asked.
-_TOUCHED: Final = 4096
+#: So many touched runs should be placed, even in a store of which no list is ever asked.
+TOUCHED: Final = 4096
 _OPEN: Final = (RunStatus.PENDING, RunStatus.RUNNING, RunStatus.SUSPENDED)
 _SECOND: Final = 1_000_000
 _LAST_SECOND: Final = (1 << 31) - 1
@@ -130,16 +130,12 @@ class RunIndex:
     def __init__(self) -> None:
         self._lists: dict[tuple[str, RunStatus], OrderedRuns] = {}
         self._ended = OrderedRuns()
-        self._touched: set[str] = set()
+        self.touched: set[str] = set()
+        """Runs that came or changed since the last ``place``."""
         self._looks: list[tuple[datetime, str]] = []
         self._latest: datetime | None = None
-        self.touch = self._touched.add
+        self.touch = self.touched.add
         """Note that a run came or changed."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so many runs are touched that ``place`` should be called."""
-        return len(self._touched) >= _TOUCHED
 
     def end(self, run: Listed, before: datetime | None) -> None:
         """Note that the end of a run was set; ``before`` is what it was."""
@@ -159,7 +155,7 @@ class RunIndex:
             run.place.remove(run.number)
             run.place = None
         run.look_at = None
-        self._touched.discard(run.run_id)
+        self.touched.discard(run.run_id)
         if run.finished_at is not None:
             self._ended.remove(_end_key(run.finished_at, run.number))
 
@@ -173,7 +169,7 @@ class RunIndex:
         if self._latest is not None and now < self._latest:  # the clock was set back
             for (_, status), listed in self._lists.items():
                 if status in _OPEN:
-                    self._touched.update(run_id for _, run_id in listed)
+                    self.touched.update(run_id for _, run_id in listed)
         self._latest = now
         looks = self._looks
         while looks and looks[0][0] <= now:
@@ -181,12 +177,12 @@ class RunIndex:
             run = runs.get(run_id)
             if run is not None and run.look_at == when:
                 run.look_at = None
-                self._touched.add(run_id)
-        for run_id in self._touched:
+                self.touched.add(run_id)
+        for run_id in self.touched:
             run = runs.get(run_id)
             if run is not None:
                 self._place(run, now)
-        self._touched.clear()
+        self.touched.clear()
         if len(looks) > 64 and len(looks) > 4 * sum(
             listed.size for (_, status), listed in self._lists.items() if status in _OPEN
         ):
@@ -262,3 +258,15 @@ def _end_key(instant: datetime, number: int) -> int:
     """Seconds, then the number: distinct, and of 64 bits."""
     seconds = to_micros(instant) // _SECOND
     return (max(-_LAST_SECOND, min(seconds, _LAST_SECOND)) << 32) | (number & 0xFFFF_FFFF)
+
+
+def parse_cursor(cursor: str) -> int:
+    """The number in a cursor of ``list_runs``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    number = cursor.removeprefix("run-")
+    if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 18:
+        raise ValueError(f"not a cursor of this store: cursor={cursor!r}; start without one")
+    return int(number)

@@ -29,7 +29,7 @@ from pyworkflow.storekit._check import check_change
 from pyworkflow.storekit._decide import decide
 from pyworkflow.storekit._dormant import DormantRun
 from pyworkflow.storekit._due import DueIndex
-from pyworkflow.storekit._listing import RunIndex
+from pyworkflow.storekit._listing import TOUCHED, RunIndex, parse_cursor
 from pyworkflow.storekit._plan import with_lease
 from pyworkflow.storekit._state import RunState
 
@@ -85,10 +85,11 @@ class ReferenceStore:
         Raises:
             RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: Nothing has changed.
         """
-        if self._listing.is_full:
+        if len(self._listing.touched) >= TOUCHED:
             self._listing.place(self._runs, now)
+        run = self._runs.get(change.run_id)
         committed, part = decide(
-            self._whole(change.run_id),
+            run if isinstance(run, RunState) or run is None else self._whole(change.run_id),
             change,
             now=now,
             token=token,
@@ -309,7 +310,7 @@ class ReferenceStore:
         run = self._runs.get(run_id)
         if run is None:
             run = self._runs[run_id] = RunState(run_id)
-        elif isinstance(run, DormantRun):
+        elif not isinstance(run, RunState):  # an abstract class is slow to ask for
             run = self._awaken(run)
         before = run.finished_at
         run.apply(part)
@@ -477,7 +478,7 @@ class ReferenceStore:
         """Newest first; the cursor names the last run shown."""
         if not 1 <= query.limit <= 1000:
             raise ValueError(f"the limit is 1 to 1000: limit={query.limit}")
-        below = self._next_number if cursor is None else _parse_cursor(cursor)
+        below = self._next_number if cursor is None else parse_cursor(cursor)
         self._listing.place(self._runs, now)
         found: list[Run] = []
         last = 0
@@ -595,10 +596,3 @@ def _part(parts: dict[str, RunDelta], run_id: str) -> RunDelta:
     if part is None:
         part = parts[run_id] = RunDelta(run_id)
     return part
-
-
-def _parse_cursor(cursor: str) -> int:
-    number = cursor.removeprefix("run-")
-    if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 18:
-        raise ValueError(f"not a cursor of this store: cursor={cursor!r}; start without one")
-    return int(number)
