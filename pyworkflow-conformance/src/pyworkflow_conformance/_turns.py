@@ -133,6 +133,27 @@ class TurnChecks(Suite):
         assert [r.run_id for r in page.items] == ["run"]
 
     @scenario
+    async def test_CLM_29_leases_of_one_owner(self, t: Case) -> None:
+        """CLM-29: the leases of an owner are listed with their tokens: those that have not ended.
+
+        A worker whose claim was not answered releases at once what it does not know of. Usual
+        cause: leases of others with a similar name, of released items, or only the first page.
+        """
+        for n in range(4):
+            await t.start(f"run-{n}")
+        mine = [await t.turn(f"run-{n}", owner="Host/1") for n in range(2)]
+        await t.turn("run-2", owner="host/1")
+        short = await t.claim(("run-3", "turn"), owner="Host/1", lease=0.5)
+        await t.shift(1)
+        found = await t.store.leases("Host/1")
+        assert {*found} == {claim.ref for claim in mine}
+        assert len(found) == 2
+        assert short[0].ref not in found
+        await t.store.release(mine[0].ref)
+        assert await t.store.leases("Host/1") == [mine[1].ref]
+        assert await t.store.leases("Host") == []
+
+    @scenario
     async def test_CTL_01_pause_hides_work(self, t: Case) -> None:
         """CTL-01: a paused run's turn and steps are not claimed; deliveries are.
 

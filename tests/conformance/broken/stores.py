@@ -400,3 +400,11 @@ class LoopsOverCommit(Broken):
 
     async def commit_many(self, changes):
         return [await self.commit(change) for change in changes]
+
+
+class LeasesOfAll(Broken):
+    """Lists the leases of all owners whose names differ in case."""
+
+    async def leases(self, owner):
+        found = [await super(LeasesOfAll, self).leases(name) for name in await self.holders()]
+        return [ref for refs in found for ref in refs]

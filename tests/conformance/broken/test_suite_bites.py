@@ -44,6 +44,7 @@ CAUGHT = [
     (stores.LosesUpdate, "CON_08"),
     (stores.EndsUnseen, "CLM_20"),
     (stores.LoopsOverCommit, "META_05"),
+    (stores.LeasesOfAll, "CLM_29"),
 ]
 
 
