@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import secrets
 from collections.abc import Generator, Iterable, Mapping
@@ -15,7 +14,7 @@ from pyworkflow import _plugins
 from pyworkflow._clock import LAST
 from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
-from pyworkflow._declared import known_workflow
+from pyworkflow._declared import DeclaredWorkflow, known_workflow
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import bell_of_put
@@ -156,8 +155,7 @@ class Operations:
         if self._worker is not None and turn is not None:
             fresh = _fresh_run(run_id, created, answer.timestamp)
             claim = Claim(item=turn, run=fresh, events=(event,))
-            # Nothing of the caller's context is for the run.
-            contextvars.Context().run(self._worker.begin_turn, claim)
+            self._worker.begin_turn(claim)
         else:
             await self._ring(run_id, created)
         return run_id
@@ -202,12 +200,14 @@ class Operations:
         if self._worker is None:  # whose storage is open
             await self.storage.open()
         info = self.storage.info()
-        check_findable(
-            workflow,
-            info.location,
-            outlives=info.capabilities.multi_process or info.capabilities.durable,
-            distributed=self._executor is not None,
-        )
+        worker = self._worker
+        if not isinstance(workflow, DeclaredWorkflow):  # whose code is elsewhere
+            check_findable(
+                workflow,
+                info.location,
+                outlives=info.capabilities.multi_process or info.capabilities.durable,
+                distributed=self._executor is not None or (worker is not None and worker.rings),
+            )
         limit = min(self._settings.max_payload, info.max_payload)
         if self._worker is None:
             # Made for what is written: a client that only reads needs no key to write with.
