@@ -237,8 +237,8 @@ async def measure(name: str, store: StorageBackend, size: int) -> dict[str, floa
     await call("export_run", lambda: store.export_run(run_id_of(next(numbers))), times=20)
     now = await store.now()
     if size >= 10_000:
-        purge = {"before": now + _MINUTE, "limit": 1000}
-        await call("purge, batch of 1,000", lambda: store.purge(**purge), times=1)
+        before = now + _MINUTE
+        await call("purge, batch of 1,000", lambda: store.purge(before=before), times=1)
     await _run_steps(meter, store)
     return meter.found
 

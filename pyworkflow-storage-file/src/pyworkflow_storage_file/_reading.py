@@ -28,13 +28,13 @@ class Reader:
         self._files = files
         self._sink = sink
         self.packs = OpenPacks(files.directory, sink)
-        self.manifest = _NONE
+        self.manifest: Manifest = _NONE
         """The one by which was read."""
         self.fd = -1
         """The segment that is open."""
         self.inode = 0, 0
         """Its device and number."""
-        self.index = 0
+        self.index: int = 0
         """Its place among the segments."""
         self.offset = 0
         """Up to here it was read."""
@@ -78,7 +78,8 @@ class Reader:
         if fd >= 0:
             os.close(fd)
         self.packs.restart(manifest.packs)
-        self.manifest, self.index, self._sealed = manifest, 0, 0
+        self.manifest = manifest
+        self.index = self._sealed = 0
         self.number = manifest.first
         self._open(self._files.open_segment(manifest.segments[0]))
 
@@ -94,14 +95,16 @@ class Reader:
         self.packs.exchange(manifest.packs, manifest.segments[0])
         before = manifest.segments[:index]
         self._sealed = sum((self._files.directory / each).stat().st_size for each in before)
-        self.manifest, self.index = manifest, index
+        self.manifest = manifest
+        self.index = index
         return True
 
     def begin(self, fd: int, manifest: Manifest) -> None:
         """The last segment was sealed: continue in a new, empty one."""
         os.close(self.fd)
         self._sealed += self.offset
-        self.manifest, self.index = manifest, len(manifest.segments) - 1
+        self.manifest = manifest
+        self.index = len(manifest.segments) - 1
         self._open(fd)
 
     def read_sealed(self) -> None:

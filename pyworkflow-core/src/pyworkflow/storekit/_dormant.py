@@ -50,7 +50,7 @@ class DormantRun(ABC):
         self.paused = False
         self.seen_seq = 0
         self.stalled: str | None = None
-        self.length = 0
+        self.length: int = 0
         self.items = _NO_ITEMS
         self.place: OrderedRuns | None = None
         self.look_at: datetime | None = None
