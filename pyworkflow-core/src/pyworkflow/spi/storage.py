@@ -193,7 +193,8 @@ class Committed:
     """Indices of events that were skipped because their key stood."""
     unseen_events: Sequence[Event] = ()
     """All events after the run's ``seen_seq`` as it stands after this change, except the change's
-    own, in order of seq. Only for changes under a claim; empty for others."""
+    own, in order of seq. Only for the holder of the turn: for changes under the claim of the turn,
+    and for those under another claim whose answer gives the turn; empty for all others."""
     claims: Sequence[WorkItem] = ()
     """Items now held by the sender: born claimed, and the turn taken."""
     duplicate: bool = False

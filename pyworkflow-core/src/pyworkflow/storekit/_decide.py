@@ -9,7 +9,7 @@ from pyworkflow.errors import KeyTaken, RunExists, RunNotFound
 from pyworkflow.events import Event
 from pyworkflow.runs import WorkItem
 from pyworkflow.spi._delta import Record, RunDelta
-from pyworkflow.spi.storage import Change, Committed, NewRun
+from pyworkflow.spi.storage import TURN, Change, Committed, NewRun
 from pyworkflow.storekit._plan import Plan, refuse
 from pyworkflow.storekit._state import RunState, RunView
 
@@ -109,17 +109,18 @@ def _create(
 
 
 def _answer_again(run: RunView, record: Record, change: Change) -> Committed:
-    unseen: list[Event] = []
-    if change.claim is not None:
-        skipped = set(record.skipped)
-        own = {seq for index, seq in enumerate(record.seqs) if index not in skipped}
-        later = run.events[record.seen_seq : record.last_seq]
-        unseen = [event for event in later if event.seq not in own]
     held: list[WorkItem] = []
     for item_id, token in record.held:
         item = run.items.get(item_id)
         if item is not None and item.lease is not None and item.lease.token == token:
             held.append(item)
+    unseen: list[Event] = []
+    claim = change.claim
+    if claim is not None and (claim.item_id == TURN or any(i.item_id == TURN for i in held)):
+        skipped = set(record.skipped)
+        own = {seq for index, seq in enumerate(record.seqs) if index not in skipped}
+        later = run.events[record.seen_seq : record.last_seq]
+        unseen = [event for event in later if event.seq not in own]
     return Committed(
         last_seq=record.last_seq,
         seen_seq=record.seen_seq,

@@ -23,7 +23,15 @@ end
 
 local function again(run_id, rec, claim)
   local others, claims = {}, {}
-  if claim and rec[3] < rec[2] then
+  local has_turn = claim and claim[1] == 'turn'
+  for _, held in ipairs(rec[9]) do
+    local it = load_item(run_id, held[1])
+    if it and it[TOKEN] == held[2] then
+      claims[#claims + 1] = item_json(held[1], it)
+      has_turn = has_turn or held[1] == 'turn'
+    end
+  end
+  if claim and has_turn and rec[3] < rec[2] then
     local own, skipped = {}, {}
     for _, index in ipairs(rec[8]) do skipped[index] = true end
     for index, seq in ipairs(rec[7]) do
@@ -32,10 +40,6 @@ local function again(run_id, rec, claim)
     for i, text in ipairs(call('LRANGE', P .. 'events:' .. run_id, rec[3], rec[2] - 1)) do
       if not own[rec[3] + i] then others[#others + 1] = text end
     end
-  end
-  for _, held in ipairs(rec[9]) do
-    local it = load_item(run_id, held[1])
-    if it and it[TOKEN] == held[2] then claims[#claims + 1] = item_json(held[1], it) end
   end
   return committed(1, rec, others, claims)
 end
@@ -372,7 +376,11 @@ local function commit_one(h, arg)
 
   -- The effects.
   local others, claims, held = {}, {}, {}
-  if claim then others = events_after(run_id, seen, old_last) end
+  -- What others added is for the holder of the turn alone: to all steps of a wide run it would be
+  -- quadratic.
+  local has_turn = claim and claim[1] == 'turn'
+  for _, id in ipairs(born) do has_turn = has_turn or (claim and id == 'turn') end
+  if has_turn then others = events_after(run_id, seen, old_last) end
   local record = { h.key, last, seen, new_paused and 1 or 0, at_text, now_text, seqs, skipped, held, 0 }
   if fields or #new_texts > 0 or #order > 0 then
     for _, id in ipairs(born) do

@@ -67,7 +67,14 @@ class Reader:
         run_id = change.run_id
         if kind == "done" or kind == "again":
             seqs: list[int] | None = row["o_seqs"]
-            unseen = self.events(row["o_others"])
+            claims = row["o_claims"]
+            given = () if claims is None else [self.item(i) for i in _load(claims)]
+            claim = change.claim
+            # What others added is for the holder of the turn alone.
+            turn = claim is not None and (
+                claim.item_id == "turn" or any(item.item_id == "turn" for item in given)
+            )
+            unseen = self.events(row["o_others"]) if turn else []
             skipped = row["o_skipped"]
             if seqs is None:
                 last = row["o_last"]
@@ -76,7 +83,6 @@ class Reader:
                 left = set(skipped)
                 own = {seq for index, seq in enumerate(seqs) if index not in left}
                 unseen = [event for event in unseen if event.seq not in own]
-            claims = row["o_claims"]
             return Committed(
                 last_seq=row["o_last"],
                 seen_seq=row["o_seen"],
@@ -86,7 +92,7 @@ class Reader:
                 seqs=seqs,
                 skipped=frozenset(skipped) if skipped else _NONE,
                 unseen_events=unseen,
-                claims=() if claims is None else [self.item(i) for i in _load(claims)],
+                claims=given,
                 duplicate=kind == "again",
             )
         if kind == "fenced":
