@@ -50,7 +50,8 @@ async def sweep_for_ever(standing: Host) -> None:
             if not told or monotonic() - told > _TELL_EVERY:
                 told = monotonic()
                 _log.warning("no sweep, the storage does not answer: %s", exc)
-            await asyncio.sleep(pause)
+            # Not all sweepers come back to the store in the same moment.
+            await asyncio.sleep(pause * random.uniform(0.75, 1.0))
         except ConfigurationError as exc:
             if not told or monotonic() - told > _TELL_EVERY:
                 told = monotonic()
