@@ -126,12 +126,12 @@ async def fill(store: StorageBackend, size: int) -> None:
     far = await store.now() + timedelta(days=9)
     for start in range(0, size, _BATCH):
         numbers = range(start, min(start + _BATCH, size))
-        answers: list[Any] = await store.commit_many([_created(n) for n in numbers])
+        answers: list[Any] = await store.commit([_created(n) for n in numbers])
         items = [answer.claims[0] for answer in answers]
         refs = [ClaimRef(item.run_id, item.item_id, item.lease.token) for item in items]
         for n in range(3):
-            await store.commit_many([_stepped(ref, n) for ref in refs])
-        await store.commit_many(
+            await store.commit([_stepped(ref, n) for ref in refs])
+        await store.commit(
             [
                 _ended(ref)
                 if n % _SLEEPERS
@@ -185,7 +185,7 @@ def _started_runs(store: StorageBackend, prefix: str) -> Callable[[], Awaitable[
             events=[Event("workflow.started", "I", {"workflow": "new"})],
             put=[Put(item_id="turn", kind=ItemKind.TURN)],
         )
-        return await store.commit(change)
+        return await store.commit_one(change)
 
     return start
 

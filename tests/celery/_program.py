@@ -372,8 +372,7 @@ def _arm(what: str, nth: int) -> None:
 
         return commit
 
-    for name in ("commit", "commit_many"):
-        setattr(PostgresStorageBackend, name, around(getattr(PostgresStorageBackend, name)))
+    PostgresStorageBackend.commit = around(PostgresStorageBackend.commit)
 
 
 if FAILPOINT := os.environ.get("FAILPOINT"):

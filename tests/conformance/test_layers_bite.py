@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pyworkflow._memory import MemoryStorageBackend
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound
 from pyworkflow.spi import Fenced, Page, StorageError
 from pyworkflow_conformance import _crash, _profiles
 from pyworkflow_conformance._copies import CopyChecks
@@ -56,12 +57,28 @@ class Broken(MemoryStorageBackend):
         other._shared = self._shared
         return other
 
+    async def commit(self, changes):
+        answers = []
+        for change in changes:
+            try:
+                answers.append(await self.one(change))
+            except (Refusal, RunNotFound, RunClosed) as refusal:
+                answers.append(refusal)
+        return answers
+
+    async def one(self, change):
+        """Commit a single change; what subclasses get wrong."""
+        (answer,) = await super().commit([change])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
 
 class Miscounts(Broken):
     """Says that one event more is there."""
 
-    async def commit(self, change):
-        answer = await super().commit(change)
+    async def one(self, change):
+        answer = await super().one(change)
         return replace(answer, last_seq=answer.last_seq + 1)
 
 
@@ -80,8 +97,8 @@ class CountsReleased(Broken):
 class ForgetsSkipped(Broken):
     """Does not say which events it skipped."""
 
-    async def commit(self, change):
-        return replace(await super().commit(change), skipped=frozenset())
+    async def one(self, change):
+        return replace(await super().one(change), skipped=frozenset())
 
 
 class FilterBlind(Broken):
@@ -101,7 +118,7 @@ class PurgesChildren(Broken):
 class AppliesAgain(Broken):
     """Does not know a change that comes again."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if change.create is None:
             self._shared.sent = n = getattr(self._shared, "sent", 0) + 1
             change = replace(
@@ -109,21 +126,21 @@ class AppliesAgain(Broken):
                 key=f"{change.key}/{n}",
                 events=[event._replace(key=None) for event in change.events],
             )
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class HalfWhenCancelled(Broken):
     """A call given up in the middle leaves the first half behind."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if len(change.events) > 1 and change.claim is None and change.create is None:
             self._shared.halves = n = getattr(self._shared, "halves", 0) + 1
             first = replace(change, key=f"{change.key}/{n}", events=change.events[:1])
-            await super().commit(first)
+            await super().one(first)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             change = replace(change, events=change.events[1:])
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class ReadsThePast(Broken):
@@ -155,11 +172,8 @@ class MigratesTwice(Broken):
 class Rounds(Broken):
     """Numbers become floats on the way, as some clients have it."""
 
-    async def commit_many(self, changes):
-        return await super().commit_many([self._round(change) for change in changes])
-
-    async def commit(self, change):
-        return await super().commit(self._round(change))
+    async def commit(self, changes):
+        return await super().commit([self._round(change) for change in changes])
 
     def _round(self, change):
         events = [
@@ -228,33 +242,53 @@ def test_a_divergence_is_told_with_the_calls_that_led_to_it():
 # --- with processes -------------------------------------------------------------------------------
 
 
-class TwoWrites(FileStorageBackend):
+class BrokenFile(FileStorageBackend):
+    """Commits change by change."""
+
+    async def commit(self, changes):
+        answers = []
+        for change in changes:
+            try:
+                answers.append(await self.one(change))
+            except (Refusal, RunNotFound, RunClosed) as refusal:
+                answers.append(refusal)
+        return answers
+
+    async def one(self, change):
+        """Commit a single change; what subclasses get wrong."""
+        (answer,) = await super().commit([change])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class TwoWrites(BrokenFile):
     """A change is two writes."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if len(change.events) < 2:
-            return await super().commit(change)
+            return await super().one(change)
         bare = replace(change, key=change.key + "/1", events=change.events[:1], put=(), update=None)
-        first = await super().commit(bare)
+        first = await super().one(bare)
         await asyncio.sleep(0.05)
-        rest = await super().commit(replace(change, events=change.events[1:]))
+        rest = await super().one(replace(change, events=change.events[1:]))
         return replace(rest, seqs=[*first.seqs, *rest.seqs])
 
 
-class BelievesZombies(FileStorageBackend):
+class BelievesZombies(BrokenFile):
     """Does without the claim when it was fenced."""
 
-    async def commit(self, change):
+    async def one(self, change):
         try:
-            return await super().commit(change)
+            return await super().one(change)
         except Fenced:
-            return await super().commit(replace(change, claim=None, seen=None, settle=None))
+            return await super().one(replace(change, claim=None, seen=None, settle=None))
 
 
-class LockFile(FileStorageBackend):
+class LockFile(BrokenFile):
     """A lock that its holder's death does not end."""
 
-    async def commit(self, change):
+    async def one(self, change):
         lock = self.path / "own-lock"
         while True:
             try:
@@ -264,19 +298,19 @@ class LockFile(FileStorageBackend):
             else:
                 break
         try:
-            answer = await super().commit(change)
+            answer = await super().one(change)
             await asyncio.sleep(0.02)
             return answer
         finally:
             lock.unlink()
 
 
-class Lies(FileStorageBackend):
+class Lies(BrokenFile):
     """Says that it is done when the disk failed."""
 
-    async def commit(self, change):
+    async def one(self, change):
         try:
-            return await super().commit(change)
+            return await super().one(change)
         except StorageError:
             return SimpleNamespace(seqs=[99])
 

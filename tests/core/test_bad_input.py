@@ -804,7 +804,7 @@ def test_an_event_of_a_newer_version_stalls_its_run_and_is_still_shown() -> None
                 ("type", Event("teleport.arrived", "I", {"to": "mars"}, None, "t")),
                 ("version", Event("signal.received", "I", {"name": "x"}, None, "s", v=2)),
             ):
-                await b.storage.commit(
+                await b.storage.commit_one(
                     Change(
                         run_id=run_id,
                         key=f"start:{run_id}",
@@ -865,10 +865,10 @@ def test_a_store_that_fails_while_runs_go_on_loses_nothing() -> None:
     class Fails(MemoryStorageBackend):
         broken = False
 
-        async def commit_many(self, changes: Any) -> Any:
+        async def commit(self, changes: Any) -> Any:
             if self.broken:
                 raise StorageError("the disk is gone")
-            return await super().commit_many(changes)
+            return await super().commit(changes)
 
     calls: list[int] = []
 

@@ -986,7 +986,7 @@ def test_changes_that_are_sent_again_send_the_same_texts(monkeypatch):
     async def main() -> None:
         async with bench(**given) as b:
             sent: list[Any] = []
-            real = b.storage.commit_many
+            real = b.storage.commit
 
             async def flaky(changes: Any) -> Any:
                 sent.extend(changes)
@@ -995,7 +995,7 @@ def test_changes_that_are_sent_again_send_the_same_texts(monkeypatch):
                     raise StorageUnavailable("the answer got lost")
                 return answers
 
-            monkeypatch.setattr(b.storage, "commit_many", flaky)
+            monkeypatch.setattr(b.storage, "commit", flaky)
             assert await b.run(coded_both, SECRET) == SECRET * 2 + "!"
             by_key: dict[str, Any] = {}
             for change in sent:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -203,6 +204,9 @@ def test_celery_broker_url_counts_when_nothing_else_says(tmp_path, monkeypatch):
 def test_a_storage_object_is_kept_as_it_is_even_when_falsy():
     class Falsy:
         def commit(self): ...
+
+        def info(self):
+            return SimpleNamespace(contract_version=2)
 
         def __bool__(self):
             return False

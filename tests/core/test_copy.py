@@ -72,7 +72,7 @@ async def furnished(store) -> list[str]:
         await other.purge(before=await other.now() + timedelta(seconds=1), limit=2)
         ids = [await start_local(quick, n, storage=other) for n in range(2)]
         ids.append(await start_local(naps, 5, storage=other, idempotency_key="nap"))
-    await store.commit(
+    await store.commit_one(
         Change(
             run_id="long",
             key="start",
@@ -82,7 +82,7 @@ async def furnished(store) -> list[str]:
     )
     for n in range(4):
         notes = [Event("log.info", "O", {"message": "m" * 500, "n": m}) for m in range(400)]
-        await store.commit(Change(run_id="long", key=f"k{n}", events=notes))
+        await store.commit_one(Change(run_id="long", key=f"k{n}", events=notes))
     return ids
 
 
@@ -102,7 +102,7 @@ def test_every_run_key_and_answer_arrives_and_goes_on_there(tmp_path):
             assert (again.runs, again.copied, again.events) == (5, 0, 0)
             # A change sent again is recognised by the answer that came along.
             notes = [Event("log.info", "O", {"message": "again"})]
-            answer = await second.commit(Change(run_id="long", key="k3", events=notes))
+            answer = await second.commit_one(Change(run_id="long", key="k3", events=notes))
             assert answer.duplicate
             await second.shift_clock(timedelta(hours=2))
             await resume_local(ids[-1], storage=second)
@@ -145,7 +145,7 @@ def test_an_interrupted_copy_goes_on_and_owes_no_work_until_it_is_whole():
 async def cut_short(target: Interrupted) -> MemoryStorageBackend:
     """A store from which one part of a long run, and nothing else, has arrived in ``target``."""
     first = MemoryStorageBackend(namespace="first")
-    await first.commit(
+    await first.commit_one(
         Change(
             run_id="long",
             key="start",
@@ -155,9 +155,9 @@ async def cut_short(target: Interrupted) -> MemoryStorageBackend:
     )
     for n in range(4):
         notes = [Event("log.info", "O", {"message": "m" * 500, "n": m}) for m in range(400)]
-        await first.commit(Change(run_id="long", key=f"k{n}", events=notes))
+        await first.commit_one(Change(run_id="long", key=f"k{n}", events=notes))
     control = Control(ControlKind.TERMINATE, "over")
-    await first.commit(
+    await first.commit_one(
         Change(run_id="long", key="end", control=control, final=RunStatus.TERMINATED)
     )
     target.left = 1
@@ -212,7 +212,7 @@ def test_a_different_run_in_the_target_is_named_and_left_alone():
             await furnished(first)
             await copy_store(first, second)
             notes = [Event("log.info", "O", {"message": "only here"})]
-            await second.commit(Change(run_id="long", key="mine", events=notes))
+            await second.commit_one(Change(run_id="long", key="mine", events=notes))
             before = await second.get_events("long")
             with pytest.raises(CopyConflict, match="run_id=long"):
                 await copy_store(first, second)
@@ -235,7 +235,7 @@ def test_a_key_of_another_run_in_the_target_is_a_conflict():
 def test_a_store_in_use_is_refused_and_leases_stay_behind():
     async def main():
         async with MemoryStorageBackend() as first, MemoryStorageBackend(namespace="b") as second:
-            await first.commit(
+            await first.commit_one(
                 Change(
                     run_id="run",
                     key="start",
@@ -276,6 +276,7 @@ def test_a_payload_too_large_for_the_target_is_refused_before_its_run_is_there()
         def info(self) -> StorageInfo:
             info = super().info()
             return StorageInfo(
+                contract_version=2,
                 name=info.name,
                 location="small",
                 capabilities=info.capabilities,

@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -601,15 +601,20 @@ class Backend(EmbeddedBackend[Batch]):
 
     def info(self) -> StorageInfo:
         return StorageInfo(
-            name="test", location="a place", namespace="default", capabilities=Capabilities()
+            contract_version=2,
+            name="test",
+            location="a place",
+            namespace="default",
+            capabilities=Capabilities(),
         )
 
     async def open(self) -> None:
         await self._read(nothing, small=True)
 
-    async def commit(self, change: Change) -> Any:
+    async def commit(self, changes: Sequence[Change]) -> Any:
         def commit(batch: Batch) -> Any:
-            return batch.store.commit(change, now=batch.now, token=lambda: "t")[0]
+            store, now = batch.store, batch.now
+            return [store.commit(change, now=now, token=lambda: "t")[0] for change in changes]
 
         return await self._write(commit, small=True)
 
@@ -664,7 +669,7 @@ def test_an_object_that_nobody_closed_ends_its_thread_when_it_is_gone() -> None:
 def test_a_claim_whose_caller_was_cancelled_is_given_back() -> None:
     async def main() -> None:
         backend = Backend()
-        await backend.commit(create("r"))
+        await backend.commit_one(create("r"))
         request = ClaimRequest(owner="o", limit=1, lease=MINUTE)
         with backend.store.lock:
             claim = asyncio.ensure_future(backend.claim(request))
@@ -687,7 +692,7 @@ def test_watch_hears_of_this_objects_changes_and_times_out() -> None:
         backend = Backend()
         watch = asyncio.ensure_future(backend.watch("r", after=0, timeout=MINUTE))
         await asyncio.sleep(0)
-        await backend.commit(create("r"))
+        await backend.commit_one(create("r"))
         assert await watch
         assert not await backend.watch("r", after=1, timeout=timedelta(milliseconds=5))
         await backend.close()

@@ -404,8 +404,8 @@ def test_at_most_once_does_not_begin_with_less_than_half_its_lease() -> None:
     class SlowAnswers(MemoryStorageBackend):
         """The answer to the start's commit takes longer than half a lease."""
 
-        async def commit_many(self, changes: Any) -> Any:
-            answers = await super().commit_many(changes)
+        async def commit(self, changes: Any) -> Any:
+            answers = await super().commit(changes)
             if any(c.settle and c.settle.keep for c in changes):
                 await asyncio.sleep(0.35)
             return answers
@@ -588,7 +588,7 @@ async def owe(b: Bench, run_id: str, item_id: str, payload: Any, *, final: bool 
     """Create a run that owes something to another."""
     turn = Put(item_id="turn", kind=ItemKind.TURN)
     message = Put(item_id=item_id, kind=ItemKind.DELIVER, payload=payload)
-    await b.storage.commit(
+    await b.storage.commit_one(
         Change(
             run_id=run_id,
             key=f"start:{run_id}",
@@ -629,7 +629,7 @@ def test_a_repeated_delivery_is_recognised_by_its_key() -> None:
 
         lost = 0
 
-        async def commit_many(self, changes: Any) -> Any:
+        async def commit(self, changes: Any) -> Any:
             if not self.lost and any(
                 c.claim and c.claim.item_id.startswith("deliver") for c in changes
             ):
@@ -637,7 +637,7 @@ def test_a_repeated_delivery_is_recognised_by_its_key() -> None:
                 from pyworkflow.errors import StorageError
 
                 raise StorageError("the process died here")
-            return await super().commit_many(changes)
+            return await super().commit(changes)
 
     async def main() -> None:
         store = LosesSettles()
@@ -672,7 +672,7 @@ def test_a_deliver_item_starts_another_run_once_and_outlives_its_own() -> None:
                 ClaimRequest(owner="o", lease=LEASE, kinds=frozenset({ItemKind.TURN}))
             )
             (claim,) = claimed.claims
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="p",
                     key=f"{claim.ref.token}:1",
@@ -726,7 +726,7 @@ def test_a_delivery_follows_the_chain_of_a_continued_run() -> None:
             to = await b.start(te_receiver)
             await b.asleep(to)
             await b.rest()
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="old",
                     key="start:old",
@@ -739,7 +739,7 @@ def test_a_delivery_follows_the_chain_of_a_continued_run() -> None:
                 ClaimRequest(owner="o", lease=LEASE, items=[("old", "turn")])
             )
             (claim,) = claimed.claims
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="old",
                     key=f"{claim.ref.token}:1",
@@ -1304,7 +1304,7 @@ def test_a_history_that_grows_by_sleeps_alone_reaches_its_limit_too() -> None:
 def test_an_unknown_workflow_waits_for_a_worker_that_has_it() -> None:
     async def main() -> None:
         async with bench() as b:
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="later",
                     key="start:later",
@@ -1455,13 +1455,13 @@ class Shaky(MemoryStorageBackend):
 
     calls = 0
 
-    async def commit_many(self, changes: Any) -> Any:
+    async def commit(self, changes: Any) -> Any:
         self.calls += 1
         if self.calls % 6 == 0:
-            await super().commit_many(changes)
+            await super().commit(changes)
         if self.calls % 3 == 0:
             raise StorageUnavailable("no answer")
-        return await super().commit_many(changes)
+        return await super().commit(changes)
 
 
 def test_commits_without_answer_are_sent_again_and_count_once() -> None:
@@ -1609,11 +1609,11 @@ def test_a_paused_run_goes_on_only_when_it_is_let() -> None:
         async with bench() as b:
             run_id = await b.start(te_paused)
             await b.asleep(run_id)
-            await b.storage.commit(control(ControlKind.PAUSE))
+            await b.storage.commit_one(control(ControlKind.PAUSE))
             await b.pass_time("2h")
             assert await b.run(te_sender) == "sent"
             assert (await b.get(run_id)).status == "paused"
-            await b.storage.commit(control(ControlKind.UNPAUSE))
+            await b.storage.commit_one(control(ControlKind.UNPAUSE))
             assert await b.result(run_id) == "woken"
 
     asyncio.run(main())
@@ -1651,7 +1651,7 @@ def test_a_run_paused_while_its_steps_run_keeps_their_results() -> None:
         async with bench() as b:
             run_id = await b.start(te_paused_in_the_middle)
             await eventually(lambda: calls["next"] > 3)
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(run_id=run_id, key="control:1", control=Control(ControlKind.PAUSE))
             )
             await b.until(run_id, "paused")
@@ -1666,7 +1666,7 @@ def test_a_run_paused_while_its_steps_run_keeps_their_results() -> None:
 
             await eventually(both)
             assert calls["next"] == at_pause
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(run_id=run_id, key="control:2", control=Control(ControlKind.UNPAUSE))
             )
             assert await b.result(run_id) == ["a", "b", 1225]
@@ -1698,7 +1698,7 @@ def test_terminate_ends_a_run_whatever_it_does() -> None:
         async with bench(lease=0.6) as b:
             run_id = await b.start(te_terminated)
             await b.has(run_id, "step.started")
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id=run_id,
                     key="terminate:1",
@@ -1747,7 +1747,7 @@ def test_settle_and_claim_of_somebody_else_do_not_confuse_a_session() -> None:
             assert await b.result(run_id) == "sent"
             ref = ClaimRef(run_id, "turn", claim.ref.token)
             with pytest.raises(RunClosed):
-                await b.storage.commit(
+                await b.storage.commit_one(
                     Change(run_id=run_id, key="x", claim=ref, seen=1, settle=Settle())
                 )
 

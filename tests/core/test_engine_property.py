@@ -32,10 +32,8 @@ from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Run, RunStatus
 from pyworkflow.spi.storage import (
     Answer,
-    Change,
     Claimed,
     ClaimRequest,
-    Committed,
 )
 from pyworkflow.storekit._fsck import fsck
 from tests.core.programs import examples, ok, on_body, program, programs, run_plain
@@ -134,14 +132,9 @@ class HostileStorage(MemoryStorageBackend):
         other._shared = self._shared
         return other
 
-    async def commit(self, change: Change) -> Committed:
+    async def commit(self, changes: Any) -> list[Answer]:
         return await self.disturbance.around(
-            lambda: super(HostileStorage, self).commit(change), write=True
-        )
-
-    async def commit_many(self, changes: Any) -> list[Answer]:
-        return await self.disturbance.around(
-            lambda: super(HostileStorage, self).commit_many(changes), write=True
+            lambda: super(HostileStorage, self).commit(changes), write=True
         )
 
     async def claim(self, request: ClaimRequest) -> Claimed:

@@ -19,7 +19,7 @@ HOUR = timedelta(hours=1)
 async def sound():
     store = MemoryStorageBackend()
     for run_id in ("open", "done"):
-        await store.commit(
+        await store.commit_one(
             Change(
                 run_id=run_id,
                 key="start",
@@ -34,7 +34,7 @@ async def sound():
 
     ref = ClaimRef("done", "turn", turn.lease.token)
     done = Event("workflow.completed", "C", {})
-    await store.commit(
+    await store.commit_one(
         Change(
             run_id="done",
             key=f"{ref.token}:1",
@@ -145,7 +145,7 @@ def test_a_run_that_changes_while_it_is_read_is_read_again():
             events = await super().get_events(run_id, after=after, limit=limit)
             if self.left:
                 self.left -= 1
-                await self.commit(
+                await self.commit_one(
                     Change(run_id=run_id, key=f"k{self.left}", events=[Event("log.info", "O", {})])
                 )
             return events

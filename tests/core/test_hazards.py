@@ -60,11 +60,11 @@ class Spied(MemoryStorageBackend):
         self.sent: list[Change] = []
         self.before: Any = None
 
-    async def commit_many(self, changes: Any) -> Any:
+    async def commit(self, changes: Any) -> Any:
         if self.before is not None:
             await self.before(changes)
         self.sent.extend(changes)
-        return await super().commit_many(changes)
+        return await super().commit(changes)
 
 
 def cancel(run_id: str, key: str = "cancel:test") -> Change:
@@ -94,7 +94,7 @@ def test_h01_a_message_of_an_ended_run_is_still_delivered() -> None:
             await b.rest()
             payload = event_payload(to, "cancel.requested", {"reason": ""})
             started = {"workflow": "h01_x", "version": "1", "args": '{"args":[]}', "seed": "0" * 32}
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="sender",
                     key="start:sender",
@@ -104,7 +104,7 @@ def test_h01_a_message_of_an_ended_run_is_still_delivered() -> None:
                 )
             )
             (claim,) = (await b.storage.claim(ClaimRequest(owner="o", lease=LEASE, limit=9))).claims
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="sender",
                     key=f"{claim.ref.token}:1",
@@ -194,7 +194,7 @@ def test_h03_stalled_and_paused_runs_do_not_spin() -> None:
             run_id, paused = await b.start(old), await b.start(old)
             for each in (run_id, paused):
                 await b.asleep(each)
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(run_id=paused, key="control:1", control=Control(ControlKind.PAUSE))
             )
             new = make(changed=True)
@@ -217,7 +217,7 @@ def test_h03_stalled_and_paused_runs_do_not_spin() -> None:
             mine = [c for c in store.sent[sent:] if c.run_id in (run_id, paused)]
             assert len(mine) <= 1
             assert (await b.items(paused))["turn"].claims == 0
-            await b.storage.commit(cancel(run_id))  # a new input, at most once a second
+            await b.storage.commit_one(cancel(run_id))  # a new input, at most once a second
             await eventually(lambda: b.worker is not None and not b.worker.is_busy)
             assert (await b.items(run_id)).get("turn") is None or (await b.items(run_id))[
                 "turn"
@@ -256,9 +256,8 @@ def test_h04_an_input_between_settle_and_answer_is_delivered_once_by_one_owner()
             for change in changes:
                 if change.settle is not None and change.claim.item_id == "turn" and sent < 5:
                     sent += 1
-                    await MemoryStorageBackend.commit(
-                        store, cancel(change.run_id, f"cancel:{sent}")
-                    )
+                    late = cancel(change.run_id, f"cancel:{sent}")
+                    await MemoryStorageBackend.commit(store, [late])
 
         store.before = interfere
         async with bench(store) as b, bench(store.clone()) as other:
@@ -284,12 +283,12 @@ def test_h05_a_session_has_one_commit_in_flight_and_seen_is_what_was_delivered()
     class Counting(Spied):
         in_flight: Counter[str] = Counter()  # noqa: RUF012 - one per test
 
-        async def commit_many(self, changes: Any) -> Any:
+        async def commit(self, changes: Any) -> Any:
             for change in changes:
                 self.in_flight[change.run_id] += 1
                 assert self.in_flight[change.run_id] == 1
             await asyncio.sleep(0.002)
-            answers = await super().commit_many(changes)
+            answers = await super().commit(changes)
             for change in changes:
                 self.in_flight[change.run_id] -= 1
             return answers
@@ -471,7 +470,7 @@ def test_h08_what_is_recorded_may_depend_on_turns_and_replay_does_not_mind(crash
         async with bench(work=not crash) as b:
             run_id = await b.start(h08_flow)
             if crash:
-                await b.storage.commit(cancel(run_id))  # both inputs in one turn
+                await b.storage.commit_one(cancel(run_id))  # both inputs in one turn
                 await b.work()
             else:
                 await b.has(run_id, "step.scheduled")
@@ -869,7 +868,7 @@ def test_h13_a_pause_is_not_overwritten_by_a_session() -> None:
         async with bench() as b:
             run_id = await b.start(h13_flow)
             await b.has(run_id, "step.completed", 3)
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(run_id=run_id, key="control:1", control=Control(ControlKind.PAUSE))
             )
             await eventually(lambda: b.worker is not None and not b.worker.is_busy)
@@ -878,7 +877,7 @@ def test_h13_a_pause_is_not_overwritten_by_a_session() -> None:
             assert done < 30
             await b.restart()
             assert (await b.get(run_id)).status == "paused"
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(run_id=run_id, key="control:2", control=Control(ControlKind.UNPAUSE))
             )
             assert await b.result(run_id) == 435
@@ -959,8 +958,8 @@ def test_h18_the_start_of_an_at_most_once_step_is_fenced_and_precedes_its_body()
         return await h18_pay()
 
     class Ordered(Spied):
-        async def commit_many(self, changes: Any) -> Any:
-            answers = await super().commit_many(changes)
+        async def commit(self, changes: Any) -> Any:
+            answers = await super().commit(changes)
             for change in changes:
                 if change.settle is not None and change.settle.keep:
                     payload = change.settle.payload
@@ -1262,7 +1261,7 @@ def test_h25_a_refused_commit_drops_the_coroutine_and_nothing_it_emitted_is_lost
 
         armed = False
 
-        async def commit_many(self, changes: Any) -> Any:
+        async def commit(self, changes: Any) -> Any:
             if self.armed and changes[0].claim is not None:
                 self.armed = False
                 ref = changes[0].claim
@@ -1275,7 +1274,7 @@ def test_h25_a_refused_commit_drops_the_coroutine_and_nothing_it_emitted_is_lost
                     )
                 ).claims
                 assert claim.ref.token != ref.token
-            return await super().commit_many(changes)
+            return await super().commit(changes)
 
     async def main() -> None:
         store = FencesOnce()
@@ -1459,9 +1458,8 @@ def test_h31_a_run_that_is_flooded_with_inputs_ends() -> None:
             for change in changes:
                 if change.claim is not None and count < 200:
                     count += 1
-                    await MemoryStorageBackend.commit(
-                        store, cancel(change.run_id, f"cancel:{count}")
-                    )
+                    late = cancel(change.run_id, f"cancel:{count}")
+                    await MemoryStorageBackend.commit(store, [late])
 
         store.before = flood
         async with bench(store) as b:

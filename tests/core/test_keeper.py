@@ -91,7 +91,7 @@ async def claimed(storage: StorageBackend) -> ClaimRef:
         events=[started],
         put=[Put(item_id="turn", kind=ItemKind.TURN)],
     )
-    await storage.commit_many([change])
+    await storage.commit([change])
     answer = await storage.claim(ClaimRequest(owner="me", lease=LEASE))
     return answer.claims[0].ref
 

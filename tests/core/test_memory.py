@@ -32,7 +32,7 @@ def note(key):
 def test_two_stores_are_two_stores_and_clones_are_one():
     async def main():
         store = MemoryStorageBackend()
-        await store.commit(create())
+        await store.commit_one(create())
         assert await MemoryStorageBackend().get_run("run") is None
         clone = store.clone()
         await store.close()
@@ -54,7 +54,7 @@ def test_a_closed_store_says_so():
 
 def test_watch_is_woken_from_another_thread_and_loop():
     store = MemoryStorageBackend()
-    asyncio.run(store.commit(create()))
+    asyncio.run(store.commit_one(create()))
     found = []
     waiting = threading.Thread(
         target=lambda: found.append(asyncio.run(store.watch("run", after=1, timeout=MINUTE)))
@@ -62,7 +62,7 @@ def test_watch_is_woken_from_another_thread_and_loop():
     waiting.start()
     while not store._shared.waiters:
         pass  # until it waits; the commit below would be seen without waiting
-    asyncio.run(store.commit(note("k")))
+    asyncio.run(store.commit_one(note("k")))
     waiting.join(30)
     assert found == [True]
     assert not store._shared.waiters
@@ -71,7 +71,7 @@ def test_watch_is_woken_from_another_thread_and_loop():
 def test_watch_gives_up_and_leaves_nothing_behind():
     async def main():
         store = MemoryStorageBackend()
-        await store.commit(create())
+        await store.commit_one(create())
         assert not await store.watch("run", after=1, timeout=timedelta(0))
         waiting = asyncio.ensure_future(store.watch("run", after=1, timeout=MINUTE))
         await asyncio.sleep(0)
@@ -89,7 +89,7 @@ def test_a_waiter_whose_loop_died_stops_nobody():
         store._shared.add(_memory._Waiter("run", 0))
 
     asyncio.run(waiter())
-    asyncio.run(store.commit(create()))
+    asyncio.run(store.commit_one(create()))
 
 
 @pytest.mark.parametrize("what", ["commit", "release", "free", "shift"])
@@ -97,7 +97,7 @@ def test_workers_are_woken_by_whatever_makes_work(what):
     async def main():
         store = MemoryStorageBackend()
         worker = store.clone()
-        await store.commit(create())
+        await store.commit_one(create())
         (claim,) = (await worker.claim(ClaimRequest(owner="o", lease=MINUTE))).claims
         assert (await worker.claim(ClaimRequest(owner="o", lease=MINUTE))).claims == []
         waiting = asyncio.ensure_future(worker.watch(None, after=0, timeout=MINUTE))
@@ -105,7 +105,7 @@ def test_workers_are_woken_by_whatever_makes_work(what):
         assert not waiting.done()
         if what == "commit":
             put = Put(item_id="step:1", kind=ItemKind.STEP)
-            await store.commit(Change(run_id="run", key="k", put=[put]))
+            await store.commit_one(Change(run_id="run", key="k", put=[put]))
         elif what == "release":
             await store.release(claim.ref)
         elif what == "free":
@@ -121,9 +121,9 @@ def test_claims_and_notes_wake_no_worker():
     async def main():
         store = MemoryStorageBackend()
         worker = store.clone()
-        await store.commit(create())
+        await store.commit_one(create())
         await worker.claim(ClaimRequest(owner="o", lease=MINUTE, limit=0))
-        await store.commit(note("k"))
+        await store.commit_one(note("k"))
         (claim,) = (await store.claim(ClaimRequest(owner="o", lease=MINUTE))).claims
         await store.renew([claim.ref], MINUTE)
         assert not await worker.watch(None, after=0, timeout=timedelta(0))
@@ -144,13 +144,13 @@ def test_the_clock_never_goes_back_by_itself(monkeypatch):
     asyncio.run(main())
 
 
-def test_commit_many_with_something_that_cannot_be_stored_writes_nothing():
+def test_a_commit_with_something_that_cannot_be_stored_writes_nothing():
     async def main():
         store = MemoryStorageBackend()
-        await store.commit(create())
+        await store.commit_one(create())
         bad = Change(run_id="run", key="b", events=[Event("log.info", "O", {"a": float("nan")})])
         with pytest.raises(SerializationError):
-            await store.commit_many([note("a"), bad])
+            await store.commit([note("a"), bad])
         assert (await store.get_run("run")).history_length == 1
 
     asyncio.run(main())
@@ -159,9 +159,9 @@ def test_commit_many_with_something_that_cannot_be_stored_writes_nothing():
 def test_a_settled_run_owes_nothing():
     async def main():
         store = MemoryStorageBackend()
-        await store.commit(create())
+        await store.commit_one(create())
         (claim,) = (await store.claim(ClaimRequest(owner="o", lease=MINUTE))).claims
-        await store.commit(
+        await store.commit_one(
             Change(
                 run_id="run", key=f"{claim.ref.token}:1", claim=claim.ref, seen=1, settle=Settle()
             )
@@ -179,7 +179,7 @@ def test_the_clone_of_a_subclass_is_of_that_class_and_has_what_the_object_has():
     async def main():
         store = Named(namespace="n")
         store.name = "mine"
-        await store.commit(create())
+        await store.commit_one(create())
         clone = store.clone()
         await store.close()
         assert type(clone) is Named

@@ -42,7 +42,6 @@ from pyworkflow import (
     workflow,
 )
 from pyworkflow.errors import StorageError
-from pyworkflow.spi import Change
 from pyworkflow.storage.file import FileStorageBackend
 from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.core._driving import bench, eventually
@@ -738,24 +737,21 @@ class DyingStorage(MemoryStorageBackend):
     after: bool = False
     dead = False
 
-    async def commit_many(self, changes: Any) -> Any:
+    async def commit(self, changes: Any) -> Any:
         if self.dead:
             raise StorageError("dead")
         self.last -= 1
         if self.last >= 0:
-            return await super().commit_many(changes)
+            return await super().commit(changes)
         self.dead = True
         if self.after:
-            await super().commit_many(changes)
+            await super().commit(changes)
         raise StorageError("dead")
 
     async def claim(self, request: Any) -> Any:
         if self.dead:
             raise StorageError("dead")
         return await super().claim(request)
-
-    async def commit(self, change: Change) -> Any:
-        return (await self.commit_many([change]))[0]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

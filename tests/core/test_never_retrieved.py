@@ -33,7 +33,7 @@ class Resets(MemoryStorageBackend):
         await self.reset
         raise AWAY
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         return list(await self._fails())
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:

@@ -52,7 +52,7 @@ class Gated(MemoryStorageBackend):
     def info(self) -> StorageInfo:
         return replace(super().info(), batches=self._batches)
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         gate = asyncio.Event()
         self.sent.append(list(changes))
         self.gates.append(gate)
@@ -60,7 +60,7 @@ class Gated(MemoryStorageBackend):
         await gate.wait()
         if fails:
             raise StorageUnavailable("no answer; try again")
-        return await super().commit_many(changes)
+        return await super().commit(changes)
 
     @property
     def runs(self) -> list[list[str]]:
@@ -254,7 +254,7 @@ class Late(MemoryStorageBackend):
     def info(self) -> StorageInfo:
         return replace(super().info(), batches=self._batches)
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         runs = {change.run_id for change in changes}
         assert not runs.intersection(self._runs), "a run is in two batches"
         self._runs += runs
@@ -262,7 +262,7 @@ class Late(MemoryStorageBackend):
         self.most = max(self.most, self._now)
         try:
             await turns(self._random.randrange(8))
-            answers = await super().commit_many(changes)
+            answers = await super().commit(changes)
             await turns(self._random.randrange(8))
             if self._random.random() < 0.02:
                 raise StorageUnavailable("the answer was lost")
@@ -313,9 +313,9 @@ def test_of_a_late_answer_only_claims_that_stand_are_told(
     watch = Watch(monkeypatch, pipeline)
 
     class Late(MemoryStorageBackend):
-        async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+        async def commit(self, changes: Sequence[Change]) -> list[Answer]:
             assert not watch.now, "what is answered is not asked again"
-            answers = await super().commit_many(changes)
+            answers = await super().commit(changes)
             watch.now = 6.0
             if lost:
                 await taken_over(self)
@@ -375,7 +375,7 @@ def test_of_a_late_claim_what_others_took_is_not_begun(
 
     async def main() -> None:
         storage = Late()
-        await storage.commit(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
+        await storage.commit_one(replace(created("a"), put=[Put(item_id=TURN, kind=ItemKind.TURN)]))
         claimed = await leases.claim(storage, ClaimRequest(owner="me", lease=LEASE))
         assert len(claimed.claims) == (not lost or unavailable)
 

@@ -31,11 +31,16 @@ from pyworkflow.spi import ExecutorCapabilities, StorageBackend, hookimpl
 
 #: A storage plugin whose backend records what its factory was given.
 STORAGE = """
-    from pyworkflow.spi import StorageBackend, hookimpl
+    from pyworkflow.spi import Capabilities, StorageBackend, StorageInfo, hookimpl
 
     class Backend(StorageBackend):
         def __init__(self, url, options):
             self.url, self.options = url, options
+
+        def info(self):
+            return StorageInfo(
+                contract_version=2, name="shelf", location=self.url, capabilities=Capabilities()
+            )
 
     Backend.__abstractmethods__ = frozenset()
 
@@ -282,7 +287,7 @@ def test_executors_get_the_configuration_overridden_by_the_query(install):
 
         class Executor:
             name = "shelf"
-            capabilities = ExecutorCapabilities()
+            capabilities = ExecutorCapabilities(contract_version=2)
             def __init__(self, options): self.options = options
             async def open(self, config): ...
             async def notify(self, bells): ...
@@ -523,7 +528,7 @@ class _Far:
     """Stands for an executor whose workers are other processes."""
 
     name = "far"
-    capabilities = ExecutorCapabilities(distributed=True)
+    capabilities = ExecutorCapabilities(contract_version=2, distributed=True)
 
     async def open(self, config): ...
     async def notify(self, bells): ...

@@ -48,10 +48,10 @@ class Watched(MemoryStorageBackend):
             await self.late.wait()
         return answer
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         if self.full:
             raise StorageFull("no space is left")
-        return await super().commit_many(changes)
+        return await super().commit(changes)
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         done = await super().release(ref, delay=delay)

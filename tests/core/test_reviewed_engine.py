@@ -296,8 +296,8 @@ class AnswersLate(MemoryStorageBackend):
             self.kept.set()
             await self.go.wait()
 
-    async def commit_many(self, changes: Any) -> Any:
-        answers = await super().commit_many(changes)
+    async def commit(self, changes: Any) -> Any:
+        answers = await super().commit(changes)
         for change, answer in zip(changes, answers, strict=True):
             claimed = isinstance(answer, Committed) and bool(answer.claims)
             if claimed and change.claim is not None:
@@ -509,8 +509,8 @@ class RenewsAtCommits(MemoryStorageBackend):
     worker: Worker | None = None
     met = 0
 
-    async def commit_many(self, changes: Any) -> Any:
-        answers = await super().commit_many(changes)
+    async def commit(self, changes: Any) -> Any:
+        answers = await super().commit(changes)
         keeper = self.worker.leases if self.worker is not None else None
         for change in changes:
             ref = change.claim
@@ -708,7 +708,7 @@ def test_what_a_crash_or_a_pause_leaves_fits_into_the_changes_of_a_narrow_store(
                 await eventually(lambda: sum(calls.values()) >= 61)
             else:
                 control = Control(ControlKind.PAUSE)
-                await b.storage.commit(Change(run_id=run_id, key="p", control=control))
+                await b.storage.commit_one(Change(run_id=run_id, key="p", control=control))
             gate.set()
             if how == "pause":
 
@@ -717,7 +717,7 @@ def test_what_a_crash_or_a_pause_leaves_fits_into_the_changes_of_a_narrow_store(
 
                 await eventually(given_back)
                 control = Control(ControlKind.UNPAUSE)
-                await b.storage.commit(Change(run_id=run_id, key="u", control=control))
+                await b.storage.commit_one(Change(run_id=run_id, key="u", control=control))
             assert await b.result(run_id) == 1_770
             assert (await b.get(run_id)).status == RunStatus.COMPLETED
 
@@ -743,7 +743,7 @@ def test_steps_that_end_while_their_run_is_being_paused_are_recorded_once() -> N
             run_id = await b.start(re_pausing)
             await eventually(lambda: len(calls) == 60)
             pause = Control(ControlKind.PAUSE)
-            await storage.commit(Change(run_id=run_id, key="p", control=pause))
+            await storage.commit_one(Change(run_id=run_id, key="p", control=pause))
 
             async def recorded() -> bool:
                 ended = len(await b.events(run_id, "step.completed"))
@@ -760,7 +760,7 @@ def test_steps_that_end_while_their_run_is_being_paused_are_recorded_once() -> N
                 ("step.scheduled", "step.completed"),
             }
             unpause = Control(ControlKind.UNPAUSE)
-            await storage.commit(Change(run_id=run_id, key="u", control=unpause))
+            await storage.commit_one(Change(run_id=run_id, key="u", control=unpause))
             assert await b.result(run_id) == 1_770
         assert set(calls.values()) == {1}
 

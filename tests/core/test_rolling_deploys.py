@@ -155,7 +155,7 @@ def test_n13_events_of_a_newer_version_are_left_to_others() -> None:
             run_id = await b.start(roll_waits)
             await b.asleep(run_id)
             later = Event("message.sent", "I", {}, None, "later")
-            await b.storage.commit(Change(run_id=run_id, key="later", events=[later]))
+            await b.storage.commit_one(Change(run_id=run_id, key="later", events=[later]))
             run = await b.until(run_id, "stalled")
             assert "upgrade the worker" in str(run.stalled)
 
@@ -207,7 +207,7 @@ def test_l06_a_start_without_its_fields_stalls_and_is_named(
             data: dict[str, Any] = {"workflow": "roll_damaged", "seed": "0" * 32, "args": "{}"}
             data |= {"version": "1", "profile": 1}
             del data[missing]
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id="damaged",
                     key="start:damaged",
@@ -241,7 +241,7 @@ def test_l06_other_events_without_their_fields_stall_too() -> None:
             run_id = await b.start(roll_waits_for_it)
             await b.has(run_id, "step.scheduled")
             wrong = Event("step.failed", "I", {"name": "roll_elsewhere"}, "1#1:step", "wrong")
-            await b.storage.commit(Change(run_id=run_id, key="wrong", events=[wrong]))
+            await b.storage.commit_one(Change(run_id=run_id, key="wrong", events=[wrong]))
             run = await b.until(run_id, "stalled")
             assert "type=step.failed" in str(run.stalled)
             await eventually(lambda: "missing='error'" in str(run.stalled))

@@ -207,13 +207,13 @@ class _LateInput(MemoryStorageBackend):
 
     late: Event | None = None
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         for change in changes:
             late = self.late
             if change.final is not None and late is not None:
                 self.late = None
-                await super().commit_many([Change(run_id=change.run_id, key="late", events=[late])])
-        return await super().commit_many(changes)
+                await super().commit([Change(run_id=change.run_id, key="late", events=[late])])
+        return await super().commit(changes)
 
 
 @pytest.mark.parametrize("type", ["cancel.requested", "step.completed"])
@@ -325,7 +325,7 @@ def test_r04_terminate_leaves_a_history_that_replays() -> None:
             b.worker.serve()
             run_id = await b.start(ends_terminated)
             await b.has(run_id, "sleep.created")
-            await b.storage.commit(
+            await b.storage.commit_one(
                 Change(
                     run_id=run_id,
                     key="terminate",

@@ -137,13 +137,13 @@ def test_r10_many_steps_that_log_much_fit_into_small_changes() -> None:
             from pyworkflow._engine.worker import Worker
 
             sizes: list[int] = []
-            real: Any = b.storage.commit_many
+            real: Any = b.storage.commit
 
             async def counted(changes: Any) -> Any:
                 sizes.extend(len(c.events) for c in changes)
                 return await real(changes)
 
-            b.storage.commit_many = counted  # type: ignore[method-assign]  # counts what it passes on
+            b.storage.commit = counted  # type: ignore[method-assign]  # counts what it passes on
             b.worker = Worker(b.storage, b.settings)
             b.worker.max_events = 100
             await b.worker.open()

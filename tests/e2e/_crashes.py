@@ -212,7 +212,7 @@ async def _owe(storage: StorageBackend, waiting: str) -> None:
 
     async def call() -> None:
         try:
-            await storage.commit(change)
+            await storage.commit_one(change)
         except RunExists:
             pass  # by the process before
 

@@ -57,10 +57,10 @@ def test_f36_a_storm_of_inputs_during_one_turn_is_logged_once_and_heard(
                 )
                 for key in keys
             ]
-            answers = await storage.commit_many(changes)
+            answers = await storage.commit(changes)
             assert not any(isinstance(answer, BaseException) for answer in answers)
             if start % 200 == 0:  # some come twice
-                again = await storage.commit_many(changes[:5])
+                again = await storage.commit(changes[:5])
                 assert all(getattr(answer, "duplicate", False) for answer in again)
 
     async def main(storage: StorageBackend) -> str:
@@ -126,10 +126,10 @@ class LeaseFor(FaultyStorage):
         super().__init__(inner, FaultPlan(rate=0))
         self.asked, self.let = asyncio.Event(), asyncio.Event()
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         self.asked.set()
         await self.let.wait()
-        return await self.inner.commit_many(changes)
+        return await self.inner.commit(changes)
 
 
 class Between(FaultyStorage):
@@ -144,33 +144,27 @@ class Between(FaultyStorage):
         self.other = LeaseFor(inner.clone())
         self.act: Callable[[Operations], Awaitable[None]] | None = None
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         if self.act is None or all(change.claim is None for change in changes):
-            return await self.inner.commit_many(changes)
+            return await self.inner.commit(changes)
         self.left -= 1
         if self.left:
-            return await self.inner.commit_many(changes)
+            return await self.inner.commit(changes)
         other = Operations(self.other, None, None)
         if self.when == "across":
             acting = asyncio.ensure_future(self.act(other))
             await self.other.asked.wait()
-            answers = await self.inner.commit_many(changes)
+            answers = await self.inner.commit(changes)
             self.other.let.set()
             await acting
             return answers
         self.other.let.set()
         if self.when == "before":
             await self.act(other)
-        answers = await self.inner.commit_many(changes)
+        answers = await self.inner.commit(changes)
         if self.when == "after":
             await self.act(other)
         return answers
-
-    async def commit(self, change: Change) -> Any:
-        (answer,) = await self.commit_many([change])
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
 
 async def cancelled_at(made: StorageBackend, flow: Any, nth: int, when: str) -> str | None:
@@ -309,7 +303,7 @@ def owing(parent: str, child: str) -> Change:
 def test_f40_a_worker_killed_between_the_start_of_another_run_and_its_note_starts_one(
     stage: Stage,
 ) -> None:
-    stage.ask(lambda storage: storage.commit(owing("parent", "child")))
+    stage.ask(lambda storage: storage.commit_one(owing("parent", "child")))
     died = begin_worker(stage, "after", "create")
     assert died.wait(60) == -signal.SIGKILL, stage.output()
     assert {run.run_id for run in stage.runs()} == {"parent", "child"}

@@ -66,7 +66,7 @@ def test_f02_a_client_killed_before_its_commit_has_started_nothing(stage: Stage)
 @pytest.mark.parametrize("fault", [Fault.BEFORE, Fault.AFTER, Fault.CANCEL])
 def test_f02_a_start_whose_outcome_is_unknown_is_one_run(stage: Stage, fault: Fault) -> None:
     async def main(storage: StorageBackend) -> set[str]:
-        plan = FaultPlan(rate=0.5, seed=2, kinds=[fault], methods=["commit", "commit_many"])
+        plan = FaultPlan(rate=0.5, seed=2, kinds=[fault], methods=["commit"])
         faulty = FaultyStorage(storage, plan)
         found = {await start_one(faulty, _fault_program.fault_pair, 7) for _ in range(6)}
         assert plan.done[fault] > 1
@@ -79,7 +79,7 @@ def test_f02_a_start_whose_outcome_is_unknown_is_one_run(stage: Stage, fault: Fa
 
 def test_f02_a_start_without_a_key_whose_answer_is_lost_is_one_run(stage: Stage) -> None:
     async def main(storage: StorageBackend) -> list[str]:
-        plan = FaultPlan(rate=0.5, seed=2, kinds=[Fault.AFTER], methods=["commit", "commit_many"])
+        plan = FaultPlan(rate=0.5, seed=2, kinds=[Fault.AFTER], methods=["commit"])
         operations = Operations(FaultyStorage(storage, plan), None, None)
         workflow: Any = _fault_program.fault_pair
         found = [await operations.start(workflow, (7,), {}, RunOptions()) for _ in range(6)]

@@ -314,13 +314,13 @@ def test_f26_fifty_writers_of_one_run_lose_no_event(stage: Stage) -> None:
 async def _create(storage: StorageBackend, run_id: str) -> None:
     new = NewRun(workflow="flow", version="1", args="[]")
     first = Event("workflow.started", "I", {"workflow": "flow", "args": "[]"})
-    await storage.commit(Change(run_id=run_id, key="start", create=new, events=[first]))
+    await storage.commit_one(Change(run_id=run_id, key="start", create=new, events=[first]))
 
 
 async def _write(storage: StorageBackend, writer: int) -> None:
     for i in range(5):
         event = Event("log.info", "O", {"message": "m"}, key=f"{writer}:{i}")
-        await storage.commit(Change(run_id="run", key=f"{writer}:{i}", events=[event]))
+        await storage.commit_one(Change(run_id="run", key=f"{writer}:{i}", events=[event]))
 
 
 @pytest.mark.parametrize("served", SERVED, indirect=True)

@@ -16,7 +16,7 @@ from tests.repo.clone import ROOT
 CORE = ROOT / "pyworkflow-core" / "src"
 
 # Lowest first; a package stands for all its modules.
-FLOORS = """errors _text _duration _clock _least_size _serialization _tagged _portable _failures _restore _annotations _shapes _same
+FLOORS = """errors _names _text _duration _clock _least_size _serialization _tagged _portable _failures _restore _annotations _shapes _same
 events event_schema runs _retry _tracebacks
 _replay
 spi

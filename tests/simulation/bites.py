@@ -213,8 +213,8 @@ def change_is_sent_again_under_another_key(put: Any) -> None:
         def __init__(self, storage: Any) -> None:
             self._storage = storage
 
-        async def commit_many(self, changes: Any) -> Any:
-            return await self._storage.commit_many(
+        async def commit(self, changes: Any) -> Any:
+            return await self._storage.commit(
                 [replace(c, key=f"{c.key}/{next(number)}") for c in changes]
             )
 
@@ -366,7 +366,7 @@ def repeated_change_is_answered_without_its_claims(put: Any) -> None:
 def lost_answer_counts_as_a_failure(put: Any) -> None:
     async def once(self: Any, changes: Any) -> Any:
         try:
-            return list(await self._storage.commit_many(changes))
+            return list(await self._storage.commit(changes))
         except StorageError as exc:
             return [exc] * len(changes)
 

@@ -99,7 +99,7 @@ store = LmdbStorageBackend(sys.argv[1])
 
 async def work(run_id):
     new = NewRun(workflow="flow", version="1", args="[]")
-    await store.commit(Change(run_id=run_id, key="start", create=new))
+    await store.commit_one(Change(run_id=run_id, key="start", create=new))
 
 asyncio.run(work("before"))
 child = os.fork()
@@ -123,13 +123,13 @@ def test_a_full_store_says_so_and_takes_the_change_when_it_may_grow(tmp_path: Pa
         async with LmdbStorageBackend(tmp_path, max_size=8 << 20) as small:
             changes = [start(f"run-{n}", large) for n in range(20)]
             with pytest.raises(StorageFull, match="max_size=8388608"):
-                await small.commit_many(changes)
+                await small.commit(changes)
             assert (await small.stats())["runs"] == 0
             for change in changes[:5]:
-                await small.commit(change)
+                await small.commit_one(change)
             # Other objects of the process share the file; each has its own bound.
             async with LmdbStorageBackend(tmp_path) as wide:
-                answers = await wide.commit_many(changes)
+                answers = await wide.commit(changes)
                 assert [isinstance(a, Committed) and a.duplicate for a in answers] == (
                     [True] * 5 + [False] * 15
                 )
@@ -148,7 +148,7 @@ from pyworkflow_storage_lmdb import LmdbStorageBackend
 async def fill():
     async with LmdbStorageBackend(sys.argv[1]) as store:
         new = NewRun(workflow="flow", version="1", args="x" * 10_000_000)
-        await store.commit(Change(run_id="large", key="start", create=new))
+        await store.commit_one(Change(run_id="large", key="start", create=new))
 
 asyncio.run(fill())
 """
@@ -159,7 +159,7 @@ asyncio.run(fill())
             run = await store.get_run("large")
             assert run is not None
             assert run.args_text == "x" * 10_000_000
-            await store.commit(start("next"))
+            await store.commit_one(start("next"))
 
     asyncio.run(look())
 
@@ -167,13 +167,13 @@ asyncio.run(fill())
 def test_a_cancelled_caller_leaves_no_lock_and_no_half_of_a_change(tmp_path: Path) -> None:
     async def cancel() -> None:
         async with LmdbStorageBackend(tmp_path) as store:
-            calls = [asyncio.ensure_future(store.commit(start(f"run-{n}"))) for n in range(50)]
+            calls = [asyncio.ensure_future(store.commit_one(start(f"run-{n}"))) for n in range(50)]
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
             for n in range(50):  # unknown whether it was written: the same change again
-                await store.commit(start(f"run-{n}"))
+                await store.commit_one(start(f"run-{n}"))
             assert (await store.stats())["events"] == 50
             assert not await fsck(store)
 
@@ -202,8 +202,10 @@ def test_a_file_that_was_cut_is_told_at_whatever_length(tmp_path: Path) -> None:
     async def fill() -> None:
         async with LmdbStorageBackend(tmp_path / "whole") as store:
             for n in range(20):
-                await store.commit(start(f"run-{n}", '"' + "x" * (300_000 if n == 7 else 50) + '"'))
-            await store.commit(start("last"))
+                await store.commit_one(
+                    start(f"run-{n}", '"' + "x" * (300_000 if n == 7 else 50) + '"')
+                )
+            await store.commit_one(start("last"))
 
     asyncio.run(fill())
     whole = (tmp_path / "whole" / "default" / "data.mdb").read_bytes()
@@ -219,7 +221,7 @@ async def look(path):
         async with LmdbStorageBackend(path) as store:
             assert not await fsck(store)
             new = NewRun(workflow="flow", version="1", args="x" * 100_000)
-            await store.commit(Change(run_id="new", key="start", create=new))
+            await store.commit_one(Change(run_id="new", key="start", create=new))
             return "sound"
     except StorageDamaged:
         return "damaged"
@@ -256,7 +258,7 @@ def test_a_short_file_with_nothing_behind_it_is_sound(tmp_path: Path) -> None:
 
     async def use() -> None:
         async with LmdbStorageBackend(tmp_path) as store:
-            await store.commit(start("run", '"' + "x" * 500_000 + '"'))
+            await store.commit_one(start("run", '"' + "x" * 500_000 + '"'))
             assert not await fsck(store)
 
     asyncio.run(use())

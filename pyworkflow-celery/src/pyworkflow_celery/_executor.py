@@ -40,6 +40,7 @@ class CeleryExecutor:
 
     name = "celery"
     capabilities = ExecutorCapabilities(
+        contract_version=2,
         distributed=True,
         priority=True,
         hard_time_limit=True,

@@ -30,6 +30,7 @@ from pyworkflow.spi.storage import (
     StorageBackend,
 )
 from pyworkflow.storekit import fsck
+from pyworkflow_conformance._clock import shift_clock
 from pyworkflow_conformance._record import Record
 
 __all__ = [
@@ -155,7 +156,7 @@ class Case:
         """Create a run with its first event, and so with a due turn."""
         fields: dict[str, Any] = {"workflow": "flow", "version": "1", "args": "[]", **new}
         create = NewRun(**fields)
-        return await (store or self.store).commit(
+        return await (store or self.store).commit_one(
             Change(
                 run_id=run_id,
                 key=key,
@@ -167,7 +168,7 @@ class Case:
 
     async def send(self, *events: Event, run_id: str = "run") -> Committed:
         """Events from outside."""
-        return await self.store.commit(self.outside(run_id, events=list(events)))
+        return await self.store.commit_one(self.outside(run_id, events=list(events)))
 
     async def claim(
         self,
@@ -202,13 +203,13 @@ class Case:
         """Claim the run's turn and end the run."""
         claim = await self.turn(run_id)
         done = Event("workflow.completed", "C", {"result": "null"})
-        await self.store.commit(
+        await self.store.commit_one(
             under(claim, 99, seen=claim.run.history_length, events=[done], final=status)
         )
 
     async def shift(self, by: float) -> None:
         """Move the storage's clock by seconds."""
-        await self.store.shift_clock(seconds(by))
+        await shift_clock(self.store, seconds(by))
 
     async def picture(self, run_id: str = "run") -> object:
         """Everything that the store shows of a run, to compare."""
@@ -223,7 +224,7 @@ class Case:
         """The refusal of a change, after proof that nothing was written."""
         before = await self.picture(run_id)
         try:
-            await self.store.commit(change)
+            await self.store.commit_one(change)
         except WorkflowError as error:
             if not isinstance(error, kind):
                 raise AssertionError(f"expected {kind.__name__}, got {error!r}") from error

@@ -123,8 +123,8 @@ class ClaimChecks(Suite):
         await t.start(put=[step()])
         await t.send(incoming())
         (old,) = await t.claim(("run", "step:1"))
-        await t.store.commit(under(old, 1, settle=Settle(), events=[note()]))
-        await t.store.commit(t.outside(put=[step()]))
+        await t.store.commit_one(under(old, 1, settle=Settle(), events=[note()]))
+        await t.store.commit_one(t.outside(put=[step()]))
         await t.refused(Fenced, under(old, 2, events=[note()]))
         assert await t.store.renew([old.ref], seconds(60)) == [False]
 
@@ -143,7 +143,7 @@ class ClaimChecks(Suite):
         assert (refusal.run_id, refusal.item_id) == ("run", "turn")
         await t.refused(Fenced, under(old, events=[note()]))
         await t.refused(Fenced, under(old, settle=Settle()))
-        await t.store.commit(under(new, seen=1, events=[command()]))
+        await t.store.commit_one(under(new, seen=1, events=[command()]))
 
     @scenario
     async def test_CLM_08_stale_claim_refused(self, t: Case) -> None:
@@ -168,7 +168,7 @@ class ClaimChecks(Suite):
         await t.start()
         claim = await t.turn(lease=10)
         await t.shift(11)
-        assert (await t.store.commit(under(claim, 1, seen=1, events=[command()]))).last_seq == 2
+        assert (await t.store.commit_one(under(claim, 1, seen=1, events=[command()]))).last_seq == 2
         assert await t.store.renew([claim.ref], seconds(60)) == [True]
         assert await t.claim(owner="b") == []
 
@@ -247,20 +247,20 @@ class ClaimChecks(Suite):
         for expected in (1, 2, 3):
             (claim,) = await t.claim(("run", "step:1"), lease=10)
             assert claim.item.claims == expected
-            await t.store.commit(under(claim, 1, events=[note()]))
+            await t.store.commit_one(under(claim, 1, events=[note()]))
             await t.shift(11)
         (claim,) = await t.claim(("run", "step:1"))
         now = await t.store.now()
-        await t.store.commit(under(claim, 1, settle=Settle(reschedule_at=now), events=[note()]))
+        await t.store.commit_one(under(claim, 1, settle=Settle(reschedule_at=now), events=[note()]))
         assert (await t.items())["step:1"].claims == 4
         (claim,) = await t.claim(("run", "step:1"))
         assert claim.item.claims == 5
         await t.store.release(claim.ref)
         assert (await t.items())["step:1"].claims == 4
         (claim,) = await t.claim(("run", "step:1"))
-        await t.store.commit(under(claim, 1, events=[incoming()]))
+        await t.store.commit_one(under(claim, 1, events=[incoming()]))
         assert (await t.items())["step:1"].claims == 1
-        await t.store.commit(
+        await t.store.commit_one(
             under(
                 claim, 2, events=[incoming()], settle=Settle(reschedule_at=now, payload={"try": 2})
             )
@@ -280,23 +280,23 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         now = await t.store.now()
         stall = Control(ControlKind.STALL, "x")
-        await t.store.commit(under(claim, control=stall, settle=Settle(reschedule_at=now)))
+        await t.store.commit_one(under(claim, control=stall, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 2
         heal = Control(ControlKind.UNSTALL)
-        await t.store.commit(under(claim, control=heal, settle=Settle(reschedule_at=now)))
+        await t.store.commit_one(under(claim, control=heal, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 1
-        await t.store.commit(under(claim, 1, settle=Settle(reschedule_at=now)))
+        await t.store.commit_one(under(claim, 1, settle=Settle(reschedule_at=now)))
         claim = await t.turn()
         assert claim.item.claims == 2
-        await t.store.commit(under(claim, 1, seen=1))
+        await t.store.commit_one(under(claim, 1, seen=1))
         assert (await t.items())["turn"].claims == 1
-        await t.store.commit(t.outside(put=[step()]))
+        await t.store.commit_one(t.outside(put=[step()]))
         for expected, payload in ((1, None), (2, {"try": 2}), (1, {"try": 3}), (1, None)):
             (held,) = await t.claim(("run", "step:1"))
             assert held.item.claims == expected
-            await t.store.commit(under(held, settle=Settle(reschedule_at=now, payload=payload)))
+            await t.store.commit_one(under(held, settle=Settle(reschedule_at=now, payload=payload)))
 
     @scenario
     async def test_CLM_15_poll_excludes_claimed(self, t: Case) -> None:
@@ -326,7 +326,7 @@ class ClaimChecks(Suite):
         await t.shift(31)
         assert {i.run_id for i in await t.store.announce(10, mute)} == {"a", "b"}
         await t.turn("a", lease=40)
-        await t.store.commit(t.outside("b", control=Control(ControlKind.PAUSE)))
+        await t.store.commit_one(t.outside("b", control=Control(ControlKind.PAUSE)))
         await t.shift(31)
         assert await t.store.announce(10, mute) == []
         await t.shift(10)
@@ -385,7 +385,7 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         await t.send(incoming())
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, seen=1, settle=Settle(reschedule_at=far), events=[command()])
         )
         claim = await t.turn()
@@ -402,10 +402,10 @@ class ClaimChecks(Suite):
         await t.start()
         claim = await t.turn()
         await t.send(incoming())
-        await t.store.commit(under(claim, seen=1, settle=Settle(), events=[command()]))
+        await t.store.commit_one(under(claim, seen=1, settle=Settle(), events=[command()]))
         again = await t.turn()
         assert again.item.claims == 1
-        await t.store.commit(under(again, seen=2, settle=Settle()))
+        await t.store.commit_one(under(again, seen=2, settle=Settle()))
         assert await t.items() == {}
         assert (await t.run()).status == RunStatus.SUSPENDED
 
@@ -425,7 +425,7 @@ class ClaimChecks(Suite):
         assert list(refusal.inputs) == [
             e for e in await t.store.get_events("run", after=1) if e.klass == "I"
         ]
-        await t.store.commit(under(claim, 2, seen=5, final=RunStatus.COMPLETED))
+        await t.store.commit_one(under(claim, 2, seen=5, final=RunStatus.COMPLETED))
 
     @scenario
     async def test_CLM_21_put_brings_forward_only(self, t: Case) -> None:
@@ -438,10 +438,10 @@ class ClaimChecks(Suite):
         await t.start(put=[step(due_at=due, queue="q", priority=2, payload={"a": 1})])
         before = (await t.items())["step:1"]
         later = step(due_at=due + seconds(1), queue="z", priority=9, payload={"b": 1})
-        await t.store.commit(t.outside(put=[later]))
+        await t.store.commit_one(t.outside(put=[later]))
         assert (await t.items())["step:1"] == before
         sooner = step(due_at=due - seconds(1), queue="z", priority=9, payload={"b": 1})
-        await t.store.commit(t.outside(put=[sooner]))
+        await t.store.commit_one(t.outside(put=[sooner]))
         item = (await t.items())["step:1"]
         assert item.due_at == due - seconds(1)
         assert (item.queue, item.priority, item.payload) == ("q", 2, {"a": 1})
@@ -456,13 +456,13 @@ class ClaimChecks(Suite):
         await t.start(put=[step(payload={"try": 1})])
         (claim,) = await t.claim(("run", "step:1"))
         due = await t.store.now() + seconds(60)
-        await t.store.commit(under(claim, settle=Settle(reschedule_at=due, payload={"try": 2})))
+        await t.store.commit_one(under(claim, settle=Settle(reschedule_at=due, payload={"try": 2})))
         item = (await t.items())["step:1"]
         assert (item.due_at, item.payload, item.lease) == (due, {"try": 2}, None)
         await t.refused(Fenced, under(claim, 2, events=[note()]))
         await t.shift(61)
         (claim,) = await t.claim(("run", "step:1"))
-        await t.store.commit(under(claim, settle=Settle(keep=True, payload={"begun": True})))
+        await t.store.commit_one(under(claim, settle=Settle(keep=True, payload={"begun": True})))
         item = (await t.items())["step:1"]
         assert (item.lease, item.payload) == (claim.item.lease, {"begun": True})
 
@@ -477,7 +477,7 @@ class ClaimChecks(Suite):
         claim = await t.turn()
         (running,) = await t.claim(("run", "step:1"), owner="b")
         await t.refused(Fenced, under(running, events=[note()], drop=["step:2"]))
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, seen=1, events=[command()], drop=["step:1", "step:2", "step:9"])
         )
         assert set(await t.items()) == {"turn", "deliver:1"}
@@ -532,7 +532,7 @@ class ClaimChecks(Suite):
         await t.start(put=[step()])
         claim = await t.turn()
         far = await t.store.now() + seconds(3600)
-        answer = await t.store.commit(
+        answer = await t.store.commit_one(
             under(
                 claim,
                 1,
@@ -544,22 +544,22 @@ class ClaimChecks(Suite):
         )
         assert list(answer.claims) == []
         (running,) = await t.claim(("run", "step:1"))
-        answer = await t.store.commit(
+        answer = await t.store.commit_one(
             under(running, 1, events=[incoming("step:1")], settle=Settle(), take_turn=held)
         )
         (mine,) = answer.claims
         assert (mine, mine.claims) == ((await t.items())["turn"], 1)
         assert [e.seq for e in answer.unseen_events] == [2]
         # Held by somebody else it is not taken; nor when the run is paused.
-        await t.store.commit(t.outside(put=[step("2"), step("3")]))
+        await t.store.commit_one(t.outside(put=[step("2"), step("3")]))
         (second,) = await t.claim(("run", "step:2"))
         (third,) = await t.claim(("run", "step:3"))
-        answer = await t.store.commit(
+        answer = await t.store.commit_one(
             under(second, 1, events=[incoming("step:2")], settle=Settle(), take_turn=held)
         )
         assert list(answer.claims) == []
-        await t.store.commit(under(mine, 1, seen=answer.last_seq, settle=Settle()))
-        answer = await t.store.commit(
+        await t.store.commit_one(under(mine, 1, seen=answer.last_seq, settle=Settle()))
+        answer = await t.store.commit_one(
             under(
                 third,
                 1,
@@ -581,10 +581,10 @@ class ClaimChecks(Suite):
         await t.start(put=[turn(), step("1")])
         claim = await t.turn()
         await t.send(incoming("a"), note())
-        answer = await t.store.commit(under(claim, 1, seen=1, events=[command(), note()]))
+        answer = await t.store.commit_one(under(claim, 1, seen=1, events=[command(), note()]))
         assert [e.seq for e in answer.unseen_events] == [2, 3]
         assert list(answer.seqs) == [4, 5]
-        answer = await t.store.commit(under(claim, 2, seen=2, events=[note()]))
+        answer = await t.store.commit_one(under(claim, 2, seen=2, events=[note()]))
         assert [e.seq for e in answer.unseen_events] == [3, 4, 5]
         assert list((await t.send(note())).unseen_events) == []
         (running,) = await t.claim(("run", "step:1"))

@@ -175,9 +175,9 @@ class ContractChecks(Suite):
         claim = await t.turn()
         await t.refused(UnseenInput, under(claim, 1, final=RunStatus.FAILED))
         done = under(claim, 2, seen=1, events=[command()], final=RunStatus.COMPLETED)
-        await t.store.commit(done)
+        await t.store.commit_one(done)
         # Duplicate before RunClosed, RunClosed before Fenced.
-        assert (await t.store.commit(done)).duplicate
+        assert (await t.store.commit_one(done)).duplicate
         await t.refused(RunClosed, under(claim, 3, seen=1, final=RunStatus.COMPLETED))
         # Observations are not RunClosed: what is left to say is that the claim is over.
         await t.refused(Fenced, under(claim, 3, events=[note()]))
@@ -205,7 +205,9 @@ class ContractChecks(Suite):
         )
         assert [e.seq for e in refusal.inputs] == [2]
         # The key of a refused change is not taken: with the input seen it goes through.
-        await t.store.commit(under(claim, seen=2, events=[command()], final=RunStatus.COMPLETED))
+        await t.store.commit_one(
+            under(claim, seen=2, events=[command()], final=RunStatus.COMPLETED)
+        )
 
     @scenario
     async def test_CON_08_patch_merges(self, t: Case) -> None:
@@ -215,9 +217,9 @@ class ContractChecks(Suite):
         """
         await t.start(attributes={"a": 1, "b": 1})
         error = ErrorInfo(type="m:E", message="x", details={"args": [1, "é"]}, portable=True)
-        await t.store.commit(t.outside(update=Update(attributes={"b": 2, "c": None})))
-        await t.store.commit(t.outside(update=Update(result="[1]", next="run-2")))
-        await t.store.commit(t.outside(update=Update(error=error)))
+        await t.store.commit_one(t.outside(update=Update(attributes={"b": 2, "c": None})))
+        await t.store.commit_one(t.outside(update=Update(result="[1]", next="run-2")))
+        await t.store.commit_one(t.outside(update=Update(error=error)))
         run = await t.run()
         assert run.attributes == {"a": 1, "b": 2, "c": None}
         assert (run.result_text, run.next, run.error) == ("[1]", "run-2", error)
@@ -231,7 +233,7 @@ class ContractChecks(Suite):
         """
         await t.start()
         before = await t.picture()
-        committed = await t.store.commit(t.outside())
+        committed = await t.store.commit_one(t.outside())
         assert (committed.last_seq, list(committed.seqs)) == (1, [])
         assert await t.picture() == before
 
@@ -257,13 +259,13 @@ class ContractChecks(Suite):
         """
         await t.start(idempotency_key="key", put=[deliver(due_at=None, payload={"to": "x"})])
         claim = await t.turn()
-        await t.store.commit(under(claim, seen=1, events=[command(), note("é")]))
+        await t.store.commit_one(under(claim, seen=1, events=[command(), note("é")]))
         before = await t.picture()
         first, t.store = t.store, await t.open()
         await first.close()
         assert await t.picture() == before
         assert await t.store.find_run("key") == "run"
-        assert (await t.store.commit(under(claim, 2, events=[note()]))).last_seq == 4
+        assert (await t.store.commit_one(under(claim, 2, events=[note()]))).last_seq == 4
 
     @scenario
     async def test_CON_12_open_twice_idempotent(self, t: Case) -> None:
@@ -293,7 +295,7 @@ class ContractChecks(Suite):
         await store.close()
         for call in (
             lambda: store.get_run("run"),
-            lambda: store.commit(t.outside()),
+            lambda: store.commit_one(t.outside()),
             store.now,
         ):
             try:
@@ -359,7 +361,7 @@ class ContractChecks(Suite):
         assert all(i.claims == 1 for i in committed.claims)
         assert await t.claim(limit=10) == []
         first = next(i for i in committed.claims if i.item_id == "turn")
-        answer = await t.store.commit(under(first, seen=1, settle=Settle(), events=[command()]))
+        answer = await t.store.commit_one(under(first, seen=1, settle=Settle(), events=[command()]))
         assert list(answer.claims) == []
         assert "turn" not in await t.items()
 
@@ -477,7 +479,7 @@ class ContractChecks(Suite):
         await t.start()
         stores = [t.store, await t.open(), await t.open()]
         for n in range(12):
-            answer = await stores[n % 3].commit(t.outside(events=[note(str(n))]))
+            answer = await stores[n % 3].commit_one(t.outside(events=[note(str(n))]))
             assert answer.seqs == [n + 2]
 
     @scenario

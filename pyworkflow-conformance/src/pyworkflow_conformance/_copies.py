@@ -169,7 +169,7 @@ class CopyChecks(Suite):
         length = (await t.run("rich")).history_length
         again = await t.start("rich", idempotency_key="order")
         assert again.duplicate
-        sent = await t.store.commit(t.outside("rich", key="signal:1", events=[incoming()]))
+        sent = await t.store.commit_one(t.outside("rich", key="signal:1", events=[incoming()]))
         assert (sent.duplicate, list(sent.seqs)) == (True, [4])
         answer = await t.send(note(key="n"), incoming("new"), run_id="rich")
         assert answer.skipped == frozenset({0})
@@ -177,7 +177,7 @@ class CopyChecks(Suite):
         claim = await t.turn("rich")
         assert claim.events[-1].seq == length + 1
         assert {c.item.item_id for c in await t.claim(limit=9)} == {"step:1"}
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, seen=length + 1, events=[command()], final=RunStatus.COMPLETED)
         )
         new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
@@ -227,7 +227,7 @@ class CopyChecks(Suite):
 
         async def work() -> None:
             for n in range(20):
-                await other.commit(t.outside("busy", key=f"b{n}", events=[note()]))
+                await other.commit_one(t.outside("busy", key=f"b{n}", events=[note()]))
 
         async def move() -> None:
             for run_id in ("rich", "done", "paused"):
@@ -257,7 +257,7 @@ async def _fill(t: Case) -> None:
     )
     claim = await t.turn("rich")
     error = ErrorInfo(type="m:E", message="\u00e9", details={"args": [1]}, portable=True)
-    await t.store.commit(
+    await t.store.commit_one(
         under(
             claim,
             seen=1,
@@ -266,11 +266,11 @@ async def _fill(t: Case) -> None:
             settle=Settle(reschedule_at=far, payload={"later": True}),
         )
     )
-    await t.store.commit(t.outside("rich", key="signal:1", events=[incoming("i")]))
+    await t.store.commit_one(t.outside("rich", key="signal:1", events=[incoming("i")]))
     await t.start("done", put=[deliver(notified=True)])
     await t.end("done")
     await t.start("paused", put=[turn(due_at=far)])
-    await t.store.commit(t.outside("paused", control=Control(ControlKind.PAUSE)))
+    await t.store.commit_one(t.outside("paused", control=Control(ControlKind.PAUSE)))
 
 
 async def _source(t: Case) -> StorageBackend:

@@ -71,7 +71,7 @@ class CrashChecks(Suite):
             assert (owner is None) == (run is None), f"key and run do not agree: n={n}"
             assert run is not None or n >= done, f"an acknowledged run is lost: n={n}"
             try:
-                await t.store.commit(_worker.creation(f"again-{n}", f"key-{n}"))
+                await t.store.commit_one(_worker.creation(f"again-{n}", f"key-{n}"))
             except KeyTaken as refusal:
                 owner_now: str | None = refusal.owner
             else:
@@ -95,10 +95,10 @@ class CrashChecks(Suite):
                 await child.kill()
             last = child.tried()[-1]
             there = [e.data["n"] for e in await t.store.get_events("run") if "n" in e.data]
-            answer = await t.store.commit(_worker.batch("run", "w", last))
+            answer = await t.store.commit_one(_worker.batch("run", "w", last))
             # A server may finish after its client has died: then it came between the two reads.
             assert answer.duplicate or last not in there
-            assert (await t.store.commit(_worker.batch("run", "w", last))).seqs == answer.seqs
+            assert (await t.store.commit_one(_worker.batch("run", "w", last))).seqs == answer.seqs
             first = last + 1
         messages = [e.data["n"] for e in await t.store.get_events("run", after=1)]
         assert messages == [n for n in range(first) for _ in range(_worker.BATCH)]
@@ -121,7 +121,7 @@ class CrashChecks(Suite):
             assert [line["error"] for line in child.lines if "error" in line] == ["Fenced"], (
                 f"the zombie was not fenced: {child.lines}"
             )
-        await t.store.commit(under(claim, seen=1, events=[command()]))
+        await t.store.commit_one(under(claim, seen=1, events=[command()]))
         assert (await t.run()).history_length == 2
 
     @scenario(needs=("durable", "server"))
@@ -162,7 +162,7 @@ class CrashChecks(Suite):
         await asyncio.to_thread(server.kill)
         began = monotonic()
         calls: tuple[Callable[[], Awaitable[object]], ...] = (
-            lambda: t.store.commit(t.outside(key="down", events=[note()])),
+            lambda: t.store.commit_one(t.outside(key="down", events=[note()])),
             lambda: t.store.get_run("run"),
             lambda: t.claim(("run", "turn")),
             t.store.now,
@@ -179,13 +179,13 @@ class CrashChecks(Suite):
         for store in (t.store, other):
             assert await _patiently(store.now) is not None
         answer = await _patiently(
-            lambda: t.store.commit(t.outside(key="down", events=[note("again")]))
+            lambda: t.store.commit_one(t.outside(key="down", events=[note("again")]))
         )
         assert answer.last_seq >= 1
         await asyncio.to_thread(server.pause)
         try:
             call_ = asyncio.ensure_future(
-                _patiently(lambda: other.commit(t.outside(key="paused", events=[note("p")])))
+                _patiently(lambda: other.commit_one(t.outside(key="paused", events=[note("p")])))
             )
             await asyncio.sleep(0)
         finally:
@@ -211,8 +211,8 @@ class CrashChecks(Suite):
             store = await asyncio.wait_for(t.open(namespace), SOON)
             if child.acknowledged():
                 assert await store.get_run("run") is not None
-            await store.commit(_worker.creation("other"))
-            assert (await store.commit(_worker.creation("run"))).last_seq == 1
+            await store.commit_one(_worker.creation("other"))
+            assert (await store.commit_one(_worker.creation("run"))).last_seq == 1
             await sound(store)
             await store.close()
 
@@ -299,7 +299,7 @@ async def _write(t: Case, run_id: str, acknowledged: list[_Line], number: int) -
     """Commit batches, each until it is answered."""
     for n in range(number):
         answer: Committed = await _patiently(
-            lambda: t.store.commit(_worker.batch(run_id, "w", n))  # noqa: B023 - awaited here
+            lambda: t.store.commit_one(_worker.batch(run_id, "w", n))  # noqa: B023 - awaited here
         )
         acknowledged.append({"ack": n, "seqs": list(answer.seqs)})
 

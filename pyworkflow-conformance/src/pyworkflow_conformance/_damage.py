@@ -60,7 +60,7 @@ class DamageChecks(Suite):
                         # The change that was cut off is sent again, and is there once.
                         found = await check_batches(store, "run", "w", acknowledged)
                         assert found >= 4, where
-                        await store.commit(_worker.batch("run", "w", 4))
+                        await store.commit_one(_worker.batch("run", "w", 4))
                         assert await check_batches(store, "run", "w", acknowledged) == 5, where
                     finally:
                         await store.close()

@@ -63,7 +63,7 @@ class ExecutorSuite:
     """What a test class of an executor says, and may say."""
 
     #: What the executor declares; the suite proves it.
-    capabilities = ExecutorCapabilities()
+    capabilities = ExecutorCapabilities(contract_version=2)
 
     #: Id of a check → why the executor knowingly fails it.
     gaps: Mapping[str, str] = MappingProxyType({})

@@ -69,8 +69,8 @@ class FaultChecks(Suite):
         await t.start()
         for turns in range(sizes(30, 120)):
             change = t.outside(key=f"c{turns}", events=[note(str(turns)), note(str(turns))])
-            answer = await cancelled_after(lambda: t.store.commit(change), turns)  # noqa: B023 - awaited here
-            again = await asyncio.wait_for(t.store.commit(change), 60)
+            answer = await cancelled_after(lambda: t.store.commit_one(change), turns)  # noqa: B023 - awaited here
+            again = await asyncio.wait_for(t.store.commit_one(change), 60)
             assert answer is None or list(answer.seqs) == list(again.seqs)
             assert again.last_seq == 3 + 2 * turns
         for turns in range(sizes(15, 60)):
@@ -105,10 +105,10 @@ async def _protocol(t: Case, *kinds: Fault) -> None:
         asyncio.ensure_future(_client(stores[n], f"w{n}", number, ended)) for n in range(CLIENTS)
     ]
     for n in range(number):
-        await _again(lambda: stores[n % CLIENTS].commit(_start(n)))  # noqa: B023 - awaited here
+        await _again(lambda: stores[n % CLIENTS].commit_one(_start(n)))  # noqa: B023 - awaited here
         signal = Event("signal", "I", {"n": n}, key="signal")
         await _again(
-            lambda: stores[n % CLIENTS].commit(  # noqa: B023 - awaited here
+            lambda: stores[n % CLIENTS].commit_one(  # noqa: B023 - awaited here
                 Change(run_id=f"flt-{n}", key="signal", events=[signal])  # noqa: B023 - awaited here
             )
         )
@@ -166,7 +166,7 @@ async def _client(store: StorageBackend, name: str, number: int, ended: set[str]
                 else:
                     change = under(claim, seen=len(events), settle=Settle())
             try:
-                answer = await _again(lambda: store.commit(change))  # noqa: B023 - awaited here
+                answer = await _again(lambda: store.commit_one(change))  # noqa: B023 - awaited here
             except (Fenced, RunClosed):
                 continue  # its lease ended meanwhile, and another has done it, or even ended the run
             if change.final is not None:

@@ -55,7 +55,7 @@ class KeyChecks(Suite):
         """
         for run_id in ("a", "b"):
             await t.start(run_id)
-            answer = await t.store.commit(t.outside(run_id, key="same", events=[note(key="k")]))
+            answer = await t.store.commit_one(t.outside(run_id, key="same", events=[note(key="k")]))
             assert (list(answer.seqs), answer.duplicate) == ([2], False)
 
     @scenario
@@ -67,12 +67,12 @@ class KeyChecks(Suite):
         """
         await t.start()
         change = t.outside(key="cancel", events=[incoming("cancel")])
-        first = await t.store.commit(change)
+        first = await t.store.commit_one(change)
         claim = await t.turn()
         final = under(claim, seen=2, events=[command()], final=RunStatus.COMPLETED)
-        ended = await t.store.commit(final)
+        ended = await t.store.commit_one(final)
         for sent, answer in ((change, first), (final, ended)):
-            again = await t.store.commit(sent)
+            again = await t.store.commit_one(sent)
             assert again.duplicate
             assert (again.seqs, again.last_seq) == (answer.seqs, answer.last_seq)
         assert (await t.start()).duplicate
@@ -87,11 +87,11 @@ class KeyChecks(Suite):
         claim = await t.turn()
         inside = under(claim, seen=1, events=[command()])
         outside = t.outside(key="in", events=[incoming("in")])
-        answers = [await t.store.commit(inside), await t.store.commit(outside)]
+        answers = [await t.store.commit_one(inside), await t.store.commit_one(outside)]
         first, t.store = t.store, await t.open()
         await first.close()
         for change, answer in zip((inside, outside), answers, strict=True):
-            again = await t.store.commit(change)
+            again = await t.store.commit_one(change)
             assert again.duplicate
             assert list(again.seqs) == list(answer.seqs)
         assert (await t.start()).duplicate
@@ -175,12 +175,12 @@ class KeyChecks(Suite):
             put=[step(claimed=held)],
             take_turn=held,
         )
-        first = await t.store.commit(change)
+        first = await t.store.commit_one(change)
         assert [e.seq for e in first.unseen_events] == [2]
         assert (list(first.seqs), first.skipped) == ([3, 2], frozenset({1}))
         assert {i.item_id for i in first.claims} == {"step:1", "turn"}
         await t.send(note("later"))
-        again = await t.store.commit(change)
+        again = await t.store.commit_one(change)
         assert again.duplicate
         assert (list(again.seqs), again.skipped, list(again.unseen_events)) == (
             list(first.seqs),
@@ -191,7 +191,7 @@ class KeyChecks(Suite):
         assert {i.item_id for i in again.claims} == {"step:1", "turn"}
         await t.shift(120)
         await t.claim(("run", "step:1"), owner="thief")
-        again = await t.store.commit(change)
+        again = await t.store.commit_one(change)
         # What another took over is no longer in the answer; what merely ended still is.
         assert [i.item_id for i in again.claims] == ["turn"]
 
@@ -206,15 +206,15 @@ class KeyChecks(Suite):
         changes: list[Change] = []
         for _ in range(64):
             claim = await t.turn()
-            await t.store.commit(under(claim, 1, events=[note()]))
+            await t.store.commit_one(under(claim, 1, events=[note()]))
             change = under(
                 claim, 2, events=[note()], settle=Settle(reschedule_at=claim.item.due_at)
             )
-            await t.store.commit(change)
+            await t.store.commit_one(change)
             changes.append(change)
         length = (await t.run()).history_length
         for change in changes:
-            assert (await t.store.commit(change)).duplicate
+            assert (await t.store.commit_one(change)).duplicate
         assert (await t.run()).history_length == length
 
     @scenario
@@ -227,22 +227,22 @@ class KeyChecks(Suite):
         await t.start()
         changes = [t.outside(key=f"in:{n}", events=[note(str(n))]) for n in range(200)]
         for change in changes:
-            await t.store.commit(change)
+            await t.store.commit_one(change)
         for n, change in enumerate(changes):
-            again = await t.store.commit(change)
+            again = await t.store.commit_one(change)
             assert (again.duplicate, list(again.seqs)) == (True, [n + 2])
         await t.shift(seconds(86400 * 60).total_seconds())
-        assert (await t.store.commit(changes[0])).duplicate
+        assert (await t.store.commit_one(changes[0])).duplicate
 
     @scenario
-    async def test_IDM_14_commit_many_answers_each(self, t: Case) -> None:
+    async def test_IDM_14_commit_answers_each(self, t: Case) -> None:
         """IDM-14: changes sent together are accepted or refused each alone, in order per run.
 
         One refused start must not undo the others. Usual cause: one transaction for all, or an
         exception for the first refusal.
         """
         await t.start()
-        answers = await t.store.commit_many(
+        answers = await t.store.commit(
             [
                 t.outside(events=[note("a")]),
                 t.outside("nobody", events=[note("b")]),

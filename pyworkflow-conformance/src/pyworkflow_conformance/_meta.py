@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pyworkflow.spi.capabilities import CONTRACT_VERSION
-from pyworkflow.spi.storage import Change, Committed, NewRun, RunQuery, StorageBackend
+from pyworkflow.spi.storage import Answer, Change, Committed, NewRun, RunQuery
 from pyworkflow_conformance._case import Case, Suite, note, scenario, seconds, started
 from pyworkflow_conformance._levels import PROOFS, checks
 
@@ -100,34 +102,32 @@ class MetaChecks(Suite):
         assert await other.now() - before < seconds(43_200), "the clock of the other was shifted"
 
     @scenario(needs=("batched",))
-    async def test_META_05_commit_many_is_one_batch(self, t: Case) -> None:
+    async def test_META_05_commit_is_one_batch(self, t: Case) -> None:
         """META-05: ``batched`` means that 200 changes are not 200 commits.
 
         Starting many runs waits for one round trip, not for each. Usual cause: ``batched`` is
-        declared, and ``commit_many`` is the inherited one, or a loop over ``commit``.
+        declared, and ``commit`` is a loop that writes one change after the other.
         """
         store = await self.make(t.namespace)
         calls = 0
         commit = store.commit
 
-        async def counted(change: Change) -> Committed:
+        async def counted(changes: Sequence[Change]) -> list[Answer]:
             nonlocal calls
             calls += 1
-            return await commit(change)
+            return await commit(changes)
 
-        inherited = type(store).commit_many is StorageBackend.commit_many
-        assert not inherited, "commit_many is inherited: it commits one by one"
         async with store:
             vars(store)["commit"] = counted
             new = NewRun(workflow="flow", version="1", args="[]")
-            answers = await store.commit_many(
+            answers = await store.commit(
                 [
                     Change(run_id=f"run-{n}", key="start", create=new, events=[started(), note()])
                     for n in range(MANY)
                 ]
             )
         assert [type(answer) for answer in answers] == [Committed] * MANY
-        assert calls <= 1, f"commit_many called commit {calls} times"
+        assert calls <= 1, f"commit of {MANY} changes called itself: calls={calls}"
         assert (await t.store.stats())["runs"] == MANY
 
 

@@ -212,7 +212,7 @@ async def write_sample(store: StorageBackend) -> None:
         deadline=due,
     )
     first = Event("workflow.started", "I", {"workflow": "flow", "args": "[]"})
-    await store.commit(
+    await store.commit_one(
         Change(
             run_id="open",
             key="start",
@@ -223,7 +223,7 @@ async def write_sample(store: StorageBackend) -> None:
     )
     request = ClaimRequest(owner="sample", lease=seconds(60), items=[("open", TURN)])
     (claim,) = (await store.claim(request)).claims
-    await store.commit(
+    await store.commit_one(
         under(
             claim,
             1,
@@ -232,11 +232,11 @@ async def write_sample(store: StorageBackend) -> None:
             settle=Settle(reschedule_at=due),
         )
     )
-    await store.commit(_worker.creation("done", "sample-done"))
+    await store.commit_one(_worker.creation("done", "sample-done"))
     request = ClaimRequest(owner="sample", lease=seconds(60), items=[("done", TURN)])
     (claim,) = (await store.claim(request)).claims
     ended = Event("workflow.completed", "C", {"result": "1"})
-    await store.commit(
+    await store.commit_one(
         under(
             claim,
             1,
@@ -265,9 +265,9 @@ async def check_sample(store: StorageBackend) -> None:
     assert await store.find_run("sample-open") == "open"
     assert await store.find_run("sample-done") == "done"
     # Keys of events and changes stand, and the run goes on.
-    seen = await store.commit(Change(run_id="open", key="again", events=[note("x", key="n")]))
+    seen = await store.commit_one(Change(run_id="open", key="again", events=[note("x", key="n")]))
     assert (list(seen.seqs), seen.skipped) == ([3], frozenset({0}))
-    await store.commit(
+    await store.commit_one(
         Change(run_id="open", key=f"input:{run.history_length}", events=[incoming()], put=[turn()])
     )
     after = await store.get_run("open")

@@ -65,7 +65,7 @@ EXPECTED = frozenset(
         "UnseenInput",
         "KeyTaken",
         "ValueError",
-        "commit_many",
+        "batch",
         "renew",
         "release",
         "announce",
@@ -238,7 +238,7 @@ class Actions:
     async def send_many(self, pick: Chooser) -> None:
         """Several at once, over several runs."""
         changes = [await self._outside(pick) for _ in range(1 + pick.below(4))]
-        await self.pair.commit_many(changes)
+        await self.pair.commit_all(changes)
 
     async def send_again(self, pick: Chooser) -> None:
         """A change that was accepted before, as somebody sends who did not get the answer."""

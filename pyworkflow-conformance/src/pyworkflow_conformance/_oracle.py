@@ -33,6 +33,7 @@ from pyworkflow.spi.storage import (
 )
 from pyworkflow.storekit import check_change, fsck
 from pyworkflow.storekit.reference import ReferenceStore
+from pyworkflow_conformance._clock import shift_clock
 
 __all__ = ["Divergence", "Pair"]
 
@@ -86,7 +87,7 @@ class Pair:
         refusal: Exception | None = None
         now = await self.stores[0].now()
         try:
-            answer = await self.store.commit(change)
+            answer = await self.store.commit_one(change)
             now = answer.now
         except (WorkflowError, ValueError) as error:
             refusal = error
@@ -94,12 +95,12 @@ class Pair:
         await self.compare(change.run_id)
         return answer
 
-    async def commit_many(self, changes: Sequence[Change]) -> None:
+    async def commit_all(self, changes: Sequence[Change]) -> None:
         """Commit in one call on the store, one after the other on the oracle."""
-        self.log.append("commit_many " + "; ".join(map(_short, changes)))
-        self.seen["commit_many"] += 1
+        self.log.append("commit " + "; ".join(map(_short, changes)))
+        self.seen["batch"] += 1
         now = await self.stores[0].now()
-        answers = await self.store.commit_many(changes)
+        answers = await self.store.commit(changes)
         self.equal("the number of answers", len(answers), len(changes))
         for change, answer in zip(changes, answers, strict=True):
             if isinstance(answer, Committed):
@@ -273,7 +274,7 @@ class Pair:
     async def shift(self, by: timedelta) -> None:
         """Move the clock."""
         self.log.append(f"shift {by}")
-        await self.store.shift_clock(by)
+        await shift_clock(self.store, by)
         self.seen["shift"] += 1
 
     async def reopen(self, opened: Open) -> None:

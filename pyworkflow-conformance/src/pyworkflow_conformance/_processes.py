@@ -122,7 +122,7 @@ async def _until_committed(t: Case, change: Change) -> None:
     async with asyncio.timeout(60):
         while True:
             try:
-                await t.store.commit(change)
+                await t.store.commit_one(change)
             except StorageUnavailable:
                 await asyncio.sleep(0.02)
             else:

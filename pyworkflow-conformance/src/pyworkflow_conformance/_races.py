@@ -56,7 +56,7 @@ class RaceChecks(Suite):
             seqs: list[int] = []
             for n in range(10):
                 change = Change(run_id="run", key=f"{thread}:{n}", events=[note(f"{thread}:{n}")])
-                seqs += (await store.commit(change)).seqs
+                seqs += (await store.commit_one(change)).seqs
             return seqs
 
         seqs = [seq for found in await in_threads(t, 5, append) for seq in found]
@@ -76,7 +76,9 @@ class RaceChecks(Suite):
             claim = await t.turn()
             seen = (await t.run()).history_length
             settle = under(claim, seen=seen, events=[command()], settle=Settle())
-            sent, settled = await asyncio.gather(t.send(incoming(f"k{n}")), t.store.commit(settle))
+            sent, settled = await asyncio.gather(
+                t.send(incoming(f"k{n}")), t.store.commit_one(settle)
+            )
             run = await t.run()
             assert run.seen_seq == seen < sent.seqs[0]
             told = [e.seq for e in settled.unseen_events]
@@ -94,7 +96,7 @@ class RaceChecks(Suite):
         await t.shift(2)
         new = await t.turn(owner="b")
         answers = await asyncio.gather(
-            *(t.store.commit(under(c, seen=1, events=[command()])) for c in (old, new)),
+            *(t.store.commit_one(under(c, seen=1, events=[command()])) for c in (old, new)),
             return_exceptions=True,
         )
         assert [type(a).__name__ for a in answers] == ["Fenced", "Committed"]
@@ -112,7 +114,7 @@ class RaceChecks(Suite):
             claim = await t.turn(run_id)
             end = under(claim, seen=1, events=[command()], final=RunStatus.COMPLETED)
             sent, ended = await asyncio.gather(
-                t.send(incoming(), run_id=run_id), t.store.commit(end), return_exceptions=True
+                t.send(incoming(), run_id=run_id), t.store.commit_one(end), return_exceptions=True
             )
             if isinstance(sent, BaseException):
                 assert isinstance(sent, RunClosed)
@@ -131,7 +133,7 @@ class RaceChecks(Suite):
             new = NewRun(workflow="flow", version="1", args="[]", idempotency_key="order")
             run_id = f"run-{thread}"
             try:
-                await store.commit(
+                await store.commit_one(
                     Change(run_id=run_id, key="start", create=new, events=[started()])
                 )
             except KeyTaken as refusal:
@@ -196,7 +198,7 @@ class RaceChecks(Suite):
             if thread == 0:
                 for n in range(30):
                     events = [note(str(m)) for m in range(7)]
-                    await store.commit(Change(run_id="run", key=f"b{n}", events=events))
+                    await store.commit_one(Change(run_id="run", key=f"b{n}", events=events))
                 return
             while True:
                 length = len(await store.get_events("run"))
@@ -225,14 +227,14 @@ class RaceChecks(Suite):
                 for claim in (await store.claim(request)).claims:
                     await store.renew([claim.ref], seconds(60))
                     try:
-                        await store.commit(under(claim, events=[note()]))
+                        await store.commit_one(under(claim, events=[note()]))
                     except Fenced as error:
                         raise AssertionError("a held claim was fenced") from error
                     await store.release(claim.ref)
                 change = Change(
                     run_id=f"run-{n % 5}", key=f"{thread}:{n}", events=[note(), incoming()]
                 )
-                await store.commit(change)
+                await store.commit_one(change)
                 await store.get_events(f"run-{n % 5}", after=n)
                 await store.next_due()
 
@@ -248,7 +250,7 @@ class RaceChecks(Suite):
         await t.start()
         for n in range(30):
             call = asyncio.ensure_future(
-                t.store.commit(t.outside(key=f"c{n}", events=[note(str(n)), note(str(n))]))
+                t.store.commit_one(t.outside(key=f"c{n}", events=[note(str(n)), note(str(n))]))
             )
             for _ in range(n % 4):
                 await asyncio.sleep(0)
@@ -257,7 +259,7 @@ class RaceChecks(Suite):
         assert ((await t.run()).history_length - 1) % 2 == 0
         # What became of each is found out by sending it again.
         for n in range(30):
-            await t.store.commit(t.outside(key=f"c{n}", events=[note(str(n)), note(str(n))]))
+            await t.store.commit_one(t.outside(key=f"c{n}", events=[note(str(n)), note(str(n))]))
         assert (await t.run()).history_length == 61
 
     @scenario
@@ -273,7 +275,7 @@ class RaceChecks(Suite):
         assert not await t.store.watch("run", after=1, timeout=brief)
         waiting = asyncio.ensure_future(t.store.watch("run", after=1, timeout=long))
         await asyncio.sleep(0)
-        await (await t.open()).commit(t.outside(events=[note()]))
+        await (await t.open()).commit_one(t.outside(events=[note()]))
         assert await asyncio.wait_for(waiting, 30)
 
     @scenario

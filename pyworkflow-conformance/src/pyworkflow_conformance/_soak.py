@@ -124,7 +124,7 @@ async def _client(
 
 async def _commit(store: StorageBackend, change: Change, key: str) -> _Told:
     before = monotonic()
-    answer = await store.commit(change)
+    answer = await store.commit_one(change)
     after = monotonic()
     read = await store.get_events(change.run_id, after=answer.seqs[0] - 1, limit=len(answer.seqs))
     assert [e.seq for e in read] == list(answer.seqs), "what was acknowledged is not there to read"

@@ -19,6 +19,7 @@ from pyworkflow.spi.storage import (
     Settle,
     StorageBackend,
 )
+from pyworkflow_conformance._clock import shift_clock
 from pyworkflow_conformance.storage import StorageConformance
 
 __all__ = ["Factory", "suite_for", "tidy"]
@@ -90,7 +91,7 @@ async def tidy(store: StorageBackend) -> None:
             while (page := await store.list_runs(RunQuery(limit=1000))).items:
                 for run in page.items:
                     if not run.status.is_terminal:
-                        await store.commit(_ending(run.run_id))
+                        await store.commit_one(_ending(run.run_id))
                 while await _settle(store):
                     pass
                 before = await store.now() + _AGES
@@ -116,7 +117,7 @@ async def _settle(store: StorageBackend) -> int:
     claims = (await store.claim(request)).claims
     for claim in claims:
         ref = claim.ref
-        await store.commit(
+        await store.commit_one(
             Change(run_id=ref.run_id, key=f"{ref.token}:1", claim=ref, settle=Settle())
         )
     if claims:
@@ -125,5 +126,5 @@ async def _settle(store: StorageBackend) -> int:
     now = await store.now()
     if due is None or due <= now:
         return 0
-    await store.shift_clock(due - now)  # the clock of a namespace that nobody else uses
+    await shift_clock(store, due - now)  # the clock of a namespace that nobody else uses
     return 1

@@ -45,14 +45,14 @@ class TurnChecks(Suite):
         """
         await t.start()
         claim = await t.turn()
-        await t.store.commit(under(claim, seen=1, events=[command()], settle=Settle()))
+        await t.store.commit_one(under(claim, seen=1, events=[command()], settle=Settle()))
         assert await t.items() == {}
         await t.send(note())
         assert await t.items() == {}
         await t.send(incoming())
         claim = await t.turn()
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, seen=4, settle=Settle(reschedule_at=far), events=[command()])
         )
         assert await t.store.next_due() == far
@@ -70,7 +70,7 @@ class TurnChecks(Suite):
         await t.start()
         await t.send(incoming("k"))
         claim = await t.turn()
-        await t.store.commit(under(claim, seen=2, events=[command()], settle=Settle()))
+        await t.store.commit_one(under(claim, seen=2, events=[command()], settle=Settle()))
         await t.send(incoming("k"))
         assert await t.items() == {}
 
@@ -96,13 +96,13 @@ class TurnChecks(Suite):
         (other,) = await t.claim(("run", "step:1"))
         await t.refused(Fenced, under(other, seen=1))
         claim = await t.turn()
-        answer = await t.store.commit(under(claim, 1, seen=1))
+        answer = await t.store.commit_one(under(claim, 1, seen=1))
         run = await t.run()
         assert (answer.seen_seq, run.seen_seq, run.started_at) == (1, 1, answer.timestamp)
         await t.send(incoming())
-        await t.store.commit(under(claim, 2, seen=2))
+        await t.store.commit_one(under(claim, 2, seen=2))
         await t.shift(5)
-        answer = await t.store.commit(under(claim, 3, seen=1, events=[note()]))
+        answer = await t.store.commit_one(under(claim, 3, seen=1, events=[note()]))
         assert answer.seen_seq == (await t.run()).seen_seq == 2
         assert (await t.run()).started_at == run.started_at
 
@@ -117,16 +117,16 @@ class TurnChecks(Suite):
         claim = await t.turn()
         assert (await t.run()).status == RunStatus.RUNNING
         far = await t.store.now() + seconds(100)
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, seen=1, settle=Settle(reschedule_at=far), events=[command()])
         )
         assert (await t.run()).status == RunStatus.SUSPENDED
         await t.shift(101)
         assert (await t.run()).status == RunStatus.RUNNING
-        await t.store.commit(t.outside(control=PAUSE))
+        await t.store.commit_one(t.outside(control=PAUSE))
         assert (await t.run()).status == RunStatus.PAUSED
-        await t.store.commit(t.outside(control=UNPAUSE))
-        await t.store.commit(under(await t.turn(), control=STALL))
+        await t.store.commit_one(t.outside(control=UNPAUSE))
+        await t.store.commit_one(under(await t.turn(), control=STALL))
         assert (await t.run()).status == RunStatus.STALLED
         statuses = frozenset({RunStatus.STALLED})
         page = await t.store.list_runs(RunQuery(status=statuses))
@@ -161,15 +161,15 @@ class TurnChecks(Suite):
         look at.
         """
         await t.start(put=[step(), deliver()])
-        await t.store.commit(t.outside(control=PAUSE, events=[note()]))
+        await t.store.commit_one(t.outside(control=PAUSE, events=[note()]))
         assert (await t.run()).paused
         await t.send(incoming())
         assert [c.item.item_id for c in await t.claim(limit=9)] == ["deliver:1"]
         assert await t.claim(("run", "turn"), ("run", "step:1")) == []
         (delivery,) = [i for i in (await t.items()).values() if i.lease is not None]
-        await t.store.commit(under(delivery, settle=Settle()))
+        await t.store.commit_one(under(delivery, settle=Settle()))
         assert await t.store.next_due() is None
-        await t.store.commit(t.outside(control=UNPAUSE))
+        await t.store.commit_one(t.outside(control=UNPAUSE))
         assert {c.item.item_id for c in await t.claim(limit=9)} == {"turn", "step:1"}
 
     @scenario
@@ -181,15 +181,15 @@ class TurnChecks(Suite):
         """
         await t.start()
         claim = await t.turn()
-        await t.store.commit(t.outside(control=PAUSE))
+        await t.store.commit_one(t.outside(control=PAUSE))
         await t.send(incoming())
-        answer = await t.store.commit(under(claim, 1, seen=1, events=[command()]))
+        answer = await t.store.commit_one(under(claim, 1, seen=1, events=[command()]))
         assert answer.paused
         far = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, 2, settle=Settle(reschedule_at=far)))
+        await t.store.commit_one(under(claim, 2, settle=Settle(reschedule_at=far)))
         assert (await t.run()).status == RunStatus.PAUSED
         assert await t.claim(limit=9) == []
-        await t.store.commit(t.outside(control=UNPAUSE))
+        await t.store.commit_one(t.outside(control=UNPAUSE))
         await t.turn()
 
     @scenario
@@ -204,7 +204,7 @@ class TurnChecks(Suite):
         await t.refused(Fenced, t.outside(control=STALL))
         due = await t.store.now() + seconds(30)
         stalled = under(claim, control=STALL, events=[note()], settle=Settle(reschedule_at=due))
-        await t.store.commit(stalled)
+        await t.store.commit_one(stalled)
         run = await t.run()
         assert (run.status, run.stalled) == (RunStatus.STALLED, "the code has changed")
         assert (await t.items())["turn"].due_at == due
@@ -217,7 +217,7 @@ class TurnChecks(Suite):
         assert (await t.items())["turn"].due_at == now + seconds(1)
         await t.shift(2)
         claim = await t.turn()
-        await t.store.commit(
+        await t.store.commit_one(
             under(claim, control=UNSTALL, seen=1, events=[note()], settle=Settle())
         )
         assert (await t.run()).stalled is None
@@ -232,9 +232,9 @@ class TurnChecks(Suite):
         await t.start()
         claim = await t.turn()
         due = await t.store.now() + seconds(3600)
-        await t.store.commit(under(claim, control=STALL, settle=Settle(reschedule_at=due)))
+        await t.store.commit_one(under(claim, control=STALL, settle=Settle(reschedule_at=due)))
         assert await t.claim() == []
-        await t.store.commit(t.outside(control=UNSTALL))
+        await t.store.commit_one(t.outside(control=UNSTALL))
         await t.turn()
 
     @scenario
@@ -250,17 +250,17 @@ class TurnChecks(Suite):
             "events": [incoming("cancel"), Event("workflow.cancelled", "C", {"reason": "x"})],
         }
         await t.start("new")
-        await t.store.commit(t.outside("new", **cancelled))
+        await t.store.commit_one(t.outside("new", **cancelled))
         assert (await t.run("new")).status == RunStatus.CANCELLED
         await t.start("held")
         claim = await t.turn("held", lease=10)
         await t.refused(Fenced, t.outside("held", **cancelled), run_id="held")
-        await t.store.commit(under(claim, 1, seen=1, events=[command()]))
+        await t.store.commit_one(under(claim, 1, seen=1, events=[command()]))
         await t.shift(11)
         await t.refused(Fenced, t.outside("held", **cancelled), run_id="held")
         due = await t.store.now() + seconds(60)
-        await t.store.commit(under(claim, 2, control=STALL, settle=Settle(reschedule_at=due)))
-        await t.store.commit(t.outside("held", **cancelled))
+        await t.store.commit_one(under(claim, 2, control=STALL, settle=Settle(reschedule_at=due)))
+        await t.store.commit_one(t.outside("held", **cancelled))
         run = await t.run("held")
         assert (run.status, run.finished_at) == (RunStatus.CANCELLED, run.updated_at)
         assert await t.items("held") == {}
@@ -275,7 +275,7 @@ class TurnChecks(Suite):
         claim = await t.turn()
         (running,) = await t.claim(("run", "step:1"))
         await t.send(incoming())
-        await t.store.commit(
+        await t.store.commit_one(
             t.outside(control=TERMINATE, final=RunStatus.TERMINATED, events=[note()])
         )
         assert (await t.run()).status == RunStatus.TERMINATED
@@ -295,7 +295,7 @@ class TurnChecks(Suite):
         """
         await t.start()
         claim = await t.turn()
-        await t.store.commit(
+        await t.store.commit_one(
             under(
                 claim,
                 seen=1,
@@ -312,14 +312,14 @@ class TurnChecks(Suite):
         assert await t.store.renew([delivery.ref], seconds(60)) == [True]
         now = await t.store.now()
         again = under(delivery, 1, settle=Settle(reschedule_at=now, payload={"try": 2}))
-        await t.store.commit(again)
+        await t.store.commit_one(again)
         (delivery,) = await t.claim()
         assert (delivery.item.claims, delivery.item.payload) == (1, {"try": 2})
         assert await t.store.release(delivery.ref, delay=seconds(5))
         await t.shift(6)
         (delivery,) = await t.claim()
         await t.refused(RunClosed, under(delivery, 1, events=[incoming()], settle=Settle()))
-        await t.store.commit(under(delivery, 1, events=[note("told")], settle=Settle()))
+        await t.store.commit_one(under(delivery, 1, events=[note("told")], settle=Settle()))
         assert await t.items() == {}
         run = await t.run()
         assert (run.status, run.result_text, run.history_length) == (RunStatus.COMPLETED, "1", 3)
@@ -332,8 +332,8 @@ class TurnChecks(Suite):
         """
         await t.start()
         for _ in range(2):
-            await t.store.commit(t.outside(control=PAUSE))
-        await t.store.commit(t.outside(control=UNPAUSE))
-        await t.store.commit(t.outside(control=UNPAUSE))
-        await t.store.commit(t.outside(control=UNSTALL))
+            await t.store.commit_one(t.outside(control=PAUSE))
+        await t.store.commit_one(t.outside(control=UNPAUSE))
+        await t.store.commit_one(t.outside(control=UNPAUSE))
+        await t.store.commit_one(t.outside(control=UNSTALL))
         assert (await t.run()).status == RunStatus.PENDING

@@ -79,7 +79,7 @@ async def batches(store: StorageBackend, options: Options) -> None:
     run_id, writer = options["run_id"], options["writer"]
     for n in range(options.get("first", 0), options.get("number", 1_000_000)):
         say(at=n)
-        answer = await store.commit(batch(run_id, writer, n, options.get("size", 20)))
+        answer = await store.commit_one(batch(run_id, writer, n, options.get("size", 20)))
         say(ack=n, seqs=list(answer.seqs))
         if n + 1 in options.get("stops", ()):
             wait_for_go()
@@ -89,7 +89,7 @@ async def starts(store: StorageBackend, options: Options) -> None:
     """Create run after run, each under an idempotency key."""
     for n in range(options.get("number", 1_000_000)):
         say(at=n)
-        await store.commit(creation(f"run-{n}", f"key-{n}"))
+        await store.commit_one(creation(f"run-{n}", f"key-{n}"))
         say(ack=n)
 
 
@@ -104,7 +104,7 @@ async def purges(store: StorageBackend, options: Options) -> None:
 async def opens(store: StorageBackend, options: Options) -> None:
     """Migrate, and create a run: what the first processes after an upgrade do at once."""
     await store.migrate()
-    await store.commit(creation(options["run_id"]))
+    await store.commit_one(creation(options["run_id"]))
     say(ack=0)
 
 
@@ -119,7 +119,7 @@ async def holds(store: StorageBackend, options: Options) -> None:
     wait_for_go()
     ref = ClaimRef(options["run_id"], TURN, lease_held.token)
     event = Event("sleep.created", "C", {}, op="1#1:sleep")
-    await store.commit(
+    await store.commit_one(
         Change(run_id=ref.run_id, key=f"{ref.token}:1", claim=ref, seen=1, events=[event])
     )
     say(ack=0)
@@ -136,7 +136,7 @@ async def fills(store: StorageBackend, options: Options) -> None:
     try:
         while n < options["number"]:
             say(at=n)
-            answer = await store.commit(batch(run_id, "full", n, options["size"]))
+            answer = await store.commit_one(batch(run_id, "full", n, options["size"]))
             say(ack=n, seqs=list(answer.seqs))
             n += 1
     except WorkflowError as error:
@@ -145,7 +145,7 @@ async def fills(store: StorageBackend, options: Options) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     for later in range(n + 1, n + 4):
         try:
-            answer = await store.commit(batch(run_id, "full", later, 20))
+            answer = await store.commit_one(batch(run_id, "full", later, 20))
         except WorkflowError as error:
             say(later=type(error).__name__)
         else:
@@ -180,7 +180,7 @@ async def flush_fails(store: StorageBackend, options: Options, flushes: Flushes)
         flushes.failing = 3 <= n < 6
         say(at=n)
         try:
-            answer = await store.commit(batch(run_id, "eio", n))
+            answer = await store.commit_one(batch(run_id, "eio", n))
         except WorkflowError as error:
             say(error=type(error).__name__, kinds=[t.__name__ for t in type(error).__mro__], n=n)
         else:
@@ -193,7 +193,7 @@ async def flush_fails(store: StorageBackend, options: Options, flushes: Flushes)
 async def forks(store: StorageBackend, options: Options) -> None:
     """Use the store, fork, and use object and clone in the forked child; then in the parent."""
     run_id = options["run_id"]
-    await store.commit(batch(run_id, "before", 0))
+    await store.commit_one(batch(run_id, "before", 0))
     for kind in ("object", "clone", "new"):
         sys.stdout.flush()
         pid = os.fork()
@@ -203,7 +203,7 @@ async def forks(store: StorageBackend, options: Options) -> None:
                 code = _in_fork(store, options, kind)
             os._exit(code)
         _, status = await asyncio.to_thread(os.waitpid, pid, 0)
-        answer = await store.commit(batch(run_id, f"after-{kind}", 0))
+        answer = await store.commit_one(batch(run_id, f"after-{kind}", 0))
         say(parent=kind, status=os.waitstatus_to_exitcode(status), seqs=list(answer.seqs))
     say(ack=0)
 
@@ -221,7 +221,7 @@ def _in_fork(store: StorageBackend, options: Options, kind: str) -> int:
         elif kind == "new":
             used = make_storage(options["url"], options["namespace"])
         try:
-            await used.commit(batch(options["run_id"], f"fork-{kind}", 0))
+            await used.commit_one(batch(options["run_id"], f"fork-{kind}", 0))
         except WorkflowError as error:
             say(
                 fork=kind, error=type(error).__name__, kinds=[t.__name__ for t in type(error).mro()]

@@ -25,11 +25,11 @@ from pyworkflow.spi.storage import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     Page,
     RunQuery,
     StorageBackend,
 )
+from pyworkflow_conformance._clock import shift_clock
 
 __all__ = ["Fault", "FaultPlan", "FaultyStorage"]
 
@@ -150,7 +150,7 @@ class FaultyStorage(StorageBackend):
 
     async def shift_clock(self, by: timedelta) -> None:
         """Move the clock of the store behind, once."""
-        await self.inner.shift_clock(by)
+        await shift_clock(self.inner, by)
 
     # --- disturbed ----------------------------------------------------------------------------
 
@@ -158,13 +158,9 @@ class FaultyStorage(StorageBackend):
         """As the store behind."""
         return await self._call("now", self.inner.now)
 
-    async def commit(self, change: Change) -> Committed:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """As the store behind; sent twice at times."""
-        return await self._call("commit", lambda: self.inner.commit(change))
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        """As the store behind; sent twice at times."""
-        return await self._call("commit_many", lambda: self.inner.commit_many(changes))
+        return await self._call("commit", lambda: self.inner.commit(changes))
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """As the store behind. A claim whose answer is lost stands until its lease ends."""

@@ -19,6 +19,7 @@ from pyworkflow._plugins import load_observers, make_storage
 from pyworkflow._routing import call_async, refuse_in_workflow
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
+from pyworkflow.spi._contract import check_executor_contract, check_storage_contract
 from pyworkflow.spi.executor import Executor
 from pyworkflow.spi.storage import (
     Page,
@@ -48,6 +49,10 @@ class Client:
         executor: str | Executor | None = None,
         namespace: str | None = None,
     ) -> None:
+        if storage is not None and not isinstance(storage, str):
+            check_storage_contract(storage)
+        if executor is not None and not isinstance(executor, str):
+            check_executor_contract(executor)
         self._storage = storage
         self._executor = executor
         self._namespace = namespace

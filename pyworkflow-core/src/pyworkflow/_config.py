@@ -371,6 +371,7 @@ def _url(name: str, value: object, source: str, base: Path) -> object:
     if not isinstance(value, str):
         methods = {"storage": "commit", "executor": "notify"}
         if name in methods and callable(getattr(value, methods[name], None)):
+            _check_contract(name, value)
             return value
         raise _bad(name, value, source, f"a URL, or an object that is a {name} backend")
     try:
@@ -378,6 +379,15 @@ def _url(name: str, value: object, source: str, base: Path) -> object:
     except ConfigurationError as error:
         raise ConfigurationError(f"{error} (setting={name} source={source})") from error
     return resolve_url(value, base) if name == "storage" else value
+
+
+def _check_contract(name: str, value: object) -> None:
+    from pyworkflow.spi._contract import check_executor_contract, check_storage_contract
+
+    if name == "storage":
+        check_storage_contract(cast("StorageBackend", value))
+    else:
+        check_executor_contract(cast("Executor", value))
 
 
 def _broker(name: str, value: object, source: str, _base: Path) -> object:

@@ -22,6 +22,7 @@ from typing import (
 )
 
 from pyworkflow._defining import check_function, check_name
+from pyworkflow._names import check_limit, is_name
 from pyworkflow._option_values import check_place, check_tags, delay_option, duration_option
 from pyworkflow._registry import (
     STEPS,
@@ -158,6 +159,8 @@ class Step(Generic[P, R]):
         self.policy = RetryPolicy(max_retries, delay_option(retry_delay))
         self.timeout = None if timeout is None else duration_option("timeout", timeout)
         self.queue = queue
+        # Runs of 0.1.0 may have longer names: their code must load, and they are replayed.
+        self._fits = is_name(self.name) and (queue is None or is_name(queue))
         self.priority = priority
         self.dispatch = dispatch
         self.semantics = semantics
@@ -190,6 +193,9 @@ class Step(Generic[P, R]):
                 f"step {self.name!r} was called in a workflow and awaited outside of it; "
                 "await it where it is called"
             )
+        if not self._fits and not run.is_replaying:
+            check_limit("step", self.name)
+            check_limit("queue", self.queue or "default")
         op = run.start_step(self, args, kwargs)
         future = run.ops[op].future
         assert future is not None

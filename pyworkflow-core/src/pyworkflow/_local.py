@@ -49,7 +49,7 @@ class LocalExecutor:
     """Runs everything on this machine; doorbells stay in the process."""
 
     name = "local"
-    capabilities = ExecutorCapabilities(graceful_drain=True)
+    capabilities = ExecutorCapabilities(contract_version=2, graceful_drain=True)
 
     async def open(self, config: Mapping[str, str]) -> None:
         """Nothing to connect to."""

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Self
 
 from pyworkflow._clock import ticks, utcnow
-from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
+from pyworkflow.errors import StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import Run, WorkItem
 from pyworkflow.spi.capabilities import Capabilities, StorageInfo
@@ -27,6 +27,7 @@ from pyworkflow.spi.storage import (
     RunQuery,
     StorageBackend,
 )
+from pyworkflow.storekit._decide import answer_each
 from pyworkflow.storekit.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 
 __all__ = ["MemoryStorageBackend"]
@@ -34,7 +35,9 @@ __all__ = ["MemoryStorageBackend"]
 _CAPABILITIES = Capabilities(
     server_clock=True, watch=True, batched=True, purge_by_age=True, large_history=True
 )
-_INFO = StorageInfo(name="memory", location="memory:default", capabilities=_CAPABILITIES)
+_INFO = StorageInfo(
+    contract_version=2, name="memory", location="memory:default", capabilities=_CAPABILITIES
+)
 
 
 class _Waiter:
@@ -191,32 +194,20 @@ class MemoryStorageBackend(StorageBackend):
             max_events=_INFO.max_events_per_commit,
         )
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change, all or nothing."""
-        shared = self._use()
-        self._check(change)
-        with shared.lock:
-            committed, delta = shared.store.commit(change, now=shared.now(), token=shared.token)
-            shared.tell(delta)
-        return committed
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """Each change accepted or refused alone; what cannot be stored refuses all of them."""
         shared = self._use()
         for change in changes:
             self._check(change)
-        answers: list[Answer] = []
         with shared.lock:
             now = shared.now()
-            for change in changes:
-                try:
-                    committed, delta = shared.store.commit(change, now=now, token=shared.token)
-                except (Refusal, RunNotFound, RunClosed) as refusal:
-                    answers.append(refusal)
-                else:
-                    answers.append(committed)
-                    shared.tell(delta)
-        return answers
+
+            def commit(change: Change) -> Committed:
+                committed, delta = shared.store.commit(change, now=now, token=shared.token)
+                shared.tell(delta)
+                return committed
+
+            return answer_each(changes, commit)
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items."""

@@ -23,6 +23,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.places import current_place
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
+from pyworkflow._names import check_limit, is_name
 from pyworkflow._portable import import_listed
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
@@ -94,7 +95,6 @@ _LOCAL = 1.0
 """Seconds that a result waits for this process's own turn before it watches the store: who else ends
 the run meanwhile is noticed that much later."""
 _LONGEST_REASON = 4096
-_LONGEST_KEY = 1024
 
 
 class Operations:
@@ -128,6 +128,10 @@ class Operations:
         self, workflow: Workflow[Any, Any], text: str, options: RunOptions
     ) -> str:
         """As ``start``, with arguments that ``Workflow.encode_call`` has encoded."""
+        owner = await self._owner_of_long_key(options.idempotency_key)
+        if owner is not None:
+            run_id = await self._attach(owner, workflow, text, key=options.idempotency_key)
+            return self.begun_here(run_id, workflow, options)
         limit = await self._limit(workflow, text, options)
         run_id = options.run_id or _new_id()
         change, started = await self._creation(run_id, workflow, text, options, limit)
@@ -147,14 +151,14 @@ class Operations:
         if failpoints.active:
             failpoints.hit("client.after_start")
         created = cast("NewRun", change.create)
-        event = started._replace(run_id=run_id, seq=1, timestamp=answer.timestamp)
+        events = answer.stored(run_id, [started])
         _plugins.observe("pyworkflow_run_created", run_id=run_id, workflow=workflow.name)
-        self._observe(run_id, workflow.name, [event])
+        self._observe(run_id, workflow.name, events)
         self.begun_here(run_id, workflow, options)
-        turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        turn = answer.turn
         if self._worker is not None and turn is not None:
             fresh = _fresh_run(run_id, created, answer.timestamp)
-            claim = Claim(item=turn, run=fresh, events=(event,))
+            claim = Claim(item=turn, run=fresh, events=events)
             self._worker.begin_turn(claim)
         else:
             await self._ring(run_id, created)
@@ -185,18 +189,17 @@ class Operations:
         if hooks := observed_hooks():
             tell_observers(hooks, run_id, workflow, events)
 
+    async def _owner_of_long_key(self, key: object) -> str | None:
+        """The run that has a key which is too long for a new run: 0.1.0 took it."""
+        if not isinstance(key, str) or not key or is_name(key):
+            return None
+        if self._worker is None:  # whose storage is open
+            await self.storage.open()
+        return await self.storage.find_run(key)
+
     async def _limit(self, workflow: Workflow[Any, Any], text: str, options: RunOptions) -> int:
         """The largest payload of the run; what is asked for is checked first."""
-        key: Any = options.idempotency_key
-        if key is not None and not (isinstance(key, str) and 0 < len(key) <= _LONGEST_KEY):
-            raise ArgumentError(
-                f"idempotency_key={key!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
-            )
-        asked: Any = options.run_id
-        if asked is not None and not (isinstance(asked, str) and 0 < len(asked) <= _LONGEST_KEY):
-            raise ArgumentError(
-                f"run_id={asked!r:.80} is not text of 1 to {_LONGEST_KEY} characters"
-            )
+        _check_limits(workflow, options)
         if self._worker is None:  # whose storage is open
             await self.storage.open()
         info = self.storage.info()
@@ -583,6 +586,18 @@ def _after(now: datetime, duration: timedelta) -> datetime:
 
 def _new_id() -> str:
     return f"run_{secrets.token_hex(12)}"
+
+
+def _check_limits(workflow: Workflow[Any, Any], options: RunOptions) -> None:
+    """Refuse names of a new run that are too long for indexes. ``ArgumentError``."""
+    if options.idempotency_key is not None:
+        check_limit("idempotency_key", options.idempotency_key)
+    if options.run_id is not None:
+        check_limit("run_id", options.run_id)
+    check_limit("workflow", workflow.name)
+    check_limit("queue", options.queue or workflow.queue or "default")
+    for tag in (*workflow.tags, *options.tags):
+        check_limit("tag", tag)
 
 
 def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:

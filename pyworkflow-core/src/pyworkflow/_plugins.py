@@ -108,8 +108,10 @@ def make_storage(url: str, namespace: str = "default") -> StorageBackend:
         PluginNotFound: No installed plugin serves the scheme; names the ``pip install`` line.
         PluginBroken: Its plugin does not load.
         ConfigurationError: The URL or an option is wrong, the plugin is disabled, or two
-            distributions serve the scheme.
+            distributions serve the scheme, or the plugin is written for another version of the
+            contract.
     """
+    from pyworkflow.spi._contract import check_storage_contract
     from pyworkflow.spi.storage import StorageBackend
 
     parse_url(url, "storage")
@@ -124,6 +126,7 @@ def make_storage(url: str, namespace: str = "default") -> StorageBackend:
     made = _catalogue.make("storage", parsed, options)
     if not isinstance(made, StorageBackend):
         raise _not_a("storage", parsed, made, "a subclass of pyworkflow.spi.StorageBackend")
+    check_storage_contract(made)
     return made
 
 
@@ -132,6 +135,8 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
 
     The plugin's options are ``config`` overridden by the URL's query. Raises as ``make_storage``.
     """
+    from pyworkflow.spi._contract import check_executor_contract
+
     parsed = parse_url(url, "executor")
     check_name(url, "executor")
     made = _catalogue.make("executor", parsed, {**(config or {}), **parsed.options})
@@ -139,7 +144,9 @@ def make_executor(url: str, config: Mapping[str, str] | None = None) -> Executor
         callable(getattr(made, name, None)) for name in ("open", "notify", "serve", "close")
     ):
         raise _not_a("executor", parsed, made, "a pyworkflow.spi.Executor")
-    return cast("Executor", made)
+    executor = cast("Executor", made)
+    check_executor_contract(executor)
+    return executor
 
 
 def make_codec(name: str, options: Mapping[str, str]) -> Codec:

@@ -19,6 +19,7 @@ from pyworkflow._local import configured_storage
 from pyworkflow._logging import replay_filter
 from pyworkflow._routing import Importing
 from pyworkflow.errors import ConfigurationError
+from pyworkflow.spi._contract import check_storage_contract
 from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
 
@@ -68,6 +69,8 @@ def create_runtime(
         PluginNotFound: the store's URL has no plugin.
     """
     config = config or settings()
+    if storage is not None:
+        check_storage_contract(storage)
     _load_plugins(config)
     return Worker(
         storage if storage is not None else configured_storage(config),

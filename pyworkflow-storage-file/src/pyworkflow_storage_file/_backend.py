@@ -24,17 +24,14 @@ from pyworkflow.spi import (
     Event,
     KeyMark,
     Page,
-    Refusal,
     Run,
-    RunClosed,
     RunDelta,
-    RunNotFound,
     RunQuery,
     StorageFull,
     StorageInfo,
     WorkItem,
 )
-from pyworkflow.storekit import check_change
+from pyworkflow.storekit import answer_each, check_change
 from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
 from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._journal import SEGMENT_BYTES, Journal
@@ -103,6 +100,7 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits."""
         return StorageInfo(
+            contract_version=2,
             name="file",
             location=str(self.path),
             namespace=self.namespace,
@@ -142,16 +140,11 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
 
     # --- writing ------------------------------------------------------------------------------
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change; durable on return."""
-        self._check(change)
-        return await self._write(partial(_commit, change), small=True)
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        """Apply independent changes with one write."""
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
+        """Apply independent changes with one write; durable on return."""
         for change in changes:
             self._check(change)
-        run = partial(_commit_many, changes)
+        run = partial(_commit_all, changes)
         return await self._write(run, small=len(changes) <= FEW)
 
     async def claim(self, request: ClaimRequest) -> Claimed:
@@ -309,14 +302,8 @@ def _commit(change: Change, batch: Batch) -> Committed:
     return committed
 
 
-def _commit_many(changes: Sequence[Change], batch: Batch) -> list[Answer]:
-    answers: list[Answer] = []
-    for change in changes:
-        try:
-            answers.append(_commit(change, batch))
-        except (Refusal, RunNotFound, RunClosed) as refusal:
-            answers.append(refusal)
-    return answers
+def _commit_all(changes: Sequence[Change], batch: Batch) -> list[Answer]:
+    return answer_each(changes, lambda change: _commit(change, batch))
 
 
 # Claims and what follows from them need no flush: after power loss all holders are gone, and a

@@ -16,7 +16,6 @@ from pyworkflow.spi import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     ConfigurationError,
     Delta,
     Event,
@@ -153,6 +152,7 @@ class RedisStorageBackend(StorageBackend):
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits; ``durable`` is false until ``open`` has proved it."""
         return StorageInfo(
+            contract_version=2,
             name="redis",
             location=self._address.location,
             namespace=self.namespace,
@@ -203,16 +203,7 @@ class RedisStorageBackend(StorageBackend):
 
     # --- writing ------------------------------------------------------------------------------
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change."""
-        check_change(change, max_payload=MAX_PAYLOAD, max_events=MAX_EVENTS)
-        raw = await self._started().call("commit", *change_out(change))
-        answer = answer_in(raw[0], change)
-        if isinstance(answer, Committed):
-            return answer
-        raise answer
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """Apply independent changes in one round trip."""
         for change in changes:
             check_change(change, max_payload=MAX_PAYLOAD, max_events=MAX_EVENTS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from pyworkflow._memory import MemoryStorageBackend
-from pyworkflow.errors import KeyTaken, RunExists
+from pyworkflow.errors import KeyTaken, Refusal, RunClosed, RunExists, RunNotFound
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi import ClaimRef, Committed, ControlKind, Fenced
 
@@ -22,14 +22,30 @@ class Broken(MemoryStorageBackend):
         other._shared = self._shared
         return other
 
+    async def commit(self, changes):
+        answers = []
+        for change in changes:
+            try:
+                answers.append(await self.one(change))
+            except (Refusal, RunNotFound, RunClosed) as refusal:
+                answers.append(refusal)
+        return answers
+
+    async def one(self, change):
+        """Commit a single change; what subclasses get wrong."""
+        (answer,) = await super().commit([change])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
 
 class LostAppend(Broken):
     """Acknowledges an event and forgets it when it comes in a pair."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if len(change.events) > 1:
             change = replace(change, events=change.events[:1])
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class TwoHolders(Broken):
@@ -47,12 +63,12 @@ class TwoHolders(Broken):
 class StaleFence(Broken):
     """Believes whoever was fenced."""
 
-    async def commit(self, change):
+    async def one(self, change):
         try:
-            return await super().commit(change)
+            return await super().one(change)
         except Fenced:
             loose = replace(change, claim=None, seen=None, settle=None, drop=(), control=None)
-            return await super().commit(loose)
+            return await super().one(loose)
 
 
 class OutOfOrder(Broken):
@@ -65,9 +81,9 @@ class OutOfOrder(Broken):
 class SwallowedWakeUp(Broken):
     """An input does not make the turn due when the turn lies in the future."""
 
-    async def commit(self, change):
+    async def one(self, change):
         before = {i.item_id: i for i in await self.list_work(change.run_id)}.get("turn")
-        committed = await super().commit(change)
+        committed = await super().one(change)
         if before is not None and change.claim is None and not change.create:
             run = self._shared.store._runs[change.run_id]
             if "turn" in run.items and not run.paused:
@@ -79,23 +95,23 @@ class SwallowedWakeUp(Broken):
 class TornBatch(Broken):
     """Writes what came before the refusal."""
 
-    async def commit(self, change):
+    async def one(self, change):
         try:
-            return await super().commit(change)
+            return await super().one(change)
         except Exception:
             if change.events and change.create is None and "out" not in change.key:
                 part = replace(change, final=None, put=(), update=None, key="torn")
-                await super().commit(part)
+                await super().one(part)
             raise
 
 
 class KeyTwice(Broken):
     """Forgets who has an idempotency key."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if change.create is not None:
             self._shared.store._keys.pop(change.create.idempotency_key, None)
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class OwnClock(Broken):
@@ -198,12 +214,12 @@ class NumberedPages(Broken):
 class AppliesTwice(Broken):
     """A change that is sent again is another change."""
 
-    async def commit(self, change):
-        committed = await super().commit(change)
+    async def one(self, change):
+        committed = await super().one(change)
         if committed.duplicate and change.create is None:
             again = replace(change, key=f"{change.key}+")
             events = [replace_key(event) for event in change.events]
-            return await super().commit(replace(again, events=events))
+            return await super().one(replace(again, events=events))
         return committed
 
 
@@ -215,20 +231,20 @@ def replace_key(event):
 class SeenByAnybody(Broken):
     """``seen`` is believed from a step's holder, too."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if change.seen is not None and change.claim is not None and change.claim.item_id != "turn":
             seen, change = change.seen, replace(change, seen=None)
-            committed = await super().commit(change)
+            committed = await super().one(change)
             self._shared.store._runs[change.run_id].seen_seq = seen
             return committed
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class PausedWorks(Broken):
     """A pause is noted, and hides nothing."""
 
-    async def commit(self, change):
-        committed = await super().commit(change)
+    async def one(self, change):
+        committed = await super().one(change)
         if change.control is not None and change.control.kind is ControlKind.PAUSE:
             run = self._shared.store._runs[change.run_id]
             for item in list(run.items.values()):
@@ -253,9 +269,9 @@ class EndDropsDeliveries(Broken):
 class TimeGoesBack(Broken):
     """Stamps events with the clock as it is."""
 
-    async def commit(self, change):
+    async def one(self, change):
         now = await self.now()
-        committed = await super().commit(change)
+        committed = await super().one(change)
         return replace(committed, timestamp=now)
 
 
@@ -291,9 +307,9 @@ class AcknowledgesEarly(Broken):
     async def _flush(self):
         change, self._buffered = self._buffered, None
         if change is not None:
-            await super().commit(change)
+            await super().one(change)
 
-    async def commit(self, change):
+    async def one(self, change):
         await self._flush()
         if change.events and change.create is None and change.claim is None:
             run = await super().get_run(change.run_id)
@@ -305,7 +321,7 @@ class AcknowledgesEarly(Broken):
                 return Committed(
                     last_seq=seqs[-1], seen_seq=0, paused=False, timestamp=now, now=now, seqs=seqs
                 )
-        return await super().commit(change)
+        return await super().one(change)
 
     async def get_events(self, run_id, *, after=0, limit=None):
         await self._flush()
@@ -333,12 +349,12 @@ class MissesChanges(Broken):
 class SettleKeepsEarlier(Broken):
     """Give an item back for later, and it stays due as it was."""
 
-    async def commit(self, change):
+    async def one(self, change):
         settle, claim = change.settle, change.claim
         if settle is None or claim is None or settle.reschedule_at is None:
-            return await super().commit(change)
+            return await super().one(change)
         before = {i.item_id: i for i in await self.list_work(change.run_id)}.get(claim.item_id)
-        committed = await super().commit(change)
+        committed = await super().one(change)
         run = self._shared.store._runs[change.run_id]
         if not committed.duplicate and before is not None and claim.item_id in run.items:
             change_item(self, change.run_id, claim.item_id, due_at=before.due_at)
@@ -348,9 +364,9 @@ class SettleKeepsEarlier(Broken):
 class KeyBeforeRun(Broken):
     """Looks at the idempotency key first."""
 
-    async def commit(self, change):
+    async def one(self, change):
         try:
-            return await super().commit(change)
+            return await super().one(change)
         except RunExists:
             key = None if change.create is None else change.create.idempotency_key
             owner = None if key is None else await self.find_run(key)
@@ -362,13 +378,13 @@ class KeyBeforeRun(Broken):
 class ClosedRunTakesInput(Broken):
     """What ended takes inputs as if it had not."""
 
-    async def commit(self, change):
+    async def one(self, change):
         run = self._shared.store._runs.get(change.run_id)
         if run is None or run.final is None or not change.events or change.claim is not None:
-            return await super().commit(change)
+            return await super().one(change)
         final, run.final = run.final, None
         try:
-            return await super().commit(change)
+            return await super().one(change)
         finally:
             run.final = final
 
@@ -376,8 +392,8 @@ class ClosedRunTakesInput(Broken):
 class LosesUpdate(Broken):
     """Attributes are replaced, not merged."""
 
-    async def commit(self, change):
-        committed = await super().commit(change)
+    async def one(self, change):
+        committed = await super().one(change)
         if change.update is not None and change.update.attributes is not None:
             run = self._shared.store._runs[change.run_id]
             run.attributes = dict(change.update.attributes)
@@ -387,19 +403,21 @@ class LosesUpdate(Broken):
 class EndsUnseen(Broken):
     """A run may end although an input waits for it."""
 
-    async def commit(self, change):
+    async def one(self, change):
         if change.final is RunStatus.COMPLETED and change.claim is not None:
             run = self._shared.store._runs.get(change.run_id)
             if run is not None:
                 change = replace(change, seen=len(run.events))
-        return await super().commit(change)
+        return await super().one(change)
 
 
 class LoopsOverCommit(Broken):
     """Declares batches and sends one by one."""
 
-    async def commit_many(self, changes):
-        return [await self.commit(change) for change in changes]
+    async def commit(self, changes):
+        if len(changes) > 1:
+            return [answer for change in changes for answer in await self.commit([change])]
+        return await super().commit(changes)
 
 
 class LeasesOfAll(Broken):

@@ -17,7 +17,7 @@ def test_a_broken_worker_is_failed_by_its_check(kind, check_id, monkeypatch):
     monkeypatch.setattr(_executor_case, "PATIENCE", 8.0)
 
     class Suite(ExecutorConformance):
-        capabilities = ExecutorCapabilities(graceful_drain=True)
+        capabilities = ExecutorCapabilities(contract_version=2, graceful_drain=True)
 
         def environment(self, namespace, folder):
             return {

@@ -158,5 +158,5 @@ def test_a_failure_tells_seed_calls_and_state():
     assert "check=ORD-05 seed=41" in told
     assert "PYWORKFLOW_CONFORMANCE_SEED=41 pytest -k ORD_05" in told
     assert "state check (fsck): " in told
-    assert "store 1: commit(Change(run_id='run', key='start'" in told
+    assert "store 1: commit_one(Change(run_id='run', key='start'" in told
     assert "get_events('run'" in told

@@ -33,7 +33,7 @@ async def fill(path, runs):
     held = LeaseFor(owner="w", lease=timedelta(minutes=1))
     async with make(path) as backend:
         for start in range(0, runs, 250):
-            answers = await backend.commit_many(
+            answers = await backend.commit(
                 [
                     Change(
                         run_id=f"run_{number:012x}",
@@ -51,7 +51,7 @@ async def fill(path, runs):
                 for _ in range(3)
                 for kind, klass in (("step.started", "O"), ("step.completed", "I"))
             ]
-            await backend.commit_many(
+            await backend.commit(
                 [
                     Change(
                         run_id=item.run_id,

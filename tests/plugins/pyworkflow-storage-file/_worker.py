@@ -41,22 +41,22 @@ async def write(path, name, count):
     """Commit pairs to a run that all writers share and to one of this writer's own."""
     async with FileStorageBackend(path) as backend:
         with contextlib.suppress(RunExists):
-            await backend.commit(create("shared"))
-        await backend.commit(create(name))
+            await backend.commit_one(create("shared"))
+        await backend.commit_one(create(name))
         for number in range(int(count)):
             await asyncio.gather(
-                backend.commit(pair("shared", name, number)),
-                backend.commit(pair(name, name, number)),
+                backend.commit_one(pair("shared", name, number)),
+                backend.commit_one(pair(name, name, number)),
             )
 
 
 async def endless(path, name):
     """Commit pairs for ever, and say so after each acknowledgement."""
     async with FileStorageBackend(path) as backend:
-        await backend.commit(create(name))
+        await backend.commit_one(create(name))
         number = 0
         while True:
-            await backend.commit(pair(name, name, number))
+            await backend.commit_one(pair(name, name, number))
             print(number, flush=True)
             number += 1
 
@@ -66,7 +66,7 @@ async def keys(path, name, count):
     async with FileStorageBackend(path) as backend:
         for number in range(int(count)):
             try:
-                await backend.commit(create(f"{name}-{number}", idempotency_key=f"k{number}"))
+                await backend.commit_one(create(f"{name}-{number}", idempotency_key=f"k{number}"))
                 print(number, flush=True)
             except KeyTaken:
                 pass
@@ -88,7 +88,7 @@ async def work(path, name):
                     settle=Settle(),
                 )
                 with contextlib.suppress(Fenced):
-                    await backend.commit(change)
+                    await backend.commit_one(change)
                     print(claim.item.run_id, claim.ref.token, flush=True)
 
 
@@ -96,10 +96,10 @@ async def rewrite(path):
     """Make garbage and rewrite the journal for ever."""
     _writer._GARBAGE_BYTES = 4_000
     async with FileStorageBackend(path) as backend:
-        await backend.commit(create("r"))
+        await backend.commit_one(create("r"))
         number = 0
         while True:
-            await backend.commit(pair("r", "r", number))
+            await backend.commit_one(pair("r", "r", number))
             print(number, flush=True)
             number += 1
             for _ in range(5):
@@ -111,12 +111,12 @@ async def rewrite(path):
 async def limited(path, name):
     """Commit pairs until the file size limit of the process stops it, then once more."""
     async with FileStorageBackend(path) as backend:
-        await backend.commit(create(name))
+        await backend.commit_one(create(name))
         number = 0
         refused = 0
         while refused < 3:
             try:
-                await backend.commit(pair(name, name, number))
+                await backend.commit_one(pair(name, name, number))
                 print(number, flush=True)
                 number += 1
             except StorageFull:

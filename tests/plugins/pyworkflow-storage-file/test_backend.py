@@ -121,9 +121,9 @@ def test_the_first_call_opens_and_a_second_open_is_fine(tmp_path):
 def test_what_was_committed_is_there_for_other_objects_and_after_a_restart(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:
-            await one.commit(create("r"))
+            await one.commit_one(create("r"))
             assert (await two.get_run("r")).workflow == "w"
-            await two.commit(note("r", "hello"))
+            await two.commit_one(note("r", "hello"))
             assert messages(await one.get_events("r")) == ["hello"]
         async with FileStorageBackend(tmp_path) as again:
             assert [e.seq for e in await again.get_events("r")] == [1, 2]
@@ -136,7 +136,7 @@ def test_the_journal_is_json_lines(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as backend:
             for n in range(3):
-                await backend.commit(create(f"r{n}"))
+                await backend.commit_one(create(f"r{n}"))
 
     asyncio.run(main())
     (path,) = (tmp_path / "default").glob("*.jsonl")
@@ -164,7 +164,7 @@ def test_use_after_close_raises_and_close_is_idempotent(tmp_path):
 def test_close_finishes_what_was_begun_and_ends_the_thread(tmp_path):
     async def main():
         backend = FileStorageBackend(tmp_path)
-        begun = [asyncio.ensure_future(backend.commit(create(f"r{n}"))) for n in range(50)]
+        begun = [asyncio.ensure_future(backend.commit_one(create(f"r{n}"))) for n in range(50)]
         await asyncio.sleep(0)
         await backend.close()
         await asyncio.gather(*begun)
@@ -189,7 +189,7 @@ def test_an_object_that_was_dropped_ends_its_thread(tmp_path):
 
 def test_another_loop_is_refused_and_clone_is_the_remedy(tmp_path):
     backend = FileStorageBackend(tmp_path, namespace="n")
-    asyncio.run(backend.commit(create("r")))
+    asyncio.run(backend.commit_one(create("r")))
 
     async def other():
         with pytest.raises(StorageError, match=r"clone\(\)"):
@@ -209,7 +209,7 @@ from pyworkflow_storage_file import FileStorageBackend
 backend = FileStorageBackend(sys.argv[1])
 async def main():
     for n in range(20):
-        await backend.commit(Change(run_id=f"r{n}", key="k",
+        await backend.commit_one(Change(run_id=f"r{n}", key="k",
             create=NewRun(workflow="w", version="1", args="[]"),
             events=[Event("workflow.started", "I", {})]))
 asyncio.run(main())
@@ -236,15 +236,15 @@ def make(run_id):
                   events=[Event("workflow.started", "I", {})])
 async def child():
     for n in range(30):
-        await backend.commit(make(f"child{n}"))
+        await backend.commit_one(make(f"child{n}"))
     await backend.close()
 async def parent():
-    await backend.commit(make("first"))
+    await backend.commit_one(make("first"))
     pid = os.fork()
     if pid == 0:
         return None
     for n in range(30):
-        await backend.commit(make(f"parent{n}"))
+        await backend.commit_one(make(f"parent{n}"))
     return pid
 import warnings; warnings.simplefilter("ignore")
 loop = asyncio.new_event_loop()
@@ -273,7 +273,7 @@ def test_namespaces_are_isolated_whatever_they_are_called(tmp_path):
         for name in names:
             async with FileStorageBackend(tmp_path, namespace=name) as backend:
                 assert (await backend.list_runs(RunQuery())).items == []
-                await backend.commit(create("same"))
+                await backend.commit_one(create("same"))
         for name in names:
             async with FileStorageBackend(tmp_path, namespace=name) as backend:
                 assert len(await backend.get_events("same")) == 1
@@ -308,7 +308,7 @@ def test_a_path_that_becomes_usable_is_used(tmp_path):
         with pytest.raises(ConfigurationError):
             await backend.open()
         (tmp_path / "store").unlink()
-        await backend.commit(create("r"))
+        await backend.commit_one(create("r"))
         await backend.close()
 
     asyncio.run(main())
@@ -361,15 +361,15 @@ def test_refusals_of_one_do_not_touch_the_others_in_a_batch(tmp_path):
             other = create("a")
             other.key = "other"
             first, *answers = await asyncio.gather(
-                backend.commit(create("a")),
-                backend.commit(other),
-                backend.commit(create("b")),
+                backend.commit_one(create("a")),
+                backend.commit_one(other),
+                backend.commit_one(create("b")),
                 return_exceptions=True,
             )
             assert first.last_seq == 1
             assert isinstance(answers[0], RunExists)
             assert answers[1].last_seq == 1
-            answers = await backend.commit_many([create("c"), other, create("d")])
+            answers = await backend.commit([create("c"), other, create("d")])
             assert isinstance(answers[1], RunExists)
         async with FileStorageBackend(tmp_path) as again:
             runs = (await again.list_runs(RunQuery())).items
@@ -381,9 +381,9 @@ def test_refusals_of_one_do_not_touch_the_others_in_a_batch(tmp_path):
 def test_a_change_sent_again_is_answered_as_it_was_after_a_restart(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as backend:
-            first = await backend.commit(create("r"))
+            first = await backend.commit_one(create("r"))
         async with FileStorageBackend(tmp_path) as backend:
-            again = await backend.commit(create("r"))
+            again = await backend.commit_one(create("r"))
         assert again.duplicate
         assert (again.last_seq, again.timestamp) == (first.last_seq, first.timestamp)
 
@@ -395,7 +395,7 @@ def test_claims_are_seen_by_others_and_tokens_never_repeat(tmp_path):
         tokens = set()
         for n in range(3):
             async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:
-                await one.commit(create(f"r{n}"))
+                await one.commit_one(create(f"r{n}"))
                 request = ClaimRequest(owner="o", lease=MINUTE, items=[(f"r{n}", "turn")])
                 (claim,) = (await one.claim(request)).claims
                 assert (await two.claim(request)).claims == []
@@ -414,7 +414,7 @@ def test_a_claim_whose_caller_was_cancelled_is_given_back(tmp_path):
         async with FileStorageBackend(tmp_path) as backend:
             for n in range(20):
                 run_id = f"r{n}"
-                await backend.commit(create(run_id))
+                await backend.commit_one(create(run_id))
                 request = ClaimRequest(owner="o", lease=MINUTE, items=[(run_id, "turn")])
                 task = asyncio.ensure_future(backend.claim(request))
                 for _ in range(n % 4):
@@ -433,14 +433,14 @@ def test_a_claim_whose_caller_was_cancelled_is_given_back(tmp_path):
 def test_a_fenced_change_writes_nothing(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             request = ClaimRequest(owner="o", lease=MINUTE)
             (claim,) = (await backend.claim(request)).claims
             await backend.release(claim.ref)
             change = Change(run_id="r", key=f"{claim.ref.token}:1", claim=claim.ref, seen=1)
             before = [p.read_bytes() for p in (tmp_path / "default").glob("*.jsonl")]
             with pytest.raises(Fenced):
-                await backend.commit(change)
+                await backend.commit_one(change)
             assert [p.read_bytes() for p in (tmp_path / "default").glob("*.jsonl")] == before
 
     asyncio.run(main())
@@ -471,8 +471,8 @@ def test_h16_a_wall_clock_that_is_set_neither_ends_leases_nor_freezes_dead_ones(
         backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)
         backend._calls = other._calls = clock
         async with backend, other:
-            await backend.commit(create("live"))
-            await backend.commit(create("dead"))
+            await backend.commit_one(create("live"))
+            await backend.commit_one(create("dead"))
             live = ClaimRequest(owner="a", lease=MINUTE, items=[("live", "turn")])
             dead = ClaimRequest(owner="b", lease=MINUTE / 6, items=[("dead", "turn")])
             assert (await backend.claim(dead)).claims
@@ -499,17 +499,17 @@ def test_h16_a_wall_clock_that_is_set_neither_ends_leases_nor_freezes_dead_ones(
 def test_watch_wakes_for_a_run(tmp_path, same):
     async def main():
         async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:
-            await one.commit(create("r"))
+            await one.commit_one(create("r"))
             assert await one.watch("r", after=0, timeout=timedelta(0))
             assert not await one.watch("r", after=1, timeout=timedelta(milliseconds=5))
             writer = one if same else two
             task = asyncio.ensure_future(one.watch("r", after=1, timeout=MINUTE))
             await asyncio.sleep(0)
-            await writer.commit(note("r", "news"))
+            await writer.commit_one(note("r", "news"))
             assert await asyncio.wait_for(task, 10)
             late = asyncio.ensure_future(two.watch("later", after=0, timeout=MINUTE))
             await asyncio.sleep(0)
-            await writer.commit(create("later"))
+            await writer.commit_one(create("later"))
             assert await asyncio.wait_for(late, 10)
 
     asyncio.run(main())
@@ -524,16 +524,16 @@ def test_watch_wakes_a_worker_for_new_work_and_misses_none(tmp_path, same):
             for n in range(5):
                 assert not (await one.claim(request)).claims
                 if n % 2:
-                    await writer.commit(create(f"r{n}"))  # before the wait begins
+                    await writer.commit_one(create(f"r{n}"))  # before the wait begins
                     assert await one.watch(None, after=0, timeout=MINUTE)
                 else:
                     task = asyncio.ensure_future(one.watch(None, after=0, timeout=MINUTE))
                     await asyncio.sleep(0)
-                    await writer.commit(create(f"r{n}"))
+                    await writer.commit_one(create(f"r{n}"))
                     assert await asyncio.wait_for(task, 10)
                 (claim,) = (await one.claim(request)).claims
                 key = f"{claim.ref.token}:1"
-                await one.commit(
+                await one.commit_one(
                     Change(run_id=f"r{n}", key=key, claim=claim.ref, seen=1, settle=Settle())
                 )
                 while await one.watch(None, after=0, timeout=timedelta(0)):
@@ -551,7 +551,7 @@ def test_a_journal_of_garbage_is_rewritten_and_followed(tmp_path, monkeypatch):
     async def main():
         async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:
             await one.shift_clock(timedelta(days=1))
-            await one.commit(create("r", idempotency_key="k"))
+            await one.commit_one(create("r", idempotency_key="k"))
             request = ClaimRequest(owner="o", lease=MINUTE)
             while not list((tmp_path / "default").glob("000003-*.jsonl")):
                 (claim,) = (await one.claim(request)).claims
@@ -559,13 +559,13 @@ def test_a_journal_of_garbage_is_rewritten_and_followed(tmp_path, monkeypatch):
             for each in (one, two):
                 assert len(await each.get_events("r")) == 1
                 assert await each.find_run("k") == "r"
-            await two.commit(note("r", "after"))
+            await two.commit_one(note("r", "after"))
             assert messages(await one.get_events("r")) == ["after"]
         assert sum(p.stat().st_size for p in (tmp_path / "default").glob("*.jsonl")) < 25_000
         async with FileStorageBackend(tmp_path) as again:
             assert (await again.get_run("r")).history_length == 2
             assert await again.now() > datetime.now(UTC) + timedelta(hours=23)
-            assert (await again.commit(create("r", idempotency_key="k"))).duplicate
+            assert (await again.commit_one(create("r", idempotency_key="k"))).duplicate
 
     asyncio.run(main())
 
@@ -578,12 +578,12 @@ def test_a_purge_gives_the_room_back(tmp_path, monkeypatch):
             for n in range(50):
                 change = create(f"r{n}")
                 change.events = [*change.events, Event("log.info", "O", {"message": "x" * 1000})]
-                await backend.commit(change)
+                await backend.commit_one(change)
                 request = ClaimRequest(owner="o", lease=MINUTE)
                 (claim,) = (await backend.claim(request)).claims
                 key = f"{claim.ref.token}:1"
                 done = [Event("workflow.completed", "C", {"result": "1"})]
-                await backend.commit(
+                await backend.commit_one(
                     Change(
                         run_id=f"r{n}",
                         key=key,
@@ -612,15 +612,15 @@ def test_f28_a_full_disk_refuses_whole_changes_and_the_same_change_goes_through_
         backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)
         backend._calls = Failing()
         async with backend, other:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             backend._calls.codes["write"] = errno.ENOSPC
             answers = await asyncio.gather(
-                *(backend.commit(note("r", str(n))) for n in range(5)), return_exceptions=True
+                *(backend.commit_one(note("r", str(n))) for n in range(5)), return_exceptions=True
             )
             assert all(isinstance(answer, StorageFull) for answer in answers)
             assert messages(await backend.get_events("r")) == []
             backend._calls.codes.clear()
-            await backend.commit(note("r", "0"))
+            await backend.commit_one(note("r", "0"))
             assert messages(await other.get_events("r")) == ["0"]
 
     asyncio.run(main())
@@ -632,7 +632,7 @@ def test_found_m10_what_a_full_disk_kept_from_being_released_is_free_when_there_
         backend._calls = Failing()
         async with backend:
             for run_id in ("a", "b"):
-                await backend.commit(create(run_id))
+                await backend.commit_one(create(run_id))
             request = ClaimRequest(owner="o", lease=MINUTE, limit=2)
             first, second = (await backend.claim(request)).claims
             backend._calls.codes["write"] = errno.ENOSPC
@@ -654,14 +654,14 @@ def test_f29_a_failing_flush_reports_no_success_and_poisons_for_all(tmp_path):
         backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)
         backend._calls = Failing()
         async with backend, other:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             backend._calls.codes["flush"] = errno.EIO
             with pytest.raises(StorageError, match="poisoned"):
-                await backend.commit(note("r", "lost"))
+                await backend.commit_one(note("r", "lost"))
             backend._calls.codes.clear()
             for each in (backend, other):
                 with pytest.raises(StorageError, match="poisoned"):
-                    await each.commit(note("r", "more"))
+                    await each.commit_one(note("r", "more"))
                 with pytest.raises(StorageError, match="poisoned"):
                     await each.get_events("r")
 
@@ -674,15 +674,15 @@ def test_a_lock_that_is_held_for_too_long_is_reported(tmp_path):
     async def main():
         backend = FileStorageBackend(tmp_path)
         backend._lock_timeout = 0.2
-        await backend.commit(create("r"))
+        await backend.commit_one(create("r"))
         lock = StoreLock(tmp_path / "default")
         lock.open()
         lock.acquire()
         with pytest.raises(StorageUnavailable, match="lock"):
-            await backend.commit(note("r", "blocked"))
+            await backend.commit_one(note("r", "blocked"))
         lock.release()
         lock.close()
-        await backend.commit(note("r", "free"))
+        await backend.commit_one(note("r", "free"))
         assert messages(await backend.get_events("r")) == ["free"]
         await backend.close()
 
@@ -692,7 +692,7 @@ def test_a_lock_that_is_held_for_too_long_is_reported(tmp_path):
 def test_the_kinds_of_items_survive_a_restart(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as backend:
-            await backend.commit(create("r", queue="q", priority=3))
+            await backend.commit_one(create("r", queue="q", priority=3))
         async with FileStorageBackend(tmp_path) as backend:
             (item,) = await backend.list_work("r")
             assert (item.kind, item.queue, item.priority) == (ItemKind.TURN, "q", 3)
@@ -718,7 +718,7 @@ def test_a_rewrite_that_fails_is_tried_later_and_hurts_nobody(tmp_path, monkeypa
         backend, other = FileStorageBackend(tmp_path), FileStorageBackend(tmp_path)
         backend._calls = NoReplace()
         async with backend, other:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             request = ClaimRequest(owner="o", lease=MINUTE)
             manifest = tmp_path / "default" / "manifest.json"
             while json.loads(manifest.read_text())["generation"] == 1:

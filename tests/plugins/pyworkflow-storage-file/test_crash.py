@@ -227,10 +227,10 @@ def busy(path, calls, acknowledge):
         async with backend:
             new = NewRun(workflow="w", version="1", args="[]")
             started = Event("workflow.started", "I", {})
-            await backend.commit(Change(run_id="r", key="k", create=new, events=[started]))
+            await backend.commit_one(Change(run_id="r", key="k", create=new, events=[started]))
             for number in range(5):
                 events = [Event("log.info", "O", {"number": number, "part": p}) for p in (1, 2)]
-                await backend.commit(Change(run_id="r", key=f"n{number}", events=events))
+                await backend.commit_one(Change(run_id="r", key=f"n{number}", events=events))
                 with calls.alive:
                     os.write(acknowledge, b"%d\n" % number)
                 for _ in range(3):
@@ -264,7 +264,7 @@ def append(path, number):
     async def main():
         async with FileStorageBackend(path) as backend:
             events = [Event("log.info", "O", {"number": number, "part": p}) for p in (1, 2)]
-            await backend.commit(Change(run_id="r", key="appended", events=events))
+            await backend.commit_one(Change(run_id="r", key="appended", events=events))
 
     asyncio.run(main())
 

@@ -89,7 +89,7 @@ async def finish(backend, run_id, status=RunStatus.COMPLETED):
         update=Update(result="[1.5]", attributes={"a": [None, {}]}),
         settle=Settle(),
     )
-    return change, await backend.commit(change)
+    return change, await backend.commit_one(change)
 
 
 async def picture(backend):
@@ -124,7 +124,7 @@ async def live(backend, chooser, number):
     if run is None:
         key = None if chooser.random() < 0.5 else f"key-{run_id}-{number}"
         parent = None if chooser.random() < 0.8 else ParentRef(run_id="r1", op="1")
-        await backend.commit(
+        await backend.commit_one(
             create(run_id, idempotency_key=key, parent=parent, workflow=f"w{number % 3}")
         )
     elif run.status.is_terminal:
@@ -133,18 +133,18 @@ async def live(backend, chooser, number):
             before = await backend.now() - timedelta(minutes=chooser.choice([0, 30, 100]))
             await backend.purge(before=before, key_retention=timedelta(hours=2), limit=5)
         else:
-            await backend.commit(note(run_id, number, "after the end"))
+            await backend.commit_one(note(run_id, number, "after the end"))
     elif chooser.random() < 0.4:
-        await backend.commit(note(run_id, number, "m" * chooser.randrange(300)))
+        await backend.commit_one(note(run_id, number, "m" * chooser.randrange(300)))
     elif chooser.random() < 0.5:
         puts = [
             Put(item_id="step:1", kind=ItemKind.STEP, payload={"n": number}),
             Put(item_id="deliver:1", kind=ItemKind.DELIVER),
         ]
-        await backend.commit(Change(run_id=run_id, key=f"p{number}", put=puts))
+        await backend.commit_one(Change(run_id=run_id, key=f"p{number}", put=puts))
     elif chooser.random() < 0.5:
         kind = ControlKind.UNPAUSE if run.paused else ControlKind.PAUSE
-        await backend.commit(Change(run_id=run_id, key=f"c{number}", control=Control(kind)))
+        await backend.commit_one(Change(run_id=run_id, key=f"c{number}", control=Control(kind)))
     else:
         request = ClaimRequest(owner="o", lease=MINUTE, limit=2)
         for claim in (await backend.claim(request)).claims:
@@ -155,7 +155,7 @@ async def live(backend, chooser, number):
             error = ErrorInfo(type="m:E", message="é", details={"a": [1]})
             ends = item.kind is ItemKind.TURN and chooser.random() < 0.6
             with suppress(Fenced, RunClosed):  # the first of two has ended the run
-                await backend.commit(
+                await backend.commit_one(
                     Change(
                         run_id=item.run_id,
                         key=f"{claim.ref.token}:1",
@@ -195,20 +195,20 @@ def test_found_h03_packing_changes_nothing_that_can_be_seen(tmp_path, seed, monk
 def test_found_h03_a_run_in_a_pack_goes_on_and_answers_as_before(tmp_path):
     async def main():
         async with make(tmp_path) as backend, make(tmp_path) as other:
-            await backend.commit(create("old", idempotency_key="k"))
-            await backend.commit(create("ended"))
+            await backend.commit_one(create("old", idempotency_key="k"))
+            await backend.commit_one(create("ended"))
             change, answer = await finish(backend, "ended")
-            await backend.commit(note("old", "first"))
+            await backend.commit_one(note("old", "first"))
             number = 0
             while not manifest(tmp_path).get("packs"):
                 number += 1
-                await backend.commit(create(f"r{number}"))
+                await backend.commit_one(create(f"r{number}"))
             for each in (backend, other):
-                assert (await each.commit(create("old", idempotency_key="k"))).duplicate
-                again = await each.commit(change)
+                assert (await each.commit_one(create("old", idempotency_key="k"))).duplicate
+                again = await each.commit_one(change)
                 assert again.duplicate
                 assert (again.last_seq, again.seqs) == (answer.last_seq, answer.seqs)
-                skipped = await each.commit(
+                skipped = await each.commit_one(
                     Change(
                         run_id="old",
                         key=f"again{each is other}",
@@ -216,7 +216,7 @@ def test_found_h03_a_run_in_a_pack_goes_on_and_answers_as_before(tmp_path):
                     )
                 )
                 assert skipped.skipped == frozenset({0})
-            await other.commit(note("old", "second"))
+            await other.commit_one(note("old", "second"))
             _, done = await finish(backend, "old")
             assert done.last_seq == 4
             assert [e.type for e in await other.get_events("old")][-1] == "workflow.completed"
@@ -230,7 +230,7 @@ def test_found_h03_a_store_opens_while_another_process_writes(tmp_path):
     async def main():
         async with make(tmp_path) as backend:
             for n in range(200):
-                await backend.commit(create(f"r{n}"))
+                await backend.commit_one(create(f"r{n}"))
             await until(lambda: manifest(tmp_path).get("packs"))
             reader = make(tmp_path)
 
@@ -240,7 +240,7 @@ def test_found_h03_a_store_opens_while_another_process_writes(tmp_path):
             reader._calls = Blocking()
             task = asyncio.ensure_future(reader.open())
             for n in range(50):
-                await backend.commit(note("r1", n))
+                await backend.commit_one(note("r1", n))
             await task
             assert len(await reader.get_events("r1")) == 51
             await reader.close()
@@ -252,10 +252,10 @@ def test_found_h03_sealed_segments_are_read_before_the_lock_is_taken(tmp_path, m
     async def main():
         lock = PackingLock(tmp_path / "default")
         async with make(tmp_path) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             assert lock.try_acquire()  # nothing is packed from here on
             for n in range(200):
-                await backend.commit(note("r", n, "m" * 100))
+                await backend.commit_one(note("r", n, "m" * 100))
         assert len(manifest(tmp_path)["segments"]) > 3
         from pyworkflow_storage_file._lock import StoreLock
         from pyworkflow_storage_file._state import State
@@ -291,10 +291,10 @@ def test_found_h03_a_journal_of_0_1_0_is_packed_when_it_is_opened(tmp_path):
     async def main():
         lock = PackingLock(tmp_path / "default")
         async with make(tmp_path) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             assert lock.try_acquire()
             for n in range(100):
-                await backend.commit(create(f"r{n}"))
+                await backend.commit_one(create(f"r{n}"))
                 await finish(backend, f"r{n}")
             seen = await picture(backend)
         lock.release()
@@ -314,7 +314,7 @@ def test_found_h03_every_flipped_bit_in_a_pack_is_named_with_file_and_offset(tmp
     async def main():
         async with make(tmp_path) as backend:
             for n in range(60):
-                await backend.commit(create(f"r{n}"))
+                await backend.commit_one(create(f"r{n}"))
                 await finish(backend, f"r{n}")
             await until(lambda: manifest(tmp_path).get("packs"))
         path = tmp_path / "default" / manifest(tmp_path)["packs"][0]
@@ -344,7 +344,7 @@ def test_found_h03_a_pack_is_readable_as_json_lines(tmp_path):
     async def main():
         async with make(tmp_path) as backend:
             for n in range(60):
-                await backend.commit(create(f"r{n}"))
+                await backend.commit_one(create(f"r{n}"))
             await until(lambda: manifest(tmp_path).get("packs"))
 
     asyncio.run(main())
@@ -378,7 +378,7 @@ def test_found_h03_a_packing_that_fails_is_tried_later_and_loses_nothing(tmp_pat
             number = 0
             while not manifest(tmp_path).get("packs"):
                 number += 1
-                await backend.commit(create(f"r{number}"))
+                await backend.commit_one(create(f"r{number}"))
             assert calls.failed == 2
             assert await picture(other) == await picture(backend)
             await until(lambda: not backend._dispatcher._writer._packer.is_busy)
@@ -391,7 +391,7 @@ def test_found_h03_a_packing_that_fails_is_tried_later_and_loses_nothing(tmp_pat
 def test_leftovers_of_a_packing_that_was_killed_are_removed(tmp_path):
     async def main():
         async with make(tmp_path) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
         stray = tmp_path / "default" / "000002-p00001.jsonl"
         stray.write_bytes(b"half of a pack")
         lock = PackingLock(tmp_path / "default")

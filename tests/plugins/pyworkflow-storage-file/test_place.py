@@ -76,11 +76,11 @@ def test_found_h04_a_store_that_is_elsewhere_is_noticed_at_the_next_write(tmp_pa
     async def main():
         backend = FileStorageBackend(root)
         async with backend:
-            await backend.commit(create("before"))
+            await backend.commit_one(create("before"))
             (claim,) = (await backend.claim(REQUEST)).claims
             happens(root)
             calls = {
-                "commit": lambda: backend.commit(create("after")),
+                "commit": lambda: backend.commit_one(create("after")),
                 "claim": lambda: backend.claim(REQUEST),
                 "renew": lambda: backend.renew([claim.ref], timedelta(minutes=1)),
             }
@@ -97,7 +97,7 @@ def test_found_h04_a_store_that_is_elsewhere_is_noticed_at_the_next_write(tmp_pa
         if happens in {replace_all, replace_namespace, replace_segment}:
             async with FileStorageBackend(root) as again:
                 assert await again.get_run("after") is None
-                await again.commit(create("after"))
+                await again.commit_one(create("after"))
                 assert await again.get_run("before") is not None
 
     asyncio.run(main())
@@ -109,7 +109,7 @@ def test_found_h04_a_reader_notices_it_too(tmp_path, happens):
 
     async def main():
         async with FileStorageBackend(root) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             assert await backend.get_run("r") is not None
             happens(root)
             with pytest.raises(StorageError, match=MESSAGE):
@@ -123,12 +123,12 @@ def test_found_h04_what_is_moved_back_is_used_again(tmp_path):
 
     async def main():
         async with FileStorageBackend(root) as backend:
-            await backend.commit(create("a"))
+            await backend.commit_one(create("a"))
             root.rename(other)
             with pytest.raises(StorageError, match=MESSAGE):
-                await backend.commit(create("b"))
+                await backend.commit_one(create("b"))
             other.rename(root)
-            await backend.commit(create("b"))
+            await backend.commit_one(create("b"))
         async with FileStorageBackend(root) as again:
             assert await again.get_run("b") is not None
 
@@ -151,9 +151,9 @@ def test_found_h04_a_store_that_moves_during_a_commit_is_not_written_to_in_silen
         backend = FileStorageBackend(root)
         backend._calls = calls = Moving()
         async with backend:
-            await backend.commit(create("a"))
+            await backend.commit_one(create("a"))
             calls.moves = True
             with pytest.raises(StorageError, match=MESSAGE):
-                await backend.commit(create("b"))
+                await backend.commit_one(create("b"))
 
     asyncio.run(main())

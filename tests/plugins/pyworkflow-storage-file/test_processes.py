@@ -76,7 +76,9 @@ def test_f32_no_item_is_claimed_twice(tmp_path):
             for n in range(100):
                 new = NewRun(workflow="w", version="1", args="[]")
                 started = Event("workflow.started", "I", {})
-                await backend.commit(Change(run_id=f"r{n}", key="k", create=new, events=[started]))
+                await backend.commit_one(
+                    Change(run_id=f"r{n}", key="k", create=new, events=[started])
+                )
 
     asyncio.run(main())
     done = finish([start("work", tmp_path, f"w{n}") for n in range(4)])

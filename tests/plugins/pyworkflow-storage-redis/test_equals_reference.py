@@ -87,7 +87,7 @@ class Pair:
         given: list[str] = []
 
         async def ours() -> Committed:
-            committed = await self.store.commit(change)
+            committed = await self.store.commit_one(change)
             assert not isinstance(committed.claims, str)
             leases = [item.lease for item in committed.claims]
             given.extend(lease.token for lease in leases if lease is not None)
@@ -100,7 +100,7 @@ class Pair:
             return plain(committed)
 
         def theirs() -> Committed:
-            answer, _ = self.reference.commit(change, now=self.now, token=self.tokens(given))
+            answer, _ = self.reference.commit_one(change, now=self.now, token=self.tokens(given))
             return plain(answer)
 
         await self.both(ours(), theirs)
@@ -213,7 +213,7 @@ class Pair:
         self.kinds.add(kind)
         lease = seconds(pick.randint(0, 40))
         if kind == "commit":
-            await self.commit(self.change())
+            await self.commit_one(self.change())
         elif kind == "claim":
             refs = [(pick.choice(RUNS), pick.choice([*ITEMS, "turn", "turn"])) for _ in range(3)]
             await self.claim(ClaimRequest(owner="v", lease=lease, limit=2, items=refs))

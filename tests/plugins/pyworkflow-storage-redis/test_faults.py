@@ -160,13 +160,13 @@ def test_f17_a_server_that_lost_everything_is_noticed(make_valkey: MakeValkey) -
 
     async def main() -> None:
         async with RedisStorageBackend(server.url) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             server.kill()
             server.start()
             with pytest.raises(LostWrites) as caught:
                 await until_it_answers(lambda: store.get_run("run"))
             with pytest.raises(LostWrites):
-                await store.commit(create("other"))
+                await store.commit_one(create("other"))
             assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
         async with RedisStorageBackend(server.url) as fresh:
             assert await fresh.get_run("run") is None
@@ -178,7 +178,7 @@ async def fill(store: RedisStorageBackend) -> int:
     """Create runs until the server has no memory for another; how many."""
     for number in range(500):
         try:
-            await store.commit(create(f"run-{number}", 200_000))
+            await store.commit_one(create(f"run-{number}", 200_000))
         except StorageFull as error:
             if "memory" in str(error):
                 return number
@@ -196,13 +196,13 @@ def test_f19_without_memory_a_change_is_refused_whole(make_valkey: MakeValkey) -
             assert await store.get_run(f"run-{stored}") is None
             server.command("CONFIG", "SET", "maxmemory", "1mb")
             with pytest.raises(StorageFull):
-                await store.commit_many([note(f"run-{n}", n) for n in range(5)])
+                await store.commit([note(f"run-{n}", n) for n in range(5)])
             for n in range(5):
                 assert len(await store.get_events(f"run-{n}")) == 1
             assert (await store.stats())["runs"] == stored
             assert await fsck(store) == []
             server.command("CONFIG", "SET", "maxmemory", "0")
-            await store.commit(create(f"run-{stored}"))
+            await store.commit_one(create(f"run-{stored}"))
             assert await fsck(store) == []
 
     asyncio.run(main())
@@ -213,14 +213,14 @@ def test_f20_a_failover_that_lost_writes_is_noticed(make_valkey: MakeValkey) -> 
 
     async def main() -> None:
         async with RedisStorageBackend(primary.url) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             replica.command("REPLICAOF", "127.0.0.1", str(primary.port))
             await until_copied()
             error = await refused(replica.url)
             assert isinstance(error, ConfigurationError)
             assert "replica" in str(error)
             replica.command("REPLICAOF", "NO", "ONE")
-            await store.commit(note("run", 1))
+            await store.commit_one(note("run", 1))
             async with RedisStorageBackend(replica.url) as other:
                 assert len(await other.get_events("run")) == 1
             # The client goes on with the promoted replica, as behind a name that moved.
@@ -241,12 +241,12 @@ def test_f20_a_failover_that_lost_writes_is_noticed(make_valkey: MakeValkey) -> 
 def test_f22_a_silent_connection_is_given_up(valkey: ValkeyServer | GivenServer) -> None:
     async def main(proxy: Proxy) -> None:
         async with RedisStorageBackend(proxy.url, namespace=uuid4().hex, timeout=2) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             proxy.blackhole()
             with pytest.raises(StorageUnavailable):
-                await store.commit(note("run", 1))
+                await store.commit_one(note("run", 1))
             proxy.heal()
-            await until_it_answers(lambda: store.commit(note("run", 1)))
+            await until_it_answers(lambda: store.commit_one(note("run", 1)))
             assert len(await store.get_events("run")) == 2
 
     with Proxy(valkey.url) as proxy:
@@ -256,9 +256,9 @@ def test_f22_a_silent_connection_is_given_up(valkey: ValkeyServer | GivenServer)
 def test_an_answer_that_was_lost_is_given_again(valkey: ValkeyServer | GivenServer) -> None:
     async def main(proxy: Proxy) -> None:
         async with RedisStorageBackend(proxy.url, namespace=uuid4().hex) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             proxy.drop_before_answer()
-            again = await until_it_answers(lambda: store.commit(note("run", 1)))
+            again = await until_it_answers(lambda: store.commit_one(note("run", 1)))
             assert again.duplicate
             assert again.seqs == [2]
             assert len(await store.get_events("run")) == 2
@@ -277,7 +277,7 @@ def test_f23_killed_connections_are_made_again(valkey: ValkeyServer | GivenServe
             RedisStorageBackend(valkey.url, namespace=namespace) as other,
             Redis.from_url(valkey.url) as admin,
         ):
-            await store.commit(create())
+            await store.commit_one(create())
 
             async def news() -> bool:
                 while True:
@@ -292,7 +292,7 @@ def test_f23_killed_connections_are_made_again(valkey: ValkeyServer | GivenServe
                     await asyncio.sleep(0)
                     await admin.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
                     await store.now()
-            await other.commit(note("run", 1))
+            await other.commit_one(note("run", 1))
             assert await watching
 
     asyncio.run(main())
@@ -304,9 +304,9 @@ def test_a_server_that_loses_its_scripts_is_given_them_again(make_valkey: MakeVa
     async def main() -> None:
         async with RedisStorageBackend(server.url) as store:
             server.command("SCRIPT", "FLUSH")
-            await store.commit(create())
+            await store.commit_one(create())
             server.command("SCRIPT", "FLUSH")
-            answers = await store.commit_many([note("run", n) for n in range(120)])
+            answers = await store.commit([note("run", n) for n in range(120)])
             assert [getattr(answer, "seqs", None) for answer in answers] == [
                 [n + 2] for n in range(120)
             ]
@@ -323,13 +323,13 @@ def test_a_killed_server_keeps_what_it_acknowledged(make_valkey: MakeValkey) -> 
         async def write(store: RedisStorageBackend) -> None:
             for n in range(400):
                 try:
-                    await store.commit(note("run", n))
+                    await store.commit_one(note("run", n))
                 except StorageUnavailable:
                     return
                 acknowledged.append(n)
 
         async with RedisStorageBackend(server.url) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             writing = asyncio.create_task(write(store))
             await until(lambda: len(acknowledged) >= 20)
             await asyncio.to_thread(server.kill)
@@ -349,9 +349,9 @@ def test_a_paused_server_only_takes_longer(make_valkey: MakeValkey) -> None:
 
     async def main() -> None:
         async with RedisStorageBackend(server.url) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             server.command("CLIENT", "PAUSE", "200", "ALL")
-            await store.commit(note("run", 1))
+            await store.commit_one(note("run", 1))
             assert len(await store.get_events("run")) == 2
 
     asyncio.run(main())
@@ -377,9 +377,9 @@ def test_a_busy_server_is_unavailable(make_valkey: MakeValkey) -> None:
 def test_cancelled_callers_disturb_nobody(valkey: ValkeyServer | GivenServer) -> None:
     async def main() -> None:
         async with RedisStorageBackend(valkey.url, namespace=uuid4().hex) as store:
-            await store.commit(create())
+            await store.commit_one(create())
             for n in range(60):
-                call = asyncio.create_task(store.commit(note("run", n)))
+                call = asyncio.create_task(store.commit_one(note("run", n)))
                 for _ in range(n % 6):
                     await asyncio.sleep(0)
                 call.cancel()
@@ -438,7 +438,7 @@ async def _opened(url: str) -> WorkflowError | None:
 def test_a_cluster_of_one_serves_a_namespace(valkey_cluster: ValkeyServer) -> None:
     async def main() -> None:
         async with RedisStorageBackend(valkey_cluster.url, namespace="a}b{c:ü") as store:
-            await store.commit(create())
+            await store.commit_one(create())
             assert (await store.claim(ClaimRequest(owner="w", lease=timedelta(seconds=9)))).claims
             assert await fsck(store) == []
 

@@ -71,7 +71,7 @@ def test_watchers_by_the_thousand_share_one_connection(
             ]
             new = NewRun(workflow="flow", version="1", args="[]")
             event = Event("workflow.started", "I", {})
-            await store.commit_many(
+            await store.commit(
                 [Change(run_id=run, key="start", create=new, events=[event]) for run in ids]
             )
             assert await asyncio.gather(*waits) == [True] * len(ids)

@@ -92,10 +92,10 @@ def test_f25_idle_sessions_that_were_terminated_are_made_again(postgres: Given) 
 
     async def main() -> None:
         async with PostgresStorageBackend(url) as store:
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             for n in range(3):
                 postgres.sql(OTHERS, url=url)
-                await again(lambda n=n: store.commit(log("run", f"{n}")))
+                await again(lambda n=n: store.commit_one(log("run", f"{n}")))
             assert len(await store.get_events("run")) == 4
 
     asyncio.run(main())
@@ -113,18 +113,18 @@ def test_f25_a_commit_whose_outcome_is_unknown_is_answered_when_it_is_sent_again
             PostgresStorageBackend(proxy.url, connections=1) as store,
             PostgresStorageBackend(url) as other,
         ):
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             if committed:
                 proxy.drop_before_answer()
                 with pytest.raises(StorageUnavailable):
-                    await store.commit(log("run", "one"))
+                    await store.commit_one(log("run", "one"))
             else:
                 # It waits for the run's lock, in the middle of its transaction, and is ended.
                 held = await other._connections.borrow()
                 transaction = held.transaction()
                 await transaction.start()
                 await held.execute("SELECT 1 FROM pyworkflow.runs FOR UPDATE")
-                waiting = asyncio.create_task(store.commit(log("run", "one")))
+                waiting = asyncio.create_task(store.commit_one(log("run", "one")))
                 victims = (
                     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
                     "WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -134,7 +134,7 @@ def test_f25_a_commit_whose_outcome_is_unknown_is_answered_when_it_is_sent_again
                     await waiting
                 await transaction.rollback()
                 other._connections.give(held)
-            answer = await again(lambda: store.commit(log("run", "one")))
+            answer = await again(lambda: store.commit_one(log("run", "one")))
             assert answer.duplicate is committed
             assert answer.seqs == [2]
             assert [event.seq for event in await store.get_events("run")] == [1, 2]
@@ -150,12 +150,14 @@ def test_f24_a_server_that_is_killed_under_load_keeps_what_it_acknowledged(
     async def main() -> None:
         acknowledged: dict[str, Committed] = {}
         async with PostgresStorageBackend(server.url) as store:
-            await asyncio.gather(*(store.commit(start(f"run{n}")) for n in range(8)))
+            await asyncio.gather(*(store.commit_one(start(f"run{n}")) for n in range(8)))
 
             async def write(run: int) -> None:
                 for n in range(60):
                     key = f"{run}:{n}"
-                    acknowledged[key] = await again(partial(store.commit, log(f"run{run}", key)))
+                    acknowledged[key] = await again(
+                        partial(store.commit_one, log(f"run{run}", key))
+                    )
 
             writers = [asyncio.create_task(write(n)) for n in range(8)]
             for some in (80, 240):
@@ -177,9 +179,13 @@ def test_f26_fifty_writers_of_one_run_lose_no_event(postgres: Given) -> None:
 
     async def main() -> None:
         stores = [PostgresStorageBackend(url) for _ in range(10)]
-        await stores[0].commit(start("run"))
+        await stores[0].commit_one(start("run"))
         await asyncio.gather(
-            *(stores[n % 10].commit(log("run", f"{n}:{i}")) for n in range(50) for i in range(5))
+            *(
+                stores[n % 10].commit_one(log("run", f"{n}:{i}"))
+                for n in range(50)
+                for i in range(5)
+            )
         )
         events = await stores[0].get_events("run")
         assert [event.seq for event in events] == list(range(1, 252))
@@ -196,7 +202,7 @@ def test_a_server_that_takes_no_writes_now_says_so_and_is_used_again_when_it_doe
 
     async def main() -> None:
         async with PostgresStorageBackend(server.url) as store:
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             server.sql("ALTER SYSTEM SET default_transaction_read_only = on")
             server.sql("SELECT pg_reload_conf()")
             with pytest.raises(StorageUnavailable, match="standby"):
@@ -212,14 +218,14 @@ def test_a_server_that_takes_no_writes_now_says_so_and_is_used_again_when_it_doe
                 "ALTER SYSTEM RESET default_transaction_read_only"
             )
             server.sql("SELECT pg_reload_conf()")
-            await again(lambda: store.commit(log("run", "after")))
+            await again(lambda: store.commit_one(log("run", "after")))
 
     asyncio.run(main())
 
 
 async def _commit_on(store: StorageBackend) -> None:
     for n in count():
-        await store.commit(log("run", f"{n}"))
+        await store.commit_one(log("run", f"{n}"))
 
 
 def test_f22_a_connection_that_nothing_comes_through_is_given_up_after_the_timeout(
@@ -229,13 +235,13 @@ def test_f22_a_connection_that_nothing_comes_through_is_given_up_after_the_timeo
 
     async def main() -> None:
         async with PostgresStorageBackend(proxy.url, timeout=2, connections=1) as store:
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             proxy.blackhole()
             with pytest.raises(StorageUnavailable, match="in time"):
-                await store.commit(log("run", "one"))
+                await store.commit_one(log("run", "one"))
             proxy.drop()
             proxy.heal()
-            await again(lambda: store.commit(log("run", "one")))
+            await again(lambda: store.commit_one(log("run", "one")))
             assert len(await store.get_events("run")) == 2
 
     asyncio.run(main())
@@ -246,12 +252,12 @@ def test_a_statement_that_the_server_cancels_is_an_unknown_outcome(postgres: Giv
 
     async def main() -> None:
         async with PostgresStorageBackend(url) as store, store.clone() as other:
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             connections = other._connections
             held = await connections.borrow()
             async with held.transaction():
                 await held.execute("SELECT 1 FROM pyworkflow.runs FOR UPDATE")
-                waiting = asyncio.create_task(store.commit(log("run", "one")))
+                waiting = asyncio.create_task(store.commit_one(log("run", "one")))
                 cancel = (
                     "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity "
                     "WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -260,7 +266,7 @@ def test_a_statement_that_the_server_cancels_is_an_unknown_outcome(postgres: Giv
                 with pytest.raises(StorageUnavailable, match="57014"):
                     await waiting
             connections.give(held)
-            assert not (await store.commit(log("run", "one"))).duplicate
+            assert not (await store.commit_one(log("run", "one"))).duplicate
 
     asyncio.run(main())
 
@@ -270,12 +276,12 @@ def test_a_caller_that_gives_up_leaves_connections_and_claims_in_order(postgres:
 
     async def main() -> None:
         async with PostgresStorageBackend(url) as store:
-            await store.commit(start("run"))
+            await store.commit_one(start("run"))
             for turn in range(30):
                 request = ClaimRequest(owner="gone", lease=timedelta(hours=1))
                 calls = [
                     asyncio.create_task(store.claim(request)),
-                    asyncio.create_task(store.commit(log("run", f"{turn}"))),
+                    asyncio.create_task(store.commit_one(log("run", f"{turn}"))),
                     asyncio.create_task(store.watch("run", after=999, timeout=timedelta(9))),
                 ]
                 for _ in range(turn):
@@ -332,7 +338,7 @@ def test_work_whose_news_were_lost_is_found_within_seconds(
             await other.open()
             # Whoever writes dies before the others are told.
             monkeypatch.setattr(News, "tell_of", lambda *_: None)
-            await other.commit(start("run"))
+            await other.commit_one(start("run"))
             assert await watching
             # What is held or not due is no news.
             assert (await store.claim(ClaimRequest(owner="me", lease=timedelta(1)))).claims
@@ -351,21 +357,21 @@ def test_after_a_fork_parent_and_child_go_on_with_connections_of_their_own(
     loop = asyncio.new_event_loop()
     try:
         store = PostgresStorageBackend(url)
-        loop.run_until_complete(store.commit(start("run")))
+        loop.run_until_complete(store.commit_one(start("run")))
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 asyncio.set_event_loop(None)
                 own = asyncio.new_event_loop()
-                own.run_until_complete(store.commit(log("run", "child")))
+                own.run_until_complete(store.commit_one(log("run", "child")))
                 own.run_until_complete(store.close())
                 own.close()
                 status = 0
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        loop.run_until_complete(store.commit(log("run", "parent")))
+        loop.run_until_complete(store.commit_one(log("run", "parent")))
         assert len(loop.run_until_complete(store.get_events("run"))) == 3
         loop.run_until_complete(store.close())
     finally:
@@ -392,7 +398,7 @@ def test_another_loop_is_refused_and_a_clone_serves_it(postgres: Given) -> None:
             def elsewhere() -> None:
                 async def own() -> None:
                     async with clone:
-                        await clone.commit(start("run"))
+                        await clone.commit_one(start("run"))
 
                 asyncio.run(own())
 

@@ -76,7 +76,7 @@ def test_nothing_that_is_asked_often_reads_all_of_a_table(
     async def main() -> None:
         async with PostgresStorageBackend(server.url) as store:
             for n in range(0, SLEEPING, 1000):
-                await store.commit_many([asleep(n + i) for i in range(1000)])
+                await store.commit([asleep(n + i) for i in range(1000)])
         # The sessions of this one log every plan.
         server.sql("ALTER SYSTEM SET auto_explain.log_min_duration = 0")
         server.sql("SELECT pg_reload_conf()")

@@ -36,8 +36,8 @@ def test_many_clients_share_two_sessions_whose_settings_are_foreign(pooler: Pool
             first = Event("workflow.started", "I", {"workflow": "flow", "backslash": "\\'"})
             put = [Put(item_id="turn", kind=ItemKind.TURN)]
             change = Change(run_id=run_id, key="start", create=new, events=[first], put=put)
-            committed = await store.commit(change)
-            again = await store.commit(change)
+            committed = await store.commit_one(change)
+            again = await store.commit_one(change)
             assert again.duplicate
             assert again.last_seq == committed.last_seq
             run = await store.get_run(run_id)

@@ -55,7 +55,7 @@ class _Pair:
     async def commit(self, change: Change) -> None:
         answer: Any
         try:
-            answer = await self.store.commit(change)
+            answer = await self.store.commit_one(change)
             now = answer.now
         except Exception as error:  # noqa: BLE001 - compared with the reference's
             answer = error
@@ -65,7 +65,7 @@ class _Pair:
             tokens = iter([i.lease.token for i in answer.claims if i.lease is not None])
         expected: Any
         try:
-            expected, _ = self.reference.commit(
+            expected, _ = self.reference.commit_one(
                 change, now=now, token=lambda: next(tokens, f"gone-{next(self.numbers)}")
             )
         except Exception as error:  # noqa: BLE001 - compared

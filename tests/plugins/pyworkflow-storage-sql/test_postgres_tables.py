@@ -20,7 +20,7 @@ def test_every_statement_of_the_page_runs(postgres: PostgresServer | GivenServer
         async with PostgresStorageBackend(url) as store:
             new = NewRun(workflow="flow", version="1", args="[]")
             event = Event("workflow.started", "I", {})
-            await store.commit(Change(run_id="run", key="k", create=new, events=[event]))
+            await store.commit_one(Change(run_id="run", key="k", create=new, events=[event]))
 
     asyncio.run(main())
     statements = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -67,7 +67,7 @@ def use(path: Path, body: Callable[[SQLiteStorageBackend], Awaitable[Any]], **mo
 def fill(path: Path, count: int = 3) -> None:
     async def body(storage: SQLiteStorageBackend) -> None:
         for number in range(count):
-            await storage.commit(create(f"r{number}"))
+            await storage.commit_one(create(f"r{number}"))
 
     use(path, body)
 
@@ -163,17 +163,17 @@ def test_a_full_disk_refuses_whole_changes_and_loses_nothing(tmp_path: Path) -> 
     path = tmp_path / "a.db"
 
     async def body(storage: SQLiteStorageBackend) -> None:
-        await storage.commit(create("r"))
+        await storage.commit_one(create("r"))
         assert storage._dispatcher is not None
         conn = storage._dispatcher._writer._conn
         assert conn is not None
         pages = conn.execute("pragma page_count").fetchone()[0]
         conn.execute(f"pragma max_page_count = {pages + 4}")
         with pytest.raises(StorageFull, match="make room"):
-            await storage.commit(note("r", "big", "x" * 100_000))
+            await storage.commit_one(note("r", "big", "x" * 100_000))
         assert len(await storage.get_events("r")) == 1
         conn.execute("pragma max_page_count = 1000000")
-        assert (await storage.commit(note("r", "big", "x" * 100_000))).seqs == [2]
+        assert (await storage.commit_one(note("r", "big", "x" * 100_000))).seqs == [2]
 
     use(path, body)
 
@@ -189,10 +189,10 @@ def test_f27_a_held_lock_ends_in_a_retryable_error_and_heals(tmp_path: Path) -> 
 
     async def body(storage: SQLiteStorageBackend) -> None:
         with pytest.raises(StorageUnavailable, match="another process holds"):
-            await storage.commit(note("r0", "a"))
+            await storage.commit_one(note("r0", "a"))
         assert await storage.get_run("r0") is not None, "reads go on"
         other.execute("rollback")
-        assert (await storage.commit(note("r0", "a"))).duplicate is False
+        assert (await storage.commit_one(note("r0", "a"))).duplicate is False
 
     try:
         use(path, body)
@@ -202,9 +202,9 @@ def test_f27_a_held_lock_ends_in_a_retryable_error_and_heals(tmp_path: Path) -> 
 
 def test_a_batch_answers_each_change_alone(tmp_path: Path) -> None:
     async def body(storage: SQLiteStorageBackend) -> None:
-        await storage.commit(create("r0"))
-        first = await storage.commit(note("r0", "a"))
-        answers = await storage.commit_many(
+        await storage.commit_one(create("r0"))
+        first = await storage.commit_one(note("r0", "a"))
+        answers = await storage.commit(
             [note("r0", "a"), note("gone", "b"), note("r0", "c"), note("r0", "d")]
         )
         kinds = [type(answer).__name__ for answer in answers]
@@ -220,13 +220,13 @@ def test_a_batch_answers_each_change_alone(tmp_path: Path) -> None:
 
 def test_one_broken_operation_fails_alone_in_its_batch(tmp_path: Path) -> None:
     async def body(storage: SQLiteStorageBackend) -> None:
-        await storage.commit(create("r0"))
+        await storage.commit_one(create("r0"))
         bad = note("r0", "bad")
         bad.put = [Put(item_id="step:1", kind=ItemKind.STEP, priority=2**70)]
         answers = await asyncio.gather(
-            storage.commit(note("r0", "a")),
-            storage.commit(bad),
-            storage.commit(note("r0", "b")),
+            storage.commit_one(note("r0", "a")),
+            storage.commit_one(bad),
+            storage.commit_one(note("r0", "b")),
             return_exceptions=True,
         )
         assert [type(answer).__name__ for answer in answers] == [
@@ -272,8 +272,8 @@ def test_values_come_back_exactly(tmp_path: Path) -> None:
     value = {"big": 10**30, "huge": 1e308, "zero": -0.0, "nul": "a\0b", "\0": ["😀", "e\u0301"]}
 
     async def body(storage: SQLiteStorageBackend) -> None:
-        await storage.commit(create("r\0/../0"))
-        await storage.commit(note("r\0/../0", "k\0", value))
+        await storage.commit_one(create("r\0/../0"))
+        await storage.commit_one(note("r\0/../0", "k\0", value))
         event = (await storage.get_events("r\0/../0"))[1]
         assert event.data == {"d": value}
         assert str(event.data["d"]["zero"]) == "-0.0"  # type: ignore[index,call-overload] - JSON
@@ -290,7 +290,7 @@ def test_the_clock_stands_still_when_the_machines_is_set_back(
     real = time.time_ns
 
     async def first(storage: SQLiteStorageBackend) -> Any:
-        await storage.commit(create("r0"))
+        await storage.commit_one(create("r0"))
         return await storage.now()
 
     before = use(path, first)
@@ -312,7 +312,7 @@ def test_a_clone_in_another_thread_is_woken(tmp_path: Path) -> None:
 
     def write() -> None:
         async def body(storage: SQLiteStorageBackend) -> None:
-            await storage.commit(note("r0", "a"))
+            await storage.commit_one(note("r0", "a"))
 
         waiting.wait(10)
         use(path, body)
@@ -337,7 +337,7 @@ def test_another_process_is_heard(tmp_path: Path) -> None:
         "from pyworkflow_storage_sql import SQLiteStorageBackend\n"
         "async def main():\n"
         "    async with SQLiteStorageBackend(sys.argv[1]) as storage:\n"
-        "        await storage.commit(Change(run_id='r0', key='a', events=[Event('x', 'O', {})]))\n"
+        "        await storage.commit_one(Change(run_id='r0', key='a', events=[Event('x', 'O', {})]))\n"
         "asyncio.run(main())\n"
     )
 
@@ -357,15 +357,15 @@ def test_after_a_fork_parent_and_child_go_on(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
 
     async def child(storage: SQLiteStorageBackend) -> None:
-        await storage.commit(note("r0", "child"))
+        await storage.commit_one(note("r0", "child"))
         assert await storage.get_run("r0") is not None
         async with storage.clone() as clone:
-            await clone.commit(note("r0", "clone"))
+            await clone.commit_one(note("r0", "clone"))
         await storage.close()
 
     async def parent() -> None:
         storage = SQLiteStorageBackend(path)
-        await storage.commit(create("r0"))
+        await storage.commit_one(create("r0"))
         assert await storage.get_run("r0") is not None
         pid = os.fork()
         if pid == 0:
@@ -375,7 +375,7 @@ def test_after_a_fork_parent_and_child_go_on(tmp_path: Path) -> None:
                 status = 0
             finally:
                 os._exit(status)
-        await storage.commit(note("r0", "parent"))
+        await storage.commit_one(note("r0", "parent"))
         assert await storage.get_run("r0") is not None
         _, status = await asyncio.to_thread(os.waitpid, pid, 0)
         assert status == 0
@@ -405,7 +405,7 @@ def test_a_process_that_never_closes_ends(tmp_path: Path) -> None:
 def test_an_object_that_nobody_closed_goes_quietly(tmp_path: Path) -> None:
     async def main() -> None:
         storage = SQLiteStorageBackend(tmp_path / "a.db")
-        await storage.commit(create("r0"))
+        await storage.commit_one(create("r0"))
         assert await storage.get_run("r0") is not None
 
     asyncio.run(main())
@@ -421,7 +421,7 @@ def test_a_process_killed_inside_a_transaction_leaves_nothing_of_it(tmp_path: Pa
         "from pyworkflow_storage_sql import SQLiteStorageBackend\n"
         "from pyworkflow_storage_sql.sqlite._writer import Writer\n"
         "Writer._commit = lambda self, conn, batch: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "asyncio.run(SQLiteStorageBackend(sys.argv[1]).commit(\n"
+        "asyncio.run(SQLiteStorageBackend(sys.argv[1]).commit_one(\n"
         "    Change(run_id='r0', key='a', events=[Event('x', 'O', {})])))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, check=False)
@@ -429,7 +429,7 @@ def test_a_process_killed_inside_a_transaction_leaves_nothing_of_it(tmp_path: Pa
 
     async def body(storage: SQLiteStorageBackend) -> None:
         assert len(await storage.get_events("r0")) == 1
-        assert (await storage.commit(note("r0", "a"))).seqs == [2]
+        assert (await storage.commit_one(note("r0", "a"))).seqs == [2]
 
     use(path, body)
 
@@ -446,7 +446,7 @@ def test_use_after_close_and_in_another_loop_is_refused(tmp_path: Path) -> None:
 
 def test_born_claimed_items_are_held_across_objects(tmp_path: Path) -> None:
     async def body(storage: SQLiteStorageBackend) -> None:
-        committed = await storage.commit(create("r0", take_turn=LeaseFor("me", LEASE)))
+        committed = await storage.commit_one(create("r0", take_turn=LeaseFor("me", LEASE)))
         assert [item.item_id for item in committed.claims] == ["turn"]
         async with storage.clone() as clone:
             claimed = await clone.claim(ClaimRequest(owner="you", lease=LEASE))

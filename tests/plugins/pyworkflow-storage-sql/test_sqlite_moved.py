@@ -58,13 +58,13 @@ def test_found_h04_neither_a_commit_nor_a_claim_uses_a_file_that_is_not_at_the_p
 
     async def main() -> None:
         async with SQLiteStorageBackend(path) as storage:
-            await storage.commit(create("first"))
+            await storage.commit_one(create("first"))
             happens(path)
             for _ in range(2):  # it stays so
                 with pytest.raises(StorageError, match="deleted, moved or replaced"):
                     await storage.claim(request)
                 with pytest.raises(StorageError, match=f"path={path}"):
-                    await storage.commit(create("second"))
+                    await storage.commit_one(create("second"))
             if happens is not replaced:
                 assert not path.exists()
 
@@ -76,12 +76,12 @@ def test_found_h04_a_file_that_is_put_back_is_used_again(tmp_path: Path) -> None
 
     async def main() -> None:
         async with SQLiteStorageBackend(path) as storage:
-            await storage.commit(create("first"))
+            await storage.commit_one(create("first"))
             path.rename(away)
             with pytest.raises(StorageError):
-                await storage.commit(create("second"))
+                await storage.commit_one(create("second"))
             away.rename(path)
-            await storage.commit(create("second"))
+            await storage.commit_one(create("second"))
             page = await storage.list_runs(RunQuery())
             assert {run.run_id for run in page.items} == {"first", "second"}
 
@@ -95,7 +95,7 @@ def test_found_h04_a_commit_is_acknowledged_only_when_the_path_has_it(
 
     async def main() -> None:
         async with SQLiteStorageBackend(path) as storage:
-            await storage.commit(create("first"))
+            await storage.commit_one(create("first"))
             flushed = Pace.flushed
 
             def moves_now(self: Pace, took: int) -> None:  # called between commit and answer
@@ -104,6 +104,6 @@ def test_found_h04_a_commit_is_acknowledged_only_when_the_path_has_it(
 
             monkeypatch.setattr(Pace, "flushed", moves_now)
             with pytest.raises(StorageError, match="deleted, moved or replaced"):
-                await storage.commit(create("second"))
+                await storage.commit_one(create("second"))
 
     asyncio.run(main())

@@ -40,13 +40,13 @@ async def main(path, name):
     async with SQLiteStorageBackend(path) as storage:
         create = NewRun(workflow="w", version="1", args="[]")
         try:
-            await storage.commit(Change(run_id="shared", key="start", create=create))
+            await storage.commit_one(Change(run_id="shared", key="start", create=create))
         except Exception as error:
             sys.exit(repr(error))
         for number in range(25):
             key = f"{name}-{number}"
             own = Change(run_id="shared", key=key, events=[Event("x.y", "I", {}, key=key)])
-            await storage.commit(own)
+            await storage.commit_one(own)
             request = ClaimRequest(owner=name, lease=timedelta(minutes=1), limit=5)
             for claim in (await storage.claim(request)).claims:
                 print(claim.item.lease.token, flush=True)
@@ -141,7 +141,7 @@ async def _fill(path: Path) -> None:
     async with SQLiteStorageBackend(path) as storage:
         await storage.shift_clock(-timedelta(days=1))
         for number in range(3):
-            await storage.commit(
+            await storage.commit_one(
                 Change(
                     run_id=f"r{number}",
                     key="start",
@@ -159,7 +159,7 @@ async def _fill(path: Path) -> None:
         assert turn.lease is not None
         from pyworkflow.spi import ClaimRef
 
-        await storage.commit(
+        await storage.commit_one(
             Change(
                 run_id="r0",
                 key=f"{turn.lease.token}:1",

@@ -19,7 +19,6 @@ from pyworkflow.spi import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     Delta,
     Event,
     KeyMark,
@@ -83,6 +82,7 @@ class LmdbStorageBackend(StorageBackend):
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits."""
         return StorageInfo(
+            contract_version=2,
             name="lmdb",
             location=str(self.path.absolute()),
             namespace=self.namespace,
@@ -159,16 +159,11 @@ class LmdbStorageBackend(StorageBackend):
 
     # --- changes --------------------------------------------------------------------------------
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change, all or nothing."""
-        check_change(change, max_payload=MAX_PAYLOAD, max_events=MAX_EVENTS)
-        return await self._write(lambda tables: _rules.commit(tables, change))
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """Each change accepted or refused alone, all in one transaction."""
         for change in changes:
             check_change(change, max_payload=MAX_PAYLOAD, max_events=MAX_EVENTS)
-        return await self._write(lambda tables: _rules.commit_many(tables, changes))
+        return await self._write(lambda tables: _rules.commit_all(tables, changes))
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items."""

@@ -25,15 +25,12 @@ from pyworkflow.spi import (
     KeyMark,
     Lease,
     Page,
-    Refusal,
     Run,
-    RunClosed,
     RunDelta,
-    RunNotFound,
     RunQuery,
     WorkItem,
 )
-from pyworkflow.storekit import decide
+from pyworkflow.storekit import answer_each, decide
 from pyworkflow_storage_lmdb._tables import (
     StoredRun,
     Tables,
@@ -77,15 +74,9 @@ def commit(tables: Tables, change: Change) -> Committed:
     return committed
 
 
-def commit_many(tables: Tables, changes: Sequence[Change]) -> list[Answer]:
+def commit_all(tables: Tables, changes: Sequence[Change]) -> list[Answer]:
     """Several changes in one transaction; a refusal is raised before anything is written."""
-    answers: list[Answer] = []
-    for change in changes:
-        try:
-            answers.append(commit(tables, change))
-        except (Refusal, RunNotFound, RunClosed) as refusal:
-            answers.append(refusal)
-    return answers
+    return answer_each(changes, lambda change: commit(tables, change))
 
 
 # --- claims -------------------------------------------------------------------------------------

@@ -27,9 +27,7 @@ from pyworkflow.spi.storage import (
 
 __all__ = ["Broken", "Checks"]
 
-_WRITES = frozenset(
-    {"commit", "commit_many", "claim", "renew", "release", "free", "announce", "purge"}
-)
+_WRITES = frozenset({"commit", "claim", "renew", "release", "free", "announce", "purge"})
 _ENDS = frozenset({"step.completed", "step.failed"})
 
 
@@ -92,8 +90,8 @@ class _Allowed:
     def by(cls, method: str, args: tuple[Any, ...]) -> _Allowed:
         """By a call."""
         allowed = cls()
-        if method in ("commit", "commit_many"):
-            changes: list[Change] = [args[0]] if method == "commit" else args[0]
+        if method == "commit":
+            changes: list[Change] = args[0]
             for change in changes:
                 if change.claim is not None:
                     allowed.tokens.add(change.claim.token)
@@ -233,12 +231,10 @@ class Checks:
             return
         self._allowed = _Allowed.by(method, args)
         self._now = await self._store.now()
-        if method == "commit_many":
+        if method == "commit":
             if isinstance(result, list):
                 answers: list[Any] = [*result]  # pyright: ignore[reportUnknownArgumentType] - a list of whatever it is
                 await self._all_committed(who, args[0], answers)
-        elif method == "commit":
-            await self._all_committed(who, [args[0]], [result])
         elif method == "claim":
             if isinstance(result, Claimed):
                 for claim in result.claims:

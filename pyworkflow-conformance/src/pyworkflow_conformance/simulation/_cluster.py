@@ -47,7 +47,7 @@ class _Broker:
     """The executor that clients ring with."""
 
     name = "simulated"
-    capabilities = ExecutorCapabilities()
+    capabilities = ExecutorCapabilities(contract_version=2)
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -508,7 +508,7 @@ class _Carried(Faults):
         found = self.writes.get(write, self.calls.get(number))
         if found is None or self._over():
             return None
-        if found.kind == "doubles" and method not in ("commit", "commit_many", "renew"):
+        if found.kind == "doubles" and method not in ("commit", "renew"):
             return None
         if method == "watch":
             return None

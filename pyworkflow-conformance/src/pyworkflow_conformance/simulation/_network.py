@@ -36,11 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["Server", "SimulatedStorage"]
 
 #: Calls that change the store.
-WRITES = frozenset(
-    {"commit", "commit_many", "claim", "renew", "release", "free", "announce", "purge"}
-)
+WRITES = frozenset({"commit", "claim", "renew", "release", "free", "announce", "purge"})
 
-_COUNTED = frozenset({"commit", "commit_many", "claim"})
+_COUNTED = frozenset({"commit", "claim"})
 
 
 class _InOrder(dict[Any, None]):
@@ -197,7 +195,7 @@ class Server:
             if late:
                 cluster.saw("claims in a late answer")
             cluster.checks.told(given, late=late)
-        if call.method == "commit_many":
+        if call.method == "commit":
             for change, one in zip(call.args[0], result, strict=True):
                 settle = change.settle
                 if isinstance(one, Committed) and settle is not None and settle.keep:
@@ -252,10 +250,8 @@ async def _made(coro: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _said(method: str, args: tuple[Any, ...]) -> str:
-    if method == "commit_many":
-        return "".join(f" [{_change(change)}]" for change in args[0])
     if method == "commit":
-        return f" [{_change(args[0])}]"
+        return "".join(f" [{_change(change)}]" for change in args[0])
     if method == "claim" and args[0].items is not None:
         return "".join(f" {run}/{item}" for run, item in args[0].items)
     if method == "renew":
@@ -355,14 +351,9 @@ class SimulatedStorage(StorageBackend):
         """As the server."""
         await self._call("shift_clock", by)
 
-    async def commit(self, change: Change) -> Committed:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """As the server."""
-        found: Committed = await self._call("commit", change)
-        return found
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        """As the server."""
-        found: list[Answer] = await self._call("commit_many", list(changes))
+        found: list[Answer] = await self._call("commit", list(changes))
         return found
 
     async def claim(self, request: ClaimRequest) -> Claimed:

@@ -336,7 +336,7 @@ class Client:
         )
         while True:
             try:
-                await self._operations.storage.commit(change)
+                await self._operations.storage.commit_one(change)
                 self._cluster.saw(f"control: {kind}")
                 return True
             except RunClosed:

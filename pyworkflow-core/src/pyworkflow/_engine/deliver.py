@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from pyworkflow._names import derived_name
 from pyworkflow.errors import RunClosed, RunExists, RunNotFound, StorageUnavailable
 from pyworkflow.events import Event, EventClass, Json
 from pyworkflow.runs import ItemKind, ParentRef
@@ -60,7 +61,7 @@ async def deliver(worker: Worker, claim: Claim) -> None:
     """Do what the item says, then settle it."""
     item = claim.item
     payload = cast("dict[str, Any]", item.payload)
-    key = f"deliver:{item.run_id}:{item.item_id}"
+    key = derived_name("deliver", item.run_id, item.item_id)
     to = str(payload["to"])
     if failpoints.active:
         failpoints.hit("deliver.before")

@@ -325,20 +325,14 @@ class DispatchedSteps:
         other = self._for_others.get(ref_of(item))
         held = None if worker.is_stopping or other is not None else worker.held()
         answer = await self._commit(item, events, settle=Settle(), take_turn=held)
-        turn = next((i for i in answer.claims if i.item_id == TURN), None)
+        turn = answer.turn
         if turn is None and other is not None:
             worker.tell_of(item.run_id, other, [Put(item_id=TURN, kind=ItemKind.TURN)])
             return
         if turn is None:
             worker.wake()
             return
-        at = answer.timestamp
-        own = [
-            Event(e.type, e.klass, e.data, e.op, e.key, item.run_id, answer.seqs[i], at)
-            for i, e in enumerate(events)
-            if i not in answer.skipped
-        ]
-        await worker.continue_turn(turn, answer, own)
+        await worker.continue_turn(turn, answer, answer.stored(item.run_id, events))
 
     async def _commit(
         self,

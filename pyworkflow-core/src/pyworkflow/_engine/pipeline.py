@@ -275,7 +275,7 @@ class Pipeline:
                 if failpoints.active:
                     failpoints.hit("pipeline.before_send")
                 sent = monotonic()
-                answers = await self._storage.commit_many(changes)
+                answers = await self._storage.commit(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
                 self.outages.worked("commit")

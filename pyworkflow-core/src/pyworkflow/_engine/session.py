@@ -50,7 +50,7 @@ from pyworkflow.errors import (
 )
 from pyworkflow.events import Event, EventType
 from pyworkflow.runs import Run, RunStatus, WorkItem
-from pyworkflow.spi.storage import TURN, Change, Control, ControlKind, Settle, Update
+from pyworkflow.spi.storage import Change, Control, ControlKind, Settle, Update
 from pyworkflow.storekit import failpoints
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ class Session(Straight):
         turn = None
         if settle:
             self._worker.leases.discard(self._ref)
-            turn = next((i for i in answer.claims if i.item_id == TURN), None)
+            turn = answer.turn
             if turn is None:
                 # What the answer brought is for whoever claims the turn next.
                 return True

@@ -43,7 +43,6 @@ from pyworkflow.spi.storage import (
     Update,
 )
 from pyworkflow.storekit import failpoints
-from pyworkflow.storekit._plan import stamped
 
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
@@ -260,12 +259,7 @@ class Turn:
         self._fed(answer)
 
     def _to_feed(self, answer: Committed, events: list[Event]) -> list[Event]:
-        run_id, at, seqs, skipped = self._run.run_id, answer.timestamp, answer.seqs, answer.skipped
-        own = [
-            stamped(e, run_id, seqs[i], at)
-            for i, e in enumerate(events)
-            if e.klass != OBSERVATION and i not in skipped
-        ]
+        own = [e for e in answer.stored(self._run.run_id, events) if e.klass != OBSERVATION]
         return (
             sorted([*own, *answer.unseen_events], key=attrgetter("seq"))
             if answer.unseen_events

@@ -627,12 +627,7 @@ class Worker:
         log_steps(run_id, workflow, events, self.raised)
         if not events or not (hooks := observed_hooks()):
             return
-        stamped = [
-            e._replace(run_id=run_id, seq=answer.seqs[i], timestamp=answer.timestamp)
-            for i, e in enumerate(events)
-            if i not in answer.skipped
-        ]
-        tell_observers(hooks, run_id, workflow, stamped)
+        tell_observers(hooks, run_id, workflow, answer.stored(run_id, events))
 
     def run_ended(self, run: Run, status: RunStatus, error: ErrorInfo | None) -> None:
         """A run has ended."""

@@ -77,6 +77,7 @@ from pyworkflow.spi.storage import (
     RunQuery,
     Settle,
     StorageBackend,
+    TestClock,
     Update,
 )
 
@@ -104,6 +105,7 @@ __all__ = [
     "RunQuery",
     "Settle",
     "StorageBackend",
+    "TestClock",
     "StorageInfo",
     "Update",
     # values

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 __all__ = ["CONTRACT_VERSION", "Capabilities", "ExecutorCapabilities", "StorageInfo"]
 
-#: Version of the storage contract. A backend states the one it was written for.
-CONTRACT_VERSION = 1
+#: Version of the contracts of backends and executors. Each writes the number that it was written
+#: for, and not this name: the core refuses every other number.
+CONTRACT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Capabilities:
     watch: bool = False
     """``watch`` is woken, not polled."""
     batched: bool = False
-    """``commit_many`` costs one round trip."""
+    """``commit`` of many changes costs one round trip."""
     indexed_filters: bool = False
     """``list_runs`` with filters reads what it returns, not all runs."""
     payload_offload: bool = False
@@ -43,6 +44,8 @@ class Capabilities:
 class ExecutorCapabilities:
     """What an executor can do."""
 
+    contract_version: int
+    """The version of the contract that the executor is written for, as a number."""
     distributed: bool = False
     """Doorbells reach other processes: parallel branches are dispatched."""
     priority: bool = False
@@ -60,11 +63,12 @@ class StorageInfo:
     """Where the data lies, absolute and without credentials."""
     namespace: str = "default"
     capabilities: Capabilities
-    contract_version: int = CONTRACT_VERSION
+    contract_version: int
+    """The version of the contract that the backend is written for, as a number."""
     max_payload: int = 16 * 1024 * 1024
     """Largest payload in bytes of UTF-8."""
     max_events_per_commit: int = 10_000
     batches: int = 1
-    """Calls of ``commit_many`` that one worker makes at once: more than one only where that is
+    """Calls of ``commit`` that one worker makes at once: more than one only where that is
     faster, as with a server that can work on one while the worker prepares the next. The changes
     of one run are in one of them at a time."""

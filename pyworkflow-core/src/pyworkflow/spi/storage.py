@@ -1,6 +1,6 @@
 """The storage contract: one atomic write path, claims with fencing tokens, and reads.
 
-Storage holds runs, events and work items, and changes them by one method, ``commit``. The
+Storage keeps runs, events and work items, and changes them by one method, ``commit``. The
 invariants I1 to I12 of the architecture page are this contract; the conformance suite tests them.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, final, runtime_checkable
 
 from pyworkflow.errors import ConfigurationError, Refusal, RunClosed, RunNotFound
 from pyworkflow.events import Event, Json
@@ -38,11 +39,14 @@ __all__ = [
     "RunQuery",
     "Settle",
     "StorageBackend",
+    "TestClock",
     "Update",
 ]
 
 T = TypeVar("T")
 TURN = "turn"
+# A third of the time that the class itself takes.
+_new: Any = getattr(tuple, "__new__")  # noqa: B009 - pyright does not know its generic type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +204,28 @@ class Committed:
     duplicate: bool = False
     """The change had been applied before; this is its answer again."""
 
+    @property
+    def turn(self) -> WorkItem | None:
+        """The run's turn, when this change claimed it for the sender (``take_turn``)."""
+        for item in self.claims:
+            if item.item_id == TURN:
+                return item
+        return None
+
+    def stored(self, run_id: str, events: Sequence[Event]) -> list[Event]:
+        """The change's own events as they are stored; skipped ones are left out.
+
+        Args:
+            run_id: The run of the change.
+            events: The change's ``events``.
+        """
+        at, seqs, skipped = self.timestamp, self.seqs, self.skipped
+        return [
+            stored_event(event, run_id, seqs[index], at)
+            for index, event in enumerate(events)
+            if index not in skipped
+        ]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRequest:
@@ -269,11 +295,31 @@ class Page(Generic[T]):
 Answer = Committed | Refusal | RunNotFound | RunClosed
 
 
+@runtime_checkable
+class TestClock(Protocol):
+    """A store whose clock tests can move. Optional; the conformance suite needs it."""
+
+    async def shift_clock(self, by: timedelta) -> None:
+        """Move the storage's clock by an offset that the store keeps, for all its clients."""
+        ...
+
+
+def stored_event(event: Event, run_id: str, seq: int, at: datetime) -> Event:
+    """The event as it is stored."""
+    fields = (event.type, event.klass, event.data, event.op, event.key, run_id, seq, at, event.v)
+    made: Event = _new(Event, fields)
+    return made
+
+
 class StorageBackend(ABC):
     """A store of runs, events and work items. Constructing one does no I/O; the first call opens.
 
     An object belongs to the event loop that first used it. After ``close``, from another loop, and
     (unless it opens anew) after a fork, calls raise ``StorageError`` with the remedy.
+
+    Names differ when one byte of them differs. Those that users give (run id, idempotency key,
+    workflow, step, queue, tag) have up to 255 bytes of UTF-8 and no NUL, those that the engine makes
+    (event keys, item ids, change keys) up to 512.
 
     Refusals of ``commit``, in this order, with nothing written: ``RunExists`` (a create whose change key is
     the standing create's is a duplicate, hence success) or ``RunNotFound``; a duplicate is answered
@@ -309,18 +355,32 @@ class StorageBackend(ABC):
         """The storage's clock, which alone decides due times, leases and timestamps."""
 
     @abstractmethod
-    async def shift_clock(self, by: timedelta) -> None:
-        """For tests: move the storage's clock by an offset that the store keeps for all clients."""
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
+        """Apply independent changes; those that were accepted are durable on return.
 
-    @abstractmethod
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change, all or nothing; on return it is durable.
+        Each change is applied whole or not at all, and accepted or refused alone: the answers are
+        in the order of the changes, a refusal as an object that is not raised. Changes of the same
+        run are applied in the order given.
+
+        Raises:
+            StorageUnavailable: unknown which of them were written; send the same changes again.
+            PayloadTooLarge, SerializationError, ValueError: one of them cannot be stored; nothing
+                was written.
+        """
+
+    @final
+    async def commit_one(self, change: Change) -> Committed:
+        """``commit`` for a single change, whose refusal is raised.
 
         Raises:
             RunExists, RunNotFound, RunClosed, Fenced, UnseenInput, KeyTaken: nothing was written.
             StorageUnavailable: unknown whether it was written; send the same change again.
-            PayloadTooLarge, SerializationError: what cannot be stored; nothing was written.
+            PayloadTooLarge, SerializationError: it cannot be stored; nothing was written.
         """
+        (answer,) = await self.commit([change])
+        if isinstance(answer, Committed):
+            return answer
+        raise answer
 
     @abstractmethod
     async def claim(self, request: ClaimRequest) -> Claimed:
@@ -397,16 +457,6 @@ class StorageBackend(ABC):
 
     # --- with working defaults ----------------------------------------------------------------
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        """Independent changes, each accepted or refused alone; order within a run is kept."""
-        answers: list[Answer] = []
-        for change in changes:
-            try:
-                answers.append(await self.commit(change))
-            except (Refusal, RunNotFound, RunClosed) as refusal:
-                answers.append(refusal)
-        return answers
-
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody rang for within ``mute``, which starts anew for them.
 
@@ -416,34 +466,26 @@ class StorageBackend(ABC):
         """
         now = await self.now()
         due: list[WorkItem] = []
-        cursor: str | None = None
-        while len(due) < limit:
-            page = await self.list_runs(RunQuery(limit=1000), cursor)
-            for run in page.items:
-                for item in await self.list_work(run.run_id):
-                    held = item.lease is not None and item.lease.until > now
-                    paused = run.paused and item.kind is not ItemKind.DELIVER
-                    if item.due_at <= now and not held and not paused:
-                        due.append(item)
-            cursor = page.cursor
-            if cursor is None:
-                break
+        async with aclosing(self._every_item()) as found:
+            async for run, item in found:
+                leased = item.lease is not None and item.lease.until > now
+                paused = run.paused and item.kind is not ItemKind.DELIVER
+                if item.due_at <= now and not leased and not paused:
+                    due.append(item)
+                    if len(due) >= limit:
+                        break
         return due[:limit]
 
     async def holders(self) -> list[str]:
         """The owners of leases that have not ended."""
         now = await self.now()
-        owners: set[str] = set()
-        cursor: str | None = None
-        while True:
-            page = await self.list_runs(RunQuery(limit=1000), cursor)
-            for run in page.items:
-                for item in await self.list_work(run.run_id):
-                    if item.lease is not None and item.lease.until > now:
-                        owners.add(item.lease.owner)
-            cursor = page.cursor
-            if cursor is None:
-                return sorted(owners)
+        return sorted(
+            {
+                item.lease.owner
+                async for _, item in self._every_item()
+                if item.lease is not None and item.lease.until > now
+            }
+        )
 
     async def leases(self, owner: str) -> list[ClaimRef]:
         """The claims of ``owner`` whose leases have not ended, in any order.
@@ -453,17 +495,11 @@ class StorageBackend(ABC):
         """
         now = await self.now()
         found: list[ClaimRef] = []
-        cursor: str | None = None
-        while True:
-            page = await self.list_runs(RunQuery(limit=1000), cursor)
-            for run in page.items:
-                for item in await self.list_work(run.run_id):
-                    lease = item.lease
-                    if lease is not None and lease.owner == owner and lease.until > now:
-                        found.append(ClaimRef(item.run_id, item.item_id, lease.token))
-            cursor = page.cursor
-            if cursor is None:
-                return found
+        async for _, item in self._every_item():
+            lease = item.lease
+            if lease is not None and lease.owner == owner and lease.until > now:
+                found.append(ClaimRef(item.run_id, item.item_id, lease.token))
+        return found
 
     async def free(self, owner: str) -> int:
         """End every lease of ``owner``, a process known to be gone; how many.
@@ -471,18 +507,12 @@ class StorageBackend(ABC):
         Its items are due at once, and its claims stay counted.
         """
         freed = 0
-        cursor: str | None = None
-        while True:
-            page = await self.list_runs(RunQuery(limit=1000), cursor)
-            for run in page.items:
-                for item in await self.list_work(run.run_id):
-                    lease = item.lease
-                    if lease is not None and lease.owner == owner:
-                        ref = ClaimRef(item.run_id, item.item_id, lease.token)
-                        freed += (await self.renew([ref], timedelta(0)))[0]
-            cursor = page.cursor
-            if cursor is None:
-                return freed
+        async for _, item in self._every_item():
+            lease = item.lease
+            if lease is not None and lease.owner == owner:
+                ref = ClaimRef(item.run_id, item.item_id, lease.token)
+                freed += (await self.renew([ref], timedelta(0)))[0]
+        return freed
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait until ``run_id`` has an event after seq ``after``, or has ended.
@@ -508,15 +538,27 @@ class StorageBackend(ABC):
     async def stats(self) -> Mapping[str, int]:
         """Numbers about the store; at least ``runs`` and one count per status."""
         counts: dict[str, int] = {"runs": 0}
+        async for run in self._every_run():
+            counts["runs"] += 1
+            counts[run.status.value] = counts.get(run.status.value, 0) + 1
+        return counts
+
+    async def _every_run(self) -> AsyncGenerator[Run]:
+        """All runs, newest first, page by page."""
         cursor: str | None = None
         while True:
             page = await self.list_runs(RunQuery(limit=1000), cursor)
             for run in page.items:
-                counts["runs"] += 1
-                counts[run.status.value] = counts.get(run.status.value, 0) + 1
+                yield run
             cursor = page.cursor
             if cursor is None:
-                return counts
+                return
+
+    async def _every_item(self) -> AsyncGenerator[tuple[Run, WorkItem]]:
+        """All work items of all runs."""
+        async for run in self._every_run():
+            for item in await self.list_work(run.run_id):
+                yield run, item
 
     # --- moving between stores ----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyworkflow.storekit import embedded, failpoints, reference
     from pyworkflow.storekit._check import check_change
-    from pyworkflow.storekit._decide import decide
+    from pyworkflow.storekit._decide import answer_each, decide
     from pyworkflow.storekit._dormant import DormantRun
     from pyworkflow.storekit._fsck import fsck
     from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
@@ -23,6 +23,7 @@ __all__ = [
     "KEPT_TOKENS",
     "RunState",
     "RunView",
+    "answer_each",
     "check_change",
     "decide",
     # a whole store in memory, and the check of a store
@@ -43,6 +44,7 @@ _HOMES = {
     "ReferenceStore": "reference",
     "RunState": "_state",
     "RunView": "_state",
+    "answer_each": "_decide",
     "SteadyClock": "_steady",
     "check_change": "_check",
     "decide": "_decide",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from pyworkflow.errors import KeyTaken, RunExists, RunNotFound
+from pyworkflow.errors import KeyTaken, Refusal, RunClosed, RunExists, RunNotFound
 from pyworkflow.events import Event
 from pyworkflow.runs import WorkItem
 from pyworkflow.spi._delta import Record, RunDelta
-from pyworkflow.spi.storage import TURN, Change, Committed, NewRun
+from pyworkflow.spi.storage import TURN, Answer, Change, Committed, NewRun
 from pyworkflow.storekit._plan import Plan, refuse
 from pyworkflow.storekit._state import RunState, RunView
 
-__all__ = ["decide"]
+__all__ = ["answer_each", "decide"]
 
 
 def decide(
@@ -106,6 +106,22 @@ def _create(
     delta = plan.delta()
     assert delta is not None
     return plan.answer(), delta
+
+
+def answer_each(changes: Sequence[Change], commit: Callable[[Change], Committed]) -> list[Answer]:
+    """The answers of ``StorageBackend.commit``, by a function that commits one change.
+
+    Args:
+        changes: Applied one after the other.
+        commit: Applies a change and returns its answer; it raises a refusal before it writes.
+    """
+    answers: list[Answer] = []
+    for change in changes:
+        try:
+            answers.append(commit(change))
+        except (Refusal, RunNotFound, RunClosed) as refusal:
+            answers.append(refusal)
+    return answers
 
 
 def _answer_again(run: RunView, record: Record, change: Change) -> Committed:

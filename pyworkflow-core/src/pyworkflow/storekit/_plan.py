@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from pyworkflow.errors import Fenced, RunClosed, UnseenInput
 from pyworkflow.events import Event, Json
@@ -24,10 +23,11 @@ from pyworkflow.spi.storage import (
     Put,
     Settle,
     Update,
+    stored_event,
 )
 from pyworkflow.storekit._state import RunView
 
-__all__ = ["Plan", "with_lease", "refuse", "stamped"]
+__all__ = ["Plan", "with_lease", "refuse"]
 
 #: A stalled run's new inputs bring its turn forward no further than this.
 STALLED_PAUSE = timedelta(seconds=1)
@@ -35,8 +35,6 @@ _NONE = frozenset[int]()
 # Records live as long as their run: they share what is empty. Nobody changes a record.
 _NO_SKIPPED: list[int] = []
 _NO_HELD: list[tuple[str, str]] = []
-# A third of the time that the class itself takes.
-_new: Any = getattr(tuple, "__new__")  # noqa: B009 - pyright does not know its generic type
 
 
 def with_lease(
@@ -61,13 +59,6 @@ def with_lease(
         lease=lease,
         rung_at=rung_at,
     )
-
-
-def stamped(event: Event, run_id: str, seq: int, at: datetime) -> Event:
-    """The event as it is stored."""
-    fields = (event.type, event.klass, event.data, event.op, event.key, run_id, seq, at, event.v)
-    made: Event = _new(Event, fields)
-    return made
 
 
 def refuse(run: RunView, change: Change, now: datetime) -> None:
@@ -294,7 +285,7 @@ class Plan:
             seq += 1
             seqs.append(seq)
             klass = event.klass
-            events.append(stamped(event, run_id, seq, at))
+            events.append(stored_event(event, run_id, seq, at))
             if klass == "I":
                 self.last_input = seq
                 self.progress = True

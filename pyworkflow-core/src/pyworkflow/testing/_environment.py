@@ -13,10 +13,10 @@ from pyworkflow._duration import parse_duration
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow._resources import Resource
 from pyworkflow._serialization import decode_error
-from pyworkflow.errors import WorkflowError
+from pyworkflow.errors import ArgumentError, WorkflowError
 from pyworkflow.events import EventType
 from pyworkflow.runs import Run, RunStatus
-from pyworkflow.spi.storage import StorageBackend
+from pyworkflow.spi.storage import StorageBackend, TestClock
 from pyworkflow.testing._local import D, Driver, Look, refuse_in_workflow
 
 __all__ = ["TestEnvironment"]
@@ -49,8 +49,15 @@ class TestEnvironment:
         auto_skip: bool = True,
     ) -> None:
         self._owned = storage is None
-        self.storage: StorageBackend = MemoryStorageBackend() if storage is None else storage
+        made = MemoryStorageBackend() if storage is None else storage
+        if not isinstance(made, TestClock):
+            raise ArgumentError(
+                f"the clock of this storage cannot be moved: storage={made.info().name}; "
+                "leave storage out, or give one that has shift_clock"
+            )
+        self.storage: StorageBackend = made
         """The store, for looking at runs and events."""
+        self._clock: TestClock = made
         self._first = None if start is None else ensure_utc(start, stacklevel=3)
         self._auto_skip = auto_skip
         self._driver: Driver | None = None
@@ -225,7 +232,7 @@ class TestEnvironment:
         if held:
             # Steps that wait for a run keep their leases, however far the clock jumps.
             await self.storage.renew(held, max(by, timedelta(0)) + lease)
-        await self.storage.shift_clock(by)
+        await self._clock.shift_clock(by)
         if held:
             await self.storage.renew(held, lease)
         driver.worker.clock.update(await self.storage.now())

@@ -20,6 +20,7 @@ from pyworkflow._plugins import load_observers
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import ArgumentError, ConfigurationError, RunNotFound
 from pyworkflow.runs import Run
+from pyworkflow.spi._contract import check_storage_contract
 from pyworkflow.spi.storage import StorageBackend
 
 __all__ = ["D", "Driver", "Look", "opened", "refuse_in_workflow", "resume_local", "start_local"]
@@ -46,6 +47,7 @@ class Driver:
     """A worker that takes only what belongs to the runs it is given."""
 
     def __init__(self, storage: StorageBackend) -> None:
+        check_storage_contract(storage)
         self.storage = storage
         self.worker = Worker(storage, settings())
         self.operations = Operations(storage, self.worker, None)

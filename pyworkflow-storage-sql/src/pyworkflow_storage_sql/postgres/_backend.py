@@ -15,7 +15,6 @@ from pyworkflow.spi import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     Delta,
     StorageError,
     WorkItem,
@@ -48,20 +47,15 @@ class PostgresStorageBackend(PostgresReads):
         )
         self._news.tell((), work=True)
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change, all or nothing."""
-        await self._use()
-        self._check(change)
-        answer = await self._commits.add(change)
-        if isinstance(answer, Committed):
-            return answer
-        raise answer
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """Each change accepted or refused alone; what cannot be stored refuses all of them."""
         await self._use()
         for change in changes:
-            self._check(change)
+            check_change(
+                change,
+                max_payload=INFO.max_payload,
+                max_events=INFO.max_events_per_commit,
+            )
         answers = await self._send_commits(changes)
         refused: list[Answer] = []
         for answer in answers:
@@ -69,13 +63,6 @@ class PostgresStorageBackend(PostgresReads):
                 raise answer
             refused.append(answer)
         return refused
-
-    def _check(self, change: Change) -> None:
-        check_change(
-            change,
-            max_payload=INFO.max_payload,
-            max_events=INFO.max_events_per_commit,
-        )
 
     async def _send_commits(self, changes: Sequence[Change]) -> list[Answer | ValueError]:
         request = Request(self._names)

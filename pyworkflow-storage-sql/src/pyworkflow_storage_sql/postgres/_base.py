@@ -15,9 +15,7 @@ from hashlib import sha256
 from typing import Any, Self
 
 from pyworkflow.spi import (
-    Answer,
     Capabilities,
-    Change,
     Claimed,
     ClaimRequest,
     ConfigurationError,
@@ -48,7 +46,9 @@ _CAPABILITIES = Capabilities(
     large_history=True,
 )
 #: What every object of this kind declares.
-INFO = StorageInfo(name="postgresql", location="", capabilities=_CAPABILITIES, batches=2)
+INFO = StorageInfo(
+    contract_version=2, name="postgresql", location="", capabilities=_CAPABILITIES, batches=2
+)
 
 
 class PostgresBase(StorageBackend):
@@ -93,7 +93,6 @@ class PostgresBase(StorageBackend):
         self._names = Names()
         self._reader = Reader(self._names)
         self._news: News
-        self._commits: Batches[Change, Answer | ValueError]
         self._claims: Batches[ClaimRequest, Claimed]
         self._reads: Batches[str, Run | None]
         fill = self._schema.fill
@@ -188,8 +187,6 @@ class PostgresBase(StorageBackend):
             connections = self._connections = Connections(self._settings)
             digest = sha256(self._schema.name.encode()).hexdigest()[:24]
             self._news = News(connections, f"pyworkflow_{digest}")
-            width = self._settings.connections
-            self._commits = Batches(self._send_commits, width)
             self._claims = Batches(self._send_claims, 1, self._give_back)
             self._reads = Batches(self._send_reads, 1)
             self._opening = asyncio.Lock()
@@ -245,9 +242,6 @@ class PostgresBase(StorageBackend):
 
     def _name(self, name: str) -> str:
         return self._names.short(name, {})
-
-    async def _send_commits(self, changes: Sequence[Change]) -> list[Answer | ValueError]:
-        raise NotImplementedError
 
     async def _send_claims(self, requests: Sequence[ClaimRequest]) -> list[Claimed]:
         raise NotImplementedError

@@ -18,7 +18,6 @@ from pyworkflow.spi import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     ConfigurationError,
     Delta,
     Event,
@@ -102,6 +101,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits."""
         return StorageInfo(
+            contract_version=2,
             name="sqlite",
             location=str(self.path),
             namespace=self.namespace,
@@ -156,16 +156,11 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
 
     # --- writing ------------------------------------------------------------------------------
 
-    async def commit(self, change: Change) -> Committed:
-        """Apply a change; durable on return."""
-        self._check(change)
-        return await self._write(partial(runs.commit, change), small=True)
-
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        """Apply independent changes in one transaction."""
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
+        """Apply independent changes in one transaction; durable on return."""
         for change in changes:
             self._check(change)
-        run = partial(runs.commit_many, changes)
+        run = partial(runs.commit_all, changes)
         return await self._write(run, small=len(changes) <= FEW)
 
     async def claim(self, request: ClaimRequest) -> Claimed:

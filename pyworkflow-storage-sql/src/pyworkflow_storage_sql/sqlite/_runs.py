@@ -16,18 +16,15 @@ from pyworkflow.spi import (
     KeyMark,
     Page,
     ParentRef,
-    Refusal,
     Run,
-    RunClosed,
     RunDelta,
-    RunNotFound,
     RunStatus,
     StorageDamaged,
     WorkItem,
     record_from_json,
     record_to_json,
 )
-from pyworkflow.storekit import decide
+from pyworkflow.storekit import answer_each, decide
 from pyworkflow_storage_sql.sqlite._effects import (
     LoadedRun,
     create_run,
@@ -55,7 +52,7 @@ from pyworkflow_storage_sql.sqlite._writer import Batch
 
 __all__ = [
     "commit",
-    "commit_many",
+    "commit_all",
     "export_keys",
     "export_run",
     "find_run",
@@ -104,15 +101,9 @@ def commit(change: Change, batch: Batch) -> Committed:
     return committed
 
 
-def commit_many(changes: Sequence[Change], batch: Batch) -> list[Answer]:
+def commit_all(changes: Sequence[Change], batch: Batch) -> list[Answer]:
     """Each change accepted or refused alone."""
-    answers: list[Answer] = []
-    for change in changes:
-        try:
-            answers.append(commit(change, batch))
-        except (Refusal, RunNotFound, RunClosed) as refusal:
-            answers.append(refusal)
-    return answers
+    return answer_each(changes, lambda change: commit(change, batch))
 
 
 # --- reads that look up one run ---------------------------------------------------------------

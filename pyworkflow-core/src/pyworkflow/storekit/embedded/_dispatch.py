@@ -44,7 +44,7 @@ class Dispatcher(Generic[B]):
 
     Args:
         writer: Used by this dispatcher alone.
-        loop: Whose callers it serves; all but ``stop`` and ``hear`` is called on it.
+        loop: Whose callers it serves; all but ``stop`` and ``notify`` is called on it.
         name: The thread's.
         close_timeout: So many seconds ``close`` waits for the thread, which another process's
             lock may hold up.
