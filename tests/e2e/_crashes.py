@@ -290,7 +290,7 @@ def _make_small(storage: Any) -> None:
         from pyworkflow_storage_file import _writer
 
         storage._segment_bytes = LIMITS["segment_bytes"]
-        _writer._REWRITE_BYTES = LIMITS["rewrite_bytes"]
+        _writer._GARBAGE_BYTES = LIMITS["rewrite_bytes"]
 
 
 def _run(order: Order) -> None:

@@ -247,7 +247,7 @@ def test_who_waits_for_the_lock_is_not_overtaken(tmp_path):
 
 
 def test_segments_and_rewrites_are_the_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(_writer, "_REWRITE_BYTES", 5_000)
+    monkeypatch.setattr(_writer, "_GARBAGE_BYTES", 5_000)
 
     async def main():
         backend = opened(tmp_path)
