@@ -29,8 +29,8 @@ class _Counting(MemoryStorageBackend):
 
     brought = 0
 
-    async def commit_many(self, changes: Sequence[Change]) -> list[Answer]:
-        answers = await super().commit_many(changes)
+    async def commit(self, changes: Sequence[Change]) -> list[Answer]:
+        answers = await super().commit(changes)
         for change, answer in zip(changes, answers, strict=True):
             if isinstance(answer, Committed):
                 self.brought += len(answer.unseen_events)

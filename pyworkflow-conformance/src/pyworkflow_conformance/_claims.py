@@ -590,4 +590,4 @@ class ClaimChecks(Suite):
         (running,) = await t.claim(("run", "step:1"))
         change = under(running, 1, events=[incoming("step:1")], settle=Settle())
         for _ in range(2):  # also when it is answered again
-            assert list((await t.store.commit(change)).unseen_events) == []
+            assert list((await t.store.commit_one(change)).unseen_events) == []
