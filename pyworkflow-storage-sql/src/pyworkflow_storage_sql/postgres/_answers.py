@@ -247,6 +247,7 @@ class Reader:
             "final": None if r["final"] is None else RunStatus(r["final"]),
         }
         fields |= {name: getattr(run, name) for name in _SHOWN}
+        fields |= {"args": run.args_text, "result": run.result_text}
         return {name: value for name, value in fields.items() if value != _FRESH.get(name)}
 
     def record(self, token: str | None, key: str, text: str) -> Record:
@@ -269,7 +270,7 @@ class Reader:
 
 
 _SHOWN = (
-    *("workflow", "version", "args", "result", "error", "idempotency_key", "parent", "root"),
+    *("workflow", "version", "error", "idempotency_key", "parent", "root"),
     *("next", "queue", "priority", "tags", "attributes", "created_at", "started_at"),
     *("updated_at", "finished_at", "deadline", "seen_seq", "paused", "stalled"),
 )
