@@ -263,7 +263,7 @@ def _with_state(made: Any, tree: dict[str, Tree]) -> object:
         private |= cast("dict[str, object]", restore(tree["p"]))
         object.__setattr__(made, "__pydantic_private__", private)
     if "a" in tree:
-        kind: Any = type(made)
+        kind = cast("Any", type(made))
         _with_attributes(made, tree, shape_of(kind, tuple(kind.__pydantic_fields__)))
     return made
 
