@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -320,6 +321,7 @@ def test_a_sweep_rings_once_for_what_was_not_rung_for() -> None:
 
 def test_plugins_choose_the_queue_and_send_headers_that_the_turn_sees() -> None:
     seen: list[dict[str, str]] = []
+    of_the_caller = ContextVar("of_the_caller", default="unset")
 
     class Plugin:
         @hookimpl
@@ -333,17 +335,25 @@ def test_plugins_choose_the_queue_and_send_headers_that_the_turn_sees() -> None:
         @hookimpl
         def pyworkflow_around_turn(self, run_id: str, workflow: str) -> None:
             seen.append(dict(doorbell_headers.get()))
+            assert of_the_caller.get() == "unset"
+
+    @step(name="bell_of_caller")
+    async def seen_of_the_caller() -> str:
+        return of_the_caller.get()
 
     @workflow(name="bell_traced")
-    async def traced() -> None: ...
+    async def traced() -> str:
+        return await seen_of_the_caller()
 
     async def main() -> None:
         async with fleet() as (many, worker):
             run_id = await many.start(traced)
             (bell,) = many.bells
             assert bell.queue == "default-eu"
+            of_the_caller.set("a secret")
             await worker.handle(bell)
             assert [headers["trace"] for headers in seen] == [f"of {run_id}"]
+            assert (await many.ops.get_run(run_id)).result == "unset"
 
     plugin = Plugin()
     _plugins.register(plugin, "bell-plugin")

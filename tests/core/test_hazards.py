@@ -1635,7 +1635,8 @@ def test_h35_log_events_are_recorded_once_and_lines_are_not_repeated_on_replay(
                 if str(e.type).startswith("log.")
             ]
             assert logged == [
-                ("log.info", "before one"), ("log.warning", "between"), ("log.error", "after"),
+                ("log.info", "before one"), ("log.info", "in the step"),
+                ("log.warning", "between"), ("log.error", "after"),
             ]  # fmt: skip
 
     with caplog.at_level(logging.INFO):

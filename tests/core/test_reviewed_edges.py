@@ -160,15 +160,17 @@ def test_a_max_duration_beyond_the_last_day_is_as_good_as_none(far: Any) -> None
     asyncio.run(main())
 
 
-def test_a_max_duration_of_zero_is_not_taken_for_none() -> None:
+def test_a_max_duration_of_zero_is_refused_and_the_shortest_is_not_taken_for_none() -> None:
     @workflow(max_duration="1h")
     async def rd_no_time() -> None:
         await sleep("10m")
 
     async def main() -> None:
         async with bench() as b:
-            with pytest.raises(WorkflowTimeout):
+            with pytest.raises(ArgumentError, match="max_duration=0 leaves no time at all"):
                 await b.run(rd_no_time, max_duration=0)
+            with pytest.raises(WorkflowTimeout):
+                await b.run(rd_no_time, max_duration=timedelta(microseconds=1))
 
     asyncio.run(main())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import cast
 
 from pyworkflow._duration import parse_duration
 from pyworkflow._retry import Delay, RetryDelay, delay_of
@@ -29,11 +30,12 @@ def check_tags(error: type[WorkflowError], tags: object) -> tuple[str, ...]:
     """The tags; one text alone is not taken for its letters."""
     if isinstance(tags, str | bytes) or not isinstance(tags, Iterable):
         raise error(f"tags={tags!r} is no list of tags; write tags=[{tags!r}]")
-    checked = tuple(tags)
-    for tag in checked:
+    checked: list[str] = []
+    for tag in cast("Iterable[object]", tags):
         if not isinstance(tag, str) or not tag:
             raise error(f"a tag is not text: tag={tag!r}")
-    return checked
+        checked.append(tag)
+    return tuple(checked)
 
 
 def duration_option(

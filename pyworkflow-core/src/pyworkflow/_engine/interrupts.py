@@ -10,7 +10,7 @@ import os
 import selectors
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from time import monotonic
 
@@ -24,7 +24,7 @@ _STOP = b"\0"
 
 
 @contextmanager
-def obeyed(on_first: Callable[[], object]) -> Iterator[None]:
+def obeyed(on_first: Callable[[], object]) -> Generator[None]:
     """Call ``on_first`` when the first signal comes; end the process at the second.
 
     Does nothing outside of the main thread, where no handler can be set: the caller stops us.

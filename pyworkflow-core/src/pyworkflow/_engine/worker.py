@@ -49,7 +49,7 @@ from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, S
 from pyworkflow.events import Event
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus, WorkItem
 from pyworkflow.spi.capabilities import StorageInfo
-from pyworkflow.spi.executor import Doorbell, Outcome
+from pyworkflow.spi.executor import Doorbell, Outcome, doorbell_headers
 from pyworkflow.spi.storage import (
     TURN,
     Claim,
@@ -242,8 +242,12 @@ class Worker:
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task of this worker, kept until it ends."""
-        # Not the context of the caller or of the step that happens to cause it.
-        task = asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
+        # Not the context of the caller or of the step that happens to cause it: the headers of
+        # the doorbell alone, which hooks read.
+        context = contextvars.Context()
+        if headers := doorbell_headers.get():
+            context.run(doorbell_headers.set, headers)
+        task = asyncio.get_running_loop().create_task(coro, context=context)
         self.keep_task(task)
         return task
 

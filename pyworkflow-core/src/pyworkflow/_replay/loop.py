@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from math import ceil, ulp
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, TypeVarTuple
 
 from pyworkflow._replay._cpython import enter, leave
 from pyworkflow.errors import WorkflowContextError
@@ -148,7 +148,7 @@ else:
 class DeterministicLoop(_Loop):
     """One run's event loop. Usable only while ``spin`` or ``run_callback`` is in progress."""
 
-    in_finalizer: Callable[[], bool] = staticmethod(lambda: False)
+    in_finalizer: ClassVar[staticmethod[[], bool]] = staticmethod(lambda: False)
     """Whether a finalizer runs in the middle of workflow code: its misuse is not the run's."""
 
     def __init__(self, *, salt: int) -> None:

@@ -108,7 +108,8 @@ _MISSING: Any = object()
 
 
 def _difference(before: Any, after: Any, path: str) -> tuple[str, Any, Any] | None:
-    if isinstance(before, dict) and isinstance(after, dict):
+    one, other = before, after  # the type checkers narrow these to containers of unknown things
+    if isinstance(one, dict) and isinstance(other, dict):
         if "$py" in before or "$py" in after:
             return _tagged_difference(before, after, path)
         for key in [*before, *(k for k in after if k not in before)]:
@@ -117,7 +118,7 @@ def _difference(before: Any, after: Any, path: str) -> tuple[str, Any, Any] | No
             if found is not None:
                 return found
         return None
-    if isinstance(before, list) and isinstance(after, list):
+    if isinstance(one, list) and isinstance(other, list):
         for index in range(max(len(before), len(after))):
             found = _difference(_item(before, index), _item(after, index), f"{path}[{index}]")
             if found is not None:

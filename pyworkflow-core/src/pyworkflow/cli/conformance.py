@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,10 +105,9 @@ def command(
 
 def _need_suite() -> None:
     try:
-        import pyworkflow.conformance
+        importlib.import_module("pyworkflow.conformance")
     except ModuleNotFoundError as error:
         raise Unusable(str(error)) from None
-    del pyworkflow
 
 
 def _places(reports: Sequence[str], output: str | None) -> list[tuple[str, str | None]]:
