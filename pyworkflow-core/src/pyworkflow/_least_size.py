@@ -21,7 +21,7 @@ def least_size(value: object, limit: int) -> tuple[int, bool]:
     waiting: list[Any] = [value]
     while waiting and size <= limit:
         item = waiting.pop()
-        kind: Any = type(item)
+        kind = type(item)  # pyright: ignore[reportUnknownVariableType] # of a value of any type
         if kind is str:
             size += len(item) + 2
         elif kind in SCALARS:
