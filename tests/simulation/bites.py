@@ -12,6 +12,7 @@ from typing import Any
 from pyworkflow._engine import (
     bells,
     dispatched,
+    kept,
     leases,
     pipeline,
     session,
@@ -229,17 +230,17 @@ def change_is_sent_again_under_another_key(put: Any) -> None:
 
 @_bite("storage", 200, "liveness", "work", "replay", "engine", "result", "logs")
 def coroutine_is_kept_after_a_refusal(put: Any) -> None:
-    drop = worker.Worker._drop
+    drop = kept.KeptRuns.drop
 
     def keeps(self: Any, live: Any) -> None:
         over = live.replay.outcome is not None or live.replay.problem is not None
-        if self.is_stopping or over or len(self._kept) >= self.settings.sessions:
+        if over or len(self.runs) >= self._limit:
             drop(self, live)
         else:
-            self._kept[live.run_id] = live
-            self._known[live.run_id] = live.replay.fed
+            self.runs[live.run_id] = live
+            self.known[live.run_id] = live.replay.fed
 
-    put(worker.Worker, "_drop", keeps)
+    put(kept.KeptRuns, "drop", keeps)
 
 
 @_bite("calm", 60, "liveness", "work", "replay", "engine", "result")
@@ -263,10 +264,10 @@ def leases_are_not_renewed(put: Any) -> None:
 @_bite("crash", 200, "liveness", "work", "engine", "replay", "result", "loop")
 def evicted_coroutine_is_used_again(put: Any) -> None:
     def closes(self: Any, run_id: str | None = None) -> None:
-        for live in list(self._kept.values()):
+        for live in list(self.runs.values()):
             live.replay.close()
 
-    put(worker.Worker, "evict", closes)
+    put(kept.KeptRuns, "evict", closes)
 
 
 @_bite("calm", 40, "early")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
@@ -14,23 +13,20 @@ from pyworkflow import _plugins
 from pyworkflow._clock import LAST
 from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
-from pyworkflow._declared import DeclaredWorkflow, known_workflow
+from pyworkflow._declared import DeclaredWorkflow
 from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import bell_of_put
 from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
-from pyworkflow._engine.places import current_place
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
 from pyworkflow._names import check_limit, is_name
-from pyworkflow._portable import import_listed
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
+from pyworkflow._results import POLL, Help, outcome, stalled_since, still_running
 from pyworkflow._serialization import (
-    decode,
     decode_arguments,
-    decode_error,
     encode,
     payload_size,
 )
@@ -40,13 +36,11 @@ from pyworkflow.errors import (
     IdempotencyConflict,
     KeyTaken,
     PayloadTooLarge,
-    RunCancelled,
     RunClosed,
     RunExists,
     RunIdConflict,
     RunNotFound,
     RunStalled,
-    RunTerminated,
     StorageError,
     StorageUnavailable,
 )
@@ -69,7 +63,7 @@ from pyworkflow.spi.storage import (
 )
 from pyworkflow.storekit import failpoints
 
-__all__ = ["IfStalled", "Operations", "stalled_since"]
+__all__ = ["IfStalled", "Operations"]
 
 D = str | int | float | timedelta
 
@@ -82,14 +76,9 @@ failpoints.register(
 
 IfStalled = Literal["raise", "wait"]
 
-_POLL = timedelta(seconds=5)
-_HELP = timedelta(milliseconds=50)
-_MOST_HELP = timedelta(seconds=2)
 _LEAST = timedelta(milliseconds=10)
 _STALLED = timedelta(seconds=1)
 """Between two looks at a stalled run: the store's clock may be ahead of the loop's."""
-_BACKWARDS = 100
-"""Events of one look into a history from its end."""
 _NEVER = 2**62
 _LOCAL = 1.0
 """Seconds that a result waits for this process's own turn before it watches the store: who else ends
@@ -349,12 +338,12 @@ class Operations:
         if timeout is not None:
             now = asyncio.get_running_loop().time()
             end = now + parse_duration(timeout).total_seconds()
-        helps = _Help(self._worker)
+        helps = Help(self._worker)
         while True:
             with helps.awaiting(run_id):
                 found = await self._end_of(run_id, timeout, end, if_stalled, helps)
             if found.next is None:
-                return _outcome(await opened_run(found))
+                return outcome(await opened_run(found))
             run_id = found.next
 
     async def _end_of(
@@ -363,7 +352,7 @@ class Operations:
         timeout: D | None,
         end: float | None,
         if_stalled: IfStalled | None,
-        helps: _Help,
+        helps: Help,
     ) -> Run:
         """The run, once it has ended."""
         loop = asyncio.get_running_loop()
@@ -377,9 +366,9 @@ class Operations:
                 raise RunNotFound(run_id)
             if found.status.is_terminal:
                 return found
-            wait = _POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
+            wait = POLL if end is None else timedelta(seconds=max(0.0, end - loop.time()))
             if wait <= timedelta(0):
-                raise _still_running(found, timeout)
+                raise still_running(found, timeout)
             if self._closed:
                 raise StorageError(
                     f"the client was closed before the run had ended: run_id={run_id} "
@@ -391,7 +380,7 @@ class Operations:
                 continue
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
-            await self._watch(run_id, min(wait, _POLL, helps.pause))
+            await self._watch(run_id, min(wait, POLL, helps.pause))
 
     async def _check_stalled(self, run: Run) -> timedelta:
         """How long the run may go on to be stalled. ``RunStalled``."""
@@ -499,72 +488,6 @@ class Operations:
         )
 
 
-class _Help:
-    """What a step that waits for a run does for it, in a worker that works on doorbells.
-
-    Each look that finds nothing to do doubles the pause before the next one.
-    """
-
-    def __init__(self, worker: Worker | None) -> None:
-        self._worker = worker if worker is not None and current_place() is not None else None
-        self.pause = _POLL if self._worker is None else _HELP
-        # A worker without doorbells that looks for nothing itself belongs to a test.
-        self._most = _HELP if worker is not None and not worker.rings else _MOST_HELP
-
-    @contextmanager
-    def awaiting(self, run_id: str) -> Generator[None]:
-        """A step waits for the run meanwhile."""
-        if self._worker is None:
-            yield
-            return
-        awaited = self._worker.runner.awaited
-        awaited[run_id] += 1
-        try:
-            yield
-        finally:
-            awaited[run_id] -= 1
-            if not awaited[run_id]:
-                del awaited[run_id]
-
-    async def with_run(self, run_id: str) -> bool:
-        """Work on what is due of the run; whether there was something."""
-        if self._worker is None or self._worker.is_serving:
-            self.pause = _POLL
-            return False
-        helped = await self._worker.help_with(run_id)
-        self.pause = _HELP if helped else min(self.pause * 2, self._most)
-        return helped
-
-
-async def stalled_since(storage: StorageBackend, run: Run) -> datetime | None:
-    """Since when a stalled run has been stalled without a break; None when it is not any more."""
-    before, since = run.history_length, None
-    while before > 0:
-        after = max(0, before - _BACKWARDS)
-        events = await storage.get_events(run.run_id, after=after, limit=before - after)
-        for event in reversed(events):
-            if event.type == EventType.WORKFLOW_UNSTALLED:
-                return since
-            if event.type == EventType.WORKFLOW_STALLED:
-                since = event.timestamp
-        before = after
-        if since is not None and not events:
-            break
-    return since
-
-
-def _still_running(run: Run, timeout: D | None) -> TimeoutError:
-    if run.stalled is not None:
-        return TimeoutError(
-            f"the run is stalled: run_id={run.run_id}: {run.stalled}; it resumes when a worker "
-            f"has code that fits, `pyworkflow runs show {run.run_id}` tells more"
-        )
-    return TimeoutError(
-        f"the run has not ended within timeout={timeout}: run_id={run.run_id} "
-        f"status={run.status}; it is not cancelled, ask again later"
-    )
-
-
 def _closed_without_code(run_id: str, key: str, reason: str) -> Change:
     data: dict[str, Any] = {"reason": reason, "kind": "control"}
     return Change(
@@ -619,21 +542,6 @@ def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
 def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
     args, kwargs = decode_arguments(text)
     return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
-
-
-def _outcome(found: Run) -> Any:
-    match found.status:
-        case RunStatus.COMPLETED:
-            workflow = known_workflow(found.workflow)
-            text = found.result_text or ""
-            return (workflow.decode_result if workflow is not None else decode)(text)
-        case RunStatus.FAILED if found.error is not None:
-            import_listed(settings().portable_modules, required=False)
-            raise decode_error(found.error.to_json(), exact=False)
-        case RunStatus.TERMINATED:
-            raise RunTerminated(found.run_id)
-        case _:
-            raise RunCancelled(found.run_id, found.error.message if found.error else "")
 
 
 def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:

@@ -573,7 +573,7 @@ class _Carried(Faults):
                     cluster.server.loop.call_later(fault.seconds, worker.loop.go_on)
             case "evict":
                 if worker is not None:
-                    kept = list(worker.worker._kept)
+                    kept = list(worker.worker.kept.runs)
                     cluster.evicted |= {(worker.loop.name, run_id) for run_id in kept}
                     with cluster.running(worker.loop):
                         worker.worker.evict()

@@ -195,9 +195,9 @@ class WorkerProcess:
         """The process is gone, whatever it did."""
         self.loop.kill()
         with self.cluster.running(self.loop):
-            for live in list(self.worker._kept.values()):
+            for live in list(self.worker.kept.runs.values()):
                 live.replay.close()
-            self.worker._kept.clear()
+            self.worker.kept.runs.clear()
 
 
 @dataclass(slots=True)

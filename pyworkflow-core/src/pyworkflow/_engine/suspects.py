@@ -24,7 +24,7 @@ from pyworkflow.spi.storage import Claim
 if TYPE_CHECKING:
     from pyworkflow._engine.worker import Worker
 
-__all__ = ["KILLS", "POISON", "Suspects", "is_poison"]
+__all__ = ["KILLS", "POISON", "POISONED", "Suspects", "is_poison"]
 
 _log = logging.getLogger("pyworkflow.engine")
 
@@ -32,6 +32,10 @@ TRUSTED_CLAIMS = 2
 """Claims without progress up to which an item is worked on beside others."""
 POISON = 10
 """Claims of a turn without progress after which the run stalls, for an hour."""
+POISONED = (
+    f"poison: the turn was claimed {POISON} times without progress; its code seems to take the "
+    "worker down"
+)
 KILLS = 3
 """Claims of a step without progress after which it is taken to kill its worker."""
 LONGEST_ALONE_S = 10.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
@@ -28,6 +27,7 @@ from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.keeper import LeaseKeeper
+from pyworkflow._engine.kept import KeptRuns
 from pyworkflow._engine.leases import claim, give_back
 from pyworkflow._engine.live import TURNS, LiveRun
 from pyworkflow._engine.observers import Raised, log_end, log_steps, observed_hooks, tell_observers
@@ -40,7 +40,7 @@ from pyworkflow._engine.serving import Serving
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
-from pyworkflow._engine.suspects import POISON, Suspects, is_poison
+from pyworkflow._engine.suspects import POISONED, Suspects, is_poison
 from pyworkflow._engine.unfit import UnfitRuns
 from pyworkflow._engine.waits import answered
 from pyworkflow._portable import import_listed, note_imports
@@ -65,11 +65,6 @@ from pyworkflow.spi.storage import (
 __all__ = ["Worker"]
 
 _log = logging.getLogger("pyworkflow.engine")
-
-_POISONED = (
-    f"poison: the turn was claimed {POISON} times without progress; its code seems to take the "
-    "worker down"
-)
 
 
 class Worker:
@@ -142,8 +137,7 @@ class Worker:
         self.roads = Roads()
         self.unfit = UnfitRuns(settings.version_grace)
         self.raised = Raised()
-        self._kept: OrderedDict[str, LiveRun] = OrderedDict()
-        self._known: dict[str, int] = {}
+        self.kept = KeptRuns(self.evictor, settings.sessions)
         self._steps = DispatchedSteps(self)
         self._turns: dict[str, asyncio.Task[None]] = {}
         self._deliveries: dict[tuple[str, str], asyncio.Task[Any]] = {}
@@ -232,8 +226,7 @@ class Worker:
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
         await self.leases.closed(timeout=2.0)
-        while self._kept:
-            self._drop(self._kept.popitem()[1])
+        self.kept.evict()
         self.evictor.stop()
         await self.runner.resources.close()
         self.runner.close()
@@ -299,21 +292,6 @@ class Worker:
         # Doorbells that a plugin sends to other queues say nothing of who serves what.
         return self._bells.rings and _plugins.hooks_active("pyworkflow_route")
 
-    async def help_with(self, run_id: str) -> bool:
-        """Claim what is due of a run that a step here waits for; whether there was something.
-
-        One that works on doorbells may be busy with steps that wait, as all the others: then no
-        doorbell is ever answered.
-        """
-        if self._stopping:
-            return False
-        now, due = to_micros(await self.storage.now()), list[tuple[str, str]]()
-        for item in await self.storage.list_work(run_id):
-            is_free = item.lease is None or to_micros(item.lease.until) <= now
-            if is_free and to_micros(item.due_at) <= now and self.serves(item.queue):
-                due.append((run_id, item.item_id))
-        return bool(due and await self.claim_due(due))
-
     def room(self) -> int:
         """How many more turns may be driven here."""
         return TURNS - len(self._turns)
@@ -344,7 +322,7 @@ class Worker:
             queues=queues if items is None else None,
             kinds=frozenset(kinds),
             workflows=workflow_names(),
-            known=self._known,
+            known=self.kept.known,
         )
         asked = monotonic()
         with self.recovery.claiming():
@@ -473,16 +451,15 @@ class Worker:
     async def _turn(self, claim: Claim, resumed: bool) -> None:
         run = claim.run
         workflow = find_workflow(run.workflow)
-        live = self._kept.pop(run.run_id, None)
-        self._known.pop(run.run_id, None)
+        live = self.kept.take(run.run_id)
         if workflow is None or (live is None and run.stalled is None and self.unfit.knows(run)):
             if live is not None:
-                self._drop(live)
+                self.kept.drop(live)
             pause = None if workflow is None else self.unfit.leave(run)[0]
             await self.storage.release(claim.ref, delay=pause)
             return
         if live is not None and live.workflow is not workflow:
-            self._drop(live)
+            self.kept.drop(live)
             live = None
         replayed = 0 if live is not None else len(claim.events)
         if live is None:
@@ -503,10 +480,10 @@ class Worker:
         finally:
             # A coroutine is kept or closed, never forgotten: a collector that met it would run
             # its ``finally`` inside whatever is running then.
-            if keep:
-                self._keep(live)
+            if keep and not self._stopping:
+                self.kept.keep(live)
             else:
-                self._drop(live)
+                self.kept.drop(live)
             self.leases.discard(claim.ref)
             _plugins.observe(
                 "pyworkflow_turn_ended",
@@ -526,43 +503,18 @@ class Worker:
             except StorageDamaged as damage:
                 await session.stall_for(damage)
                 return False
-        if run.stalled == _POISONED:
+        if run.stalled == POISONED:
             # It was put aside for long enough: record that, or it would be counted no more.
             await session.unstall()
         elif await is_poison(self, claim):
             again = self.clock.micros() + 3_600_000_000
-            await session.stall(_POISONED, from_micros(again))
+            await session.stall(POISONED, from_micros(again))
             return False
         return await session.drive(events, run.seen_seq)
 
-    def _keep(self, live: LiveRun) -> None:
-        if self._stopping:
-            self._drop(live)
-            return
-        standing = self._kept.pop(live.run_id, None)
-        if standing is not None and standing is not live:
-            # Two turns of the run overlapped here: the one that got further is kept.
-            if standing.replay.fed > live.replay.fed:
-                live, standing = standing, live
-            self._drop(standing)
-        self._kept[live.run_id] = live
-        self._known[live.run_id] = live.replay.fed
-        while len(self._kept) > self.settings.sessions:
-            run_id, oldest = self._kept.popitem(last=False)
-            self._known.pop(run_id, None)
-            self._drop(oldest)
-
-    def _drop(self, live: LiveRun) -> None:
-        """Evict a coroutine; always correct, since the history has everything."""
-        self.evictor.close(live.replay)
-
     def evict(self, run_id: str | None = None) -> None:
         """Drop the kept coroutine of a run, or all of them."""
-        for key in [run_id] if run_id is not None else list(self._kept):
-            live = self._kept.pop(key, None)
-            self._known.pop(key, None)
-            if live is not None:
-                self._drop(live)
+        self.kept.evict(run_id)
 
     async def continue_turn(self, item: WorkItem, answer: Committed, own: Sequence[Event]) -> None:
         """Drive the turn that came with the answer to a step's result."""
@@ -570,7 +522,7 @@ class Worker:
         run = await answered(patience, self.storage.get_run, item.run_id)
         if run is None:
             return
-        live = self._kept.get(item.run_id)
+        live = self.kept.runs.get(item.run_id)
         after = answer.seen_seq
         events: Sequence[Event] = sorted([*own, *answer.unseen_events], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:

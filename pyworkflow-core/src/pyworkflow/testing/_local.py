@@ -15,9 +15,10 @@ from pyworkflow._definitions import BoundWorkflow, Workflow, find_workflow, star
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
-from pyworkflow._operations import Operations, stalled_since
+from pyworkflow._operations import Operations
 from pyworkflow._plugins import load_observers
 from pyworkflow._replay.context import current_run
+from pyworkflow._results import stalled_since
 from pyworkflow.errors import ArgumentError, ConfigurationError, RunNotFound
 from pyworkflow.runs import Run
 from pyworkflow.spi._contract import check_storage_contract
