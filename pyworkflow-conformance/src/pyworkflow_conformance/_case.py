@@ -42,6 +42,7 @@ __all__ = [
     "in_threads",
     "incoming",
     "note",
+    "overrides",
     "scenario",
     "seconds",
     "started",
@@ -57,6 +58,8 @@ R = TypeVar("R")
 SEED = "PYWORKFLOW_CONFORMANCE_SEED"
 #: Seconds that a check of a declared gap may take to fail.
 GAP_PATIENCE = 60.0
+#: Changes that a check sends at once.
+BATCH = 200
 
 
 def _seed_given() -> int:
@@ -115,6 +118,12 @@ def under(claim: Claim | WorkItem, n: int = 1, **fields: Any) -> Change:
     return Change(run_id=item.run_id, key=f"{ref.token}:{n}", claim=ref, **fields)
 
 
+def overrides(store: StorageBackend, method: str) -> bool:
+    """Whether the backend has a method of its own instead of the contract's default."""
+    kind = type(getattr(store, "recorded", store))
+    return getattr(kind, method) is not getattr(StorageBackend, method)
+
+
 class Case:
     """One check's store."""
 
@@ -165,6 +174,34 @@ class Case:
                 put=put,
             )
         )
+
+    async def write(self, change: Change, *, store: StorageBackend | None = None) -> Committed:
+        """Commit one change; raises its refusal."""
+        return await (store or self.store).commit_one(change)
+
+    async def write_all(self, changes: Sequence[Change]) -> None:
+        """Commit many changes, in batches; each must be accepted."""
+        for first in range(0, len(changes), BATCH):
+            for answer in await self.store.commit(changes[first : first + BATCH]):
+                if isinstance(answer, Exception):
+                    raise answer
+
+    async def start_many(self, number: int, **new: Any) -> list[str]:
+        """Create runs ``run-00000`` and so on, each with its first event; their ids."""
+        ids = [f"run-{n:05}" for n in range(number)]
+        fields: dict[str, Any] = {"workflow": "flow", "version": "1", "args": "[]", **new}
+        await self.write_all(
+            [
+                Change(
+                    run_id=run_id,
+                    key="start",
+                    create=NewRun(**{**fields, "idempotency_key": f"key-of-{run_id}"}),
+                    events=[started()],
+                )
+                for run_id in ids
+            ]
+        )
+        return ids
 
     async def send(self, *events: Event, run_id: str = "run") -> Committed:
         """Events from outside."""

@@ -206,6 +206,8 @@ class ValueChecks(Suite):
         await t.start()
         wide = "\u00e9" * (limit // 2)
         await t.store.commit_one(t.outside(update=Update(result=wide)))
+        whole = (await (await t.open()).get_run("run") or await t.run()).result_text == wide
+        assert whole, "a result at the limit did not come back"
         refusal = await t.refused(PayloadTooLarge, t.outside(update=Update(result=wide + "xx")))
         assert refusal.limit == limit
         large = Event("log.info", "O", {"a": ["x" * (limit + 1)]})

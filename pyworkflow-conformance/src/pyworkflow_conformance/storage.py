@@ -20,9 +20,11 @@ pytest.register_assert_rewrite(
             "_damage",
             "_faulty",
             "_keys",
+            "_limits",
             "_meta",
             "_migrations",
             "_model",
+            "_names",
             "_oracle",
             "_processes",
             "_profiles",
@@ -42,9 +44,11 @@ from pyworkflow_conformance._crash import CrashChecks
 from pyworkflow_conformance._damage import DamageChecks
 from pyworkflow_conformance._faulty import FaultChecks
 from pyworkflow_conformance._keys import KeyChecks
+from pyworkflow_conformance._limits import LimitChecks
 from pyworkflow_conformance._meta import MetaChecks
 from pyworkflow_conformance._migrations import MigrationChecks
 from pyworkflow_conformance._model import ModelChecks
+from pyworkflow_conformance._names import NameChecks
 from pyworkflow_conformance._processes import ProcessChecks
 from pyworkflow_conformance._profiles import EngineChecks
 from pyworkflow_conformance._races import RaceChecks
@@ -62,6 +66,8 @@ class StorageConformance(
     ClaimChecks,
     TurnChecks,
     ValueChecks,
+    NameChecks,
+    LimitChecks,
     RaceChecks,
     ProcessChecks,
     CrashChecks,
