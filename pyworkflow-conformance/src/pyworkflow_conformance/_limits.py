@@ -10,7 +10,7 @@ from pyworkflow.errors import PayloadTooLarge
 from pyworkflow.events import Event
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi._delta import KeyMark
-from pyworkflow.spi.storage import Control, ControlKind, RunQuery, Settle, StorageBackend, Update
+from pyworkflow.spi.storage import Control, ControlKind, RunQuery, Settle, StorageBackend
 from pyworkflow_conformance._case import (
     Case,
     Suite,
@@ -18,6 +18,7 @@ from pyworkflow_conformance._case import (
     overrides,
     scenario,
     seconds,
+    started,
     step,
     turn,
     under,
@@ -66,10 +67,10 @@ class LimitChecks(Suite):
         """
         size = min(t.store.info().max_payload, BYTES)
         text = _text(size)
-        await t.start(events=[note(text)], put=[step(payload={"a": text})])
+        await t.start(events=[started(), note(text)], put=[step(payload={"a": text})])
         other = await t.open()
         (item,) = [i for i in await other.list_work("run") if i.item_id == "step:1"]
-        (event,) = await other.get_events("run")
+        event = (await other.get_events("run"))[-1]
         found = {"event": event.data["message"], "item": item.payload["a"]}
         # Not compared by the assert: nobody reads a difference of megabytes.
         altered = [
@@ -121,7 +122,7 @@ class LimitChecks(Suite):
 
     @scenario
     async def test_PAG_08_more_than_a_page(self, t: Case) -> None:
-        """PAG-08: 1,001 runs are listed, counted, held, freed and purged, not 1,000.
+        """PAG-08: 1,001 runs are listed, counted, claimed, freed and purged, not 1,000.
 
         Usual cause: what goes through all runs ends with the first page.
         """
