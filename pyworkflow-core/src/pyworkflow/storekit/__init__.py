@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from pyworkflow.storekit._decide import answer_each, decide
     from pyworkflow.storekit._dormant import DormantRun
     from pyworkflow.storekit._fsck import fsck
+    from pyworkflow.storekit._items import (
+        claimable,
+        claimed,
+        freed,
+        imported,
+        is_free,
+        key_owner,
+        notified,
+        postponed,
+        purgeable,
+        released,
+        renewed,
+        tombstone,
+        wakes_at,
+    )
     from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
     from pyworkflow.storekit._steady import SteadyClock
     from pyworkflow.storekit.reference import ReferenceStore
@@ -26,6 +41,20 @@ __all__ = [
     "answer_each",
     "check_change",
     "decide",
+    # the rules of items, of purged runs and of keys
+    "claimable",
+    "claimed",
+    "freed",
+    "imported",
+    "is_free",
+    "key_owner",
+    "notified",
+    "postponed",
+    "purgeable",
+    "released",
+    "renewed",
+    "tombstone",
+    "wakes_at",
     # a whole store in memory, and the check of a store
     "DormantRun",
     "ReferenceStore",
@@ -48,6 +77,24 @@ _HOMES = {
     "SteadyClock": "_steady",
     "check_change": "_check",
     "decide": "_decide",
+    **dict.fromkeys(
+        (
+            "claimable",
+            "claimed",
+            "freed",
+            "imported",
+            "is_free",
+            "key_owner",
+            "notified",
+            "postponed",
+            "purgeable",
+            "released",
+            "renewed",
+            "tombstone",
+            "wakes_at",
+        ),
+        "_items",
+    ),
     "fsck": "_fsck",
 }
 _MODULES = frozenset({"embedded", "failpoints", "reference"})

@@ -6,11 +6,11 @@ nothing is touched until all rules have spoken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from pyworkflow.errors import Fenced, RunClosed, UnseenInput
-from pyworkflow.events import Event, Json
+from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Lease, RunStatus, WorkItem
 from pyworkflow.spi._delta import Record, RunDelta
 from pyworkflow.spi.storage import (
@@ -25,9 +25,10 @@ from pyworkflow.spi.storage import (
     Update,
     stored_event,
 )
+from pyworkflow.storekit._items import with_lease
 from pyworkflow.storekit._state import RunView
 
-__all__ = ["Plan", "with_lease", "refuse"]
+__all__ = ["Plan", "refuse"]
 
 #: A stalled run's new inputs bring its turn forward no further than this.
 STALLED_PAUSE = timedelta(seconds=1)
@@ -35,30 +36,6 @@ _NONE = frozenset[int]()
 # Records live as long as their run: they share what is empty. Nobody changes a record.
 _NO_SKIPPED: list[int] = []
 _NO_HELD: list[tuple[str, str]] = []
-
-
-def with_lease(
-    item: WorkItem,
-    *,
-    lease: Lease | None,
-    due_at: datetime | None = None,
-    payload: Mapping[str, Json] | None = None,
-    claims: int | None = None,
-    rung_at: datetime | None = None,
-) -> WorkItem:
-    """The item with this lease and ``rung_at``, and other fields where given."""
-    return WorkItem(
-        run_id=item.run_id,
-        item_id=item.item_id,
-        kind=item.kind,
-        queue=item.queue,
-        priority=item.priority,
-        due_at=item.due_at if due_at is None else due_at,
-        payload=item.payload if payload is None else payload,
-        claims=item.claims if claims is None else claims,
-        lease=lease,
-        rung_at=rung_at,
-    )
 
 
 def refuse(run: RunView, change: Change, now: datetime) -> None:

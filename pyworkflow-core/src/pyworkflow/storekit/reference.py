@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from typing import cast
 
 from pyworkflow.events import Event
-from pyworkflow.runs import ItemKind, Lease, Run, WorkItem
+from pyworkflow.runs import ItemKind, Run, WorkItem
 from pyworkflow.spi._delta import DELTA_VERSION, Delta, KeyMark, Record, RunDelta
 from pyworkflow.spi.storage import (
     Change,
@@ -29,8 +29,20 @@ from pyworkflow.storekit._check import check_change
 from pyworkflow.storekit._decide import decide
 from pyworkflow.storekit._dormant import DormantRun
 from pyworkflow.storekit._due import DueIndex
+from pyworkflow.storekit._items import (
+    claimable,
+    claimed,
+    freed,
+    imported,
+    key_owner,
+    notified,
+    postponed,
+    purgeable,
+    released,
+    renewed,
+    tombstone,
+)
 from pyworkflow.storekit._listing import TOUCHED, RunIndex, parse_cursor
-from pyworkflow.storekit._plan import with_lease
 from pyworkflow.storekit._state import RunState
 
 __all__ = [
@@ -123,8 +135,7 @@ class ReferenceStore:
         taken: list[WorkItem] = []
         for run_id, item_id in refs:
             item = self._runs[run_id].items[item_id]
-            lease = Lease(owner=request.owner, token=token(), until=until)
-            item = with_lease(item, lease=lease, claims=item.claims + 1)
+            item = claimed(item, owner=request.owner, token=token(), until=until)
             taken.append(item)
             _part(parts, run_id).items.append(item)
         delta = Delta(list(parts.values()))
@@ -141,16 +152,7 @@ class ReferenceStore:
             if (
                 run is not None
                 and item is not None
-                and item.due_at <= now
-                and (item.lease is None or item.lease.until <= now)
-                and (not run.paused or item.kind is ItemKind.DELIVER)
-                and (request.queues is None or item.queue in request.queues)
-                and (request.kinds is None or item.kind in request.kinds)
-                and (
-                    request.workflows is None
-                    or item.kind is ItemKind.DELIVER
-                    or run.workflow in request.workflows
-                )
+                and claimable(item, request, paused=run.paused, workflow=run.workflow, now=now)
             ):
                 found[run_id, item_id] = None
         return list(found)
@@ -175,12 +177,9 @@ class ReferenceStore:
             claims.append(Claim(item=item, run=run.view(now), events=events, after=after, cut=cut))
         return claims
 
-    def _held(self, ref: ClaimRef) -> WorkItem | None:
+    def _item(self, ref: ClaimRef) -> WorkItem | None:
         run = self._runs.get(ref.run_id)
-        item = None if run is None else run.items.get(ref.item_id)
-        if item is None or item.lease is None or item.lease.token != ref.token:
-            return None
-        return item
+        return None if run is None else run.items.get(ref.item_id)
 
     def renew(
         self, refs: Sequence[ClaimRef], lease: timedelta, *, now: datetime
@@ -189,29 +188,20 @@ class ReferenceStore:
         kept: list[bool] = []
         parts: dict[str, RunDelta] = {}
         for ref in refs:
-            item = self._held(ref)
+            item = renewed(self._item(ref), ref, lease, now=now)
             kept.append(item is not None)
-            if item is not None and item.lease is not None:
-                until = Lease(owner=item.lease.owner, token=item.lease.token, until=now + lease)
-                _part(parts, ref.run_id).items.append(
-                    with_lease(item, lease=until, rung_at=item.rung_at)
-                )
+            if item is not None:
+                _part(parts, ref.run_id).items.append(item)
         return kept, self._applied(parts)
 
     def release(
         self, ref: ClaimRef, delay: timedelta | None, *, now: datetime
     ) -> tuple[bool, Delta | None]:
         """Give an item back as if it had not been claimed, or later."""
-        item = self._held(ref)
+        item = released(self._item(ref), ref, delay, now=now)
         if item is None:
             return False, None
-        given = with_lease(
-            item,
-            lease=None,
-            due_at=None if delay is None else now + delay,
-            claims=max(0, item.claims - 1),
-        )
-        return True, self._applied({ref.run_id: RunDelta(ref.run_id, items=[given])})
+        return True, self._applied({ref.run_id: RunDelta(ref.run_id, items=[item])})
 
     def announce(
         self, limit: int, mute: timedelta, *, now: datetime
@@ -222,9 +212,8 @@ class ReferenceStore:
         for run_id, item_id in self._index.due(now):
             if len(rung) >= limit:
                 break
-            item = self._runs[run_id].items[item_id]
-            if item.rung_at is None or item.rung_at + mute <= now:
-                item = with_lease(item, lease=item.lease, rung_at=now)
+            item = notified(self._runs[run_id].items[item_id], mute, now=now)
+            if item is not None:
                 rung.append(item)
                 _part(parts, run_id).items.append(item)
         return rung, self._applied(parts)
@@ -232,26 +221,21 @@ class ReferenceStore:
     def free(self, owner: str, *, now: datetime) -> tuple[int, Delta | None]:
         """End the leases of ``owner``; the claims stay counted, and valid until taken over."""
         parts: dict[str, RunDelta] = {}
-        freed = 0
-        for item in self._leased(now):
-            if item.lease is not None and item.lease.owner == owner:
-                freed += 1
-                lease = Lease(owner=owner, token=item.lease.token, until=now)
-                _part(parts, item.run_id).items.append(
-                    with_lease(item, lease=lease, due_at=min(item.due_at, now))
-                )
-        return freed, self._applied(parts)
+        count = 0
+        for old in list(self._leases.values()):
+            item = freed(old, owner, now=now)
+            if item is not None:
+                count += 1
+                _part(parts, item.run_id).items.append(item)
+        return count, self._applied(parts)
 
     def postpone(self, by: timedelta) -> Delta | None:
         """Let leases end later: the clock was set forward, and their time has not passed."""
         parts: dict[str, RunDelta] = {}
-        for item in self._leases.values():
-            if item.lease is not None:
-                old = item.lease
-                lease = Lease(owner=old.owner, token=old.token, until=old.until + by)
-                _part(parts, item.run_id).items.append(
-                    with_lease(item, lease=lease, rung_at=item.rung_at)
-                )
+        for old in self._leases.values():
+            item = postponed(old, by)
+            if item is not None:
+                _part(parts, item.run_id).items.append(item)
         return self._applied(parts)
 
     def purge(
@@ -269,17 +253,19 @@ class ReferenceStore:
             if len(delta.parts) >= limit:
                 break
             run = self._runs[run_id]
-            if run.finished_at is None or run.finished_at >= before:
-                continue
+            ended = run.finished_at
             parent = None if run.parent_id is None else self._runs.get(run.parent_id)
-            if run.items or (parent is not None and parent.final is None):
+            parent_open = parent is not None and parent.final is None
+            if ended is None or not purgeable(
+                ended, before=before, items=run.items, parent_open=parent_open
+            ):
                 continue
             delta.parts.append(RunDelta(run_id, removed=True))
             taken = run.idempotency_key
             if taken is not None:
-                until = run.finished_at + key_retention
-                if until > now:
-                    delta.taken[taken] = KeyMark(run_id, until)
+                mark = tombstone(run_id, ended, key_retention, now=now)
+                if mark is not None:
+                    delta.taken[taken] = mark
                 else:
                     delta.freed.append(taken)
         if not delta.parts and not delta.freed:
@@ -402,21 +388,13 @@ class ReferenceStore:
         number = self._next_number
         for part in delta.parts:
             run = self._runs.get(part.run_id)
-            fields = {name: value for name, value in part.fields.items() if name != "number"}
-            length = 0 if run is None else run.length
             if run is None:
-                fields["number"] = number
+                part = imported(part, None, ())
+                part.fields["number"] = number
                 number += 1
-            events = [event for event in part.events if event.seq > length]
-            if events and events[0].seq != length + 1:
-                raise ValueError(
-                    f"events are missing: run_id={part.run_id} last_seq={length} "
-                    f"next={events[0].seq}"
-                )
-            gone = [] if run is None else [item_id for item_id in part.gone if item_id in run.items]
-            applied.parts.append(
-                RunDelta(part.run_id, fields, events, part.items, gone, part.records, part.removed)
-            )
+            else:
+                part = imported(part, run.length, run.items)
+            applied.parts.append(part)
         self.apply(applied)
         return applied
 
@@ -469,10 +447,7 @@ class ReferenceStore:
 
     def find_run(self, idempotency_key: str, *, now: datetime) -> str | None:
         """Who owns the key."""
-        mark = self._keys.get(idempotency_key)
-        if mark is None or (mark.until is not None and mark.until <= now):
-            return None
-        return mark.owner
+        return key_owner(self._keys.get(idempotency_key), now=now)
 
     def list_runs(self, query: RunQuery, cursor: str | None, *, now: datetime) -> Page[Run]:
         """Newest first; the cursor names the last run shown."""
