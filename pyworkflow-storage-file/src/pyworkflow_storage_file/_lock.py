@@ -16,6 +16,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from pyworkflow.spi import ConfigurationError, StorageError
+from pyworkflow.storekit import boot_id
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
@@ -196,12 +197,3 @@ def elsewhere(path: Path) -> StorageError:
         "to what the path names now. Put it back in place, or restart this process to use what "
         "the path names"
     )
-
-
-def boot_id() -> bytes:
-    """Sixteen bytes that change when the machine starts anew; zeros where that is not known."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        return bytes.fromhex(text.strip().replace("-", ""))
-    except (OSError, ValueError):
-        return bytes(16)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         wakes_at,
     )
     from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
-    from pyworkflow.storekit._steady import SteadyClock
+    from pyworkflow.storekit._steady import SteadyClock, boot_id, machine_clocks
     from pyworkflow.storekit.reference import ReferenceStore
 
 __all__ = [
@@ -61,6 +61,8 @@ __all__ = [
     "fsck",
     # a clock that never goes back
     "SteadyClock",
+    "boot_id",
+    "machine_clocks",
     # modules
     "embedded",
     "failpoints",
@@ -75,6 +77,8 @@ _HOMES = {
     "RunView": "_state",
     "answer_each": "_decide",
     "SteadyClock": "_steady",
+    "boot_id": "_steady",
+    "machine_clocks": "_steady",
     "check_change": "_check",
     "decide": "_decide",
     **dict.fromkeys(

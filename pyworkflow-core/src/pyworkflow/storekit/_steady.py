@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-__all__ = ["SteadyClock"]
+import time
+from pathlib import Path
+
+from pyworkflow.spi import ticks
+
+__all__ = ["SteadyClock", "boot_id", "machine_clocks"]
+
+#: A pause of so many ns between the readings of two clocks makes them worthless.
+_PAUSE = 10_000_000
+
+
+def boot_id() -> bytes:
+    """Sixteen bytes that change when the machine starts again; zeros where that is not known."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+def machine_clocks() -> tuple[int, int]:
+    """The wall clock and the time since boot, microseconds, as ``SteadyClock`` wants them."""
+    while True:
+        wall = time.time_ns()
+        since_boot = ticks()
+        if time.time_ns() - wall < _PAUSE:
+            return wall // 1000, since_boot
 
 
 class SteadyClock:

@@ -10,15 +10,25 @@ local KIND, QUEUE, PRIORITY, DUE, CLAIMS, OWNER, TOKEN, UNTIL, RUNG, PAYLOAD, NU
 
 local function int(n) return fmt('%.0f', n) end
 
-local meta = call('HMGET', KEYS[1], 'serial', 'latest', 'offset', 'events', 'items', 'runs', 'work', 'id')
+local meta = call('HMGET', KEYS[1], 'serial', 'latest', 'offset', 'events', 'items', 'runs', 'work', 'id', 'lead')
 local serial, latest = tonumber(meta[1] or 0), tonumber(meta[2] or 0)
 local events_total, items_total = tonumber(meta[4] or 0), tonumber(meta[5] or 0)
 local runs_total, work = tonumber(meta[6] or 0), tonumber(meta[7] or 0)
 if serial < tonumber(ARGV[1]) or (ARGV[2] ~= '' and meta[8] ~= ARGV[2]) then
   return redis.error_reply('LOSTWRITES ' .. int(serial))
 end
-local clock = call('TIME')
-latest = math.max(latest, tonumber(clock[1]) * 1000000 + tonumber(clock[2]))
+-- The store's clock is the server's, plus `lead`. When that was set back behind the latest reading,
+-- the lead grows by as much: the store's clock continues from there at the pace of real time. For
+-- less than a second it waits: a clock that is corrected to and fro must not drive it ahead.
+local clock, lead = call('TIME'), tonumber(meta[9] or 0)
+local reading = tonumber(clock[1]) * 1000000 + tonumber(clock[2]) + lead
+if reading < latest then
+  if latest - reading > 1000000 then
+    redis.pcall('HSET', KEYS[1], 'lead', int(lead + latest - reading))
+  end
+  reading = latest
+end
+latest = reading
 local now = latest + tonumber(meta[3] or 0)
 local now_text = int(now)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from pyworkflow.spi import (
     StorageInfo,
     WorkItem,
 )
-from pyworkflow.storekit import check_change
+from pyworkflow.storekit import check_change, machine_clocks
 from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, forks, nothing
 from pyworkflow_storage_sql.sqlite import _reads as reads
 from pyworkflow_storage_sql.sqlite import _runs as runs
 from pyworkflow_storage_sql.sqlite import _work as work
+from pyworkflow_storage_sql.sqlite._clock import StoreClock
 from pyworkflow_storage_sql.sqlite._reader import Reader
 from pyworkflow_storage_sql.sqlite._rows import fitting
 from pyworkflow_storage_sql.sqlite._schema import pending, storage_error
@@ -56,12 +57,15 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
     An object belongs to the event loop that first used it; ``clone`` makes one for another. Before
     a fork all connections are closed; parent and child then go on with connections of their own.
 
-    The clock is the machine's, plus the offset of ``shift_clock``; when the machine's is set back,
-    the store's stands still until it has caught up.
+    The clock is the machine's, plus the offset of ``shift_clock``. When the machine's is set back,
+    or was ahead before, the store's continues from its latest reading at the pace of real time;
+    when it is set forward, leases keep the time that they had left.
     """
 
     #: After so many seconds of waiting for another process, calls raise ``StorageUnavailable``.
     _lock_timeout: float = 10.0
+    #: The wall clock and the time since boot, microseconds.
+    _clocks: Callable[[], tuple[int, int]] = staticmethod(machine_clocks)
 
     def __init__(self, path: str | os.PathLike[str], *, namespace: str = "default") -> None:
         super().__init__()
@@ -141,6 +145,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
         """Another object on the same file and namespace."""
         clone = type(self)(self.path, namespace=self.namespace)
         clone._lock_timeout = self._lock_timeout
+        clone._clocks = self._clocks
         return clone
 
     # --- clock --------------------------------------------------------------------------------
@@ -253,8 +258,9 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
     # --- the connections ----------------------------------------------------------------------
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Dispatcher[Batch]:
-        writer = Writer(self.path, self.namespace, lock_timeout=self._lock_timeout)
-        reader = self._reader = Reader(self.path, self.namespace)
+        clock = StoreClock(self._clocks)
+        writer = Writer(self.path, self.namespace, clock, lock_timeout=self._lock_timeout)
+        reader = self._reader = Reader(self.path, self.namespace, clock.shown)
         weakref.finalize(self, reader.stop).atexit = False
         self._opened = False
         return Dispatcher(

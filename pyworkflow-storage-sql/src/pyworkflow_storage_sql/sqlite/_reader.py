@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,17 +14,12 @@ import aiosqlite
 from pyworkflow.storekit.embedded import Watchers, add_forkable
 from pyworkflow_storage_sql.sqlite._schema import OPEN_TIMEOUT, storage_error
 
-__all__ = ["NOW", "Reader", "wall"]
+__all__ = ["NOW", "Reader"]
 
-#: The store's clock as SQL on ``namespaces n``, with the machine's clock as parameter.
+#: The store's clock as SQL on ``namespaces n``, with ``Reader.shown()`` as parameter.
 NOW: Final = "(max(?, n.latest) + n.clock_offset)"
 #: Connections of a parent process: closed, and never to be touched again.
 _abandoned: list[object] = []
-
-
-def wall() -> int:
-    """The machine's clock, microseconds."""
-    return time.time_ns() // 1000
 
 
 class _Rows:
@@ -54,8 +48,10 @@ class _Connection(sqlite3.Connection):
 class Reader:
     """A connection that only reads, opened when it is needed."""
 
-    def __init__(self, path: Path, namespace: str) -> None:
+    def __init__(self, path: Path, namespace: str, shown: Callable[[], int]) -> None:
         self.path = path
+        self.shown = shown
+        """What the store's clock shows as far as this process knows, microseconds."""
         self._namespace = namespace
         self._lock = threading.Lock()
         self._raw: _Connection | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pyworkflow.spi import Event, Page, Run, RunQuery, RunStatus
-from pyworkflow_storage_sql.sqlite._reader import NOW, Reader, wall
+from pyworkflow_storage_sql.sqlite._reader import NOW, Reader
 from pyworkflow_storage_sql.sqlite._rows import EVENT, RUN, events_in, run_in, whole
 
 __all__ = ["get_events", "list_runs", "stats"]
@@ -56,7 +56,7 @@ async def list_runs(
     if not 1 <= query.limit <= 1000:
         raise ValueError(f"the limit is 1 to 1000: limit={query.limit}")
     below = 2**62 if cursor is None else _parse_cursor(cursor)
-    now = wall()
+    now = reader.shown()
     where, values = "n.name = ? and r.id < ?", [namespace, below]
     index = "runs_by_final"
     if query.workflow is not None:
@@ -103,7 +103,7 @@ async def list_runs(
 
 async def stats(reader: Reader, namespace: str) -> Mapping[str, int]:
     """Numbers of runs, per status, of events and of items."""
-    now = wall()
+    now = reader.shown()
     rows = await reader.fetch(
         f"select coalesce(r.final, {_STATUS}) as status, count(*), sum(r.last_seq), "  # noqa: S608 - constant text
         "sum((select count(*) from work_items i where i.run = r.id)) "

@@ -28,6 +28,7 @@ from pyworkflow.storekit.embedded import (
     copy_error,
 )
 from pyworkflow_storage_sql.sqlite._cache import KnownRuns
+from pyworkflow_storage_sql.sqlite._clock import StoreClock
 from pyworkflow_storage_sql.sqlite._rows import from_micros
 from pyworkflow_storage_sql.sqlite._schema import (
     claim_namespace,
@@ -51,21 +52,19 @@ failpoints.register(
 
 #: What an operation may raise without having written.
 _CLEAN: Final = (Refusal, RunNotFound, RunClosed, PayloadTooLarge, ValueError)
-#: The latest instant is written down when it is this much newer, microseconds.
-_LATEST: Final = 100_000
 
 
 class Batch:
     """What operations work on: the connection inside a transaction, the clock, and the news."""
 
     __slots__ = (
+        "clock",
         "conn",
         "dirty",
         "file",
         "micros",
         "namespace",
         "now",
-        "offset",
         "runs",
         "token",
         "touched",
@@ -77,16 +76,15 @@ class Batch:
         conn: sqlite3.Connection,
         file: str,
         namespace: int,
-        micros: int,
-        offset: int,
+        clock: StoreClock,
         token: Callable[[], str],
         runs: KnownRuns,
     ) -> None:
         self.conn = conn
         self.file = file
         self.namespace = namespace
-        self.offset = offset
-        self.micros = micros + offset
+        self.clock = clock
+        self.micros = clock.micros + clock.offset
         self.now: datetime = from_micros(self.micros)
         self.token = token
         self.runs = runs
@@ -107,11 +105,7 @@ class Batch:
     def shift_clock(self, by: int) -> None:
         """Move the store's clock, by microseconds."""
         self.writes(work=True)
-        self.conn.execute(
-            "update namespaces set clock_offset = clock_offset + ? where id = ?",
-            (by, self.namespace),
-        )
-        self.offset += by
+        self.clock.shift(self.conn, self.namespace, by)
         self.micros += by
         self.now = from_micros(self.micros)
 
@@ -119,7 +113,9 @@ class Batch:
 class Writer:
     """The connection that writes. Everything here blocks."""
 
-    def __init__(self, path: Path, namespace: str, *, lock_timeout: float) -> None:
+    def __init__(
+        self, path: Path, namespace: str, clock: StoreClock, *, lock_timeout: float
+    ) -> None:
         self.mutex = threading.Lock()
         """Held by whoever calls another method."""
         self.is_open = False
@@ -131,8 +127,7 @@ class Writer:
         self._inode: tuple[int, int] | None = None
         """Device and number of the file that was opened first; another one is not opened later."""
         self._namespace = 0
-        self._latest = 0
-        self._stored_latest = 0
+        self._clock = clock
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
         self._runs = KnownRuns()
@@ -225,7 +220,7 @@ class Writer:
         wait: bool,
     ) -> bool:
         writes = any(operation.writes for operation in waiting)
-        if not self._begin(conn, wait, writes):
+        if not (self._begin(conn, wait, writes) and self._read_clock(conn, wait, writes)):
             return False
         if writes:
             self._runs.begin(conn)
@@ -286,26 +281,40 @@ class Writer:
                 if not is_busy(error) or time.monotonic() > end:
                     raise
 
+    def _read_clock(self, conn: sqlite3.Connection, wait: bool, writes: bool) -> bool:
+        """Read the clock in the transaction; False without one when that would take long."""
+        clock = self._clock
+        clock.read(conn, self._namespace)
+        if clock.jump:
+            # In a transaction of its own: the batch may be rolled back, the clock would not be.
+            if not writes:
+                conn.execute("rollback")
+                if not self._begin(conn, False, True):
+                    self._work = clock.work
+                    # Another process writes, and follows the clock; a read need not wait for it.
+                    return self._begin(conn, wait, writes)
+                clock.read(conn, self._namespace)
+            if clock.jump:
+                clock.follow(conn, self._namespace)
+                conn.execute("commit")
+                clock.followed()
+            else:
+                conn.execute("rollback")
+            if not self._begin(conn, wait, writes):
+                return False
+            clock.read(conn, self._namespace)
+        self._work = clock.work
+        return True
+
     def _batch(self, conn: sqlite3.Connection) -> Batch:
-        offset, stored, self._work = conn.execute(
-            "select clock_offset, latest, work from namespaces where id = ?", (self._namespace,)
-        ).fetchone()
-        # Somebody may set the machine's clock back: the store's own then stands still.
-        self._stored_latest = stored
-        self._latest = max(self._latest, stored, time.time_ns() // 1000)
-        return Batch(
-            conn, str(self.path), self._namespace, self._latest, offset, self._token, self._runs
-        )
+        return Batch(conn, str(self.path), self._namespace, self._clock, self._token, self._runs)
 
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:
             conn.execute("commit")
             return
-        if batch.work or self._latest > self._stored_latest + _LATEST:
-            self._work = conn.execute(
-                "update namespaces set latest = ?, work = work + ? where id = ? returning work",
-                (self._latest, batch.work, self._namespace),
-            ).fetchone()[0]
+        self._clock.keep(conn, self._namespace, work=batch.work)
+        self._work = self._clock.work
         if failpoints.active:
             failpoints.hit("sqlite.before_commit")
         began = time.perf_counter_ns()

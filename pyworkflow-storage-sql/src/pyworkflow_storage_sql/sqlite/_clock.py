@@ -1,0 +1,130 @@
+"""The store's clock: this machine's, which never stops and never goes back."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from typing import Final
+
+from pyworkflow.storekit import SteadyClock, boot_id
+
+__all__ = ["StoreClock"]
+
+_log = logging.getLogger("pyworkflow.storage.sqlite")
+
+#: A wall clock that is this far ahead of the store's was set forward, microseconds.
+_JUMP: Final = 1_000_000
+#: The latest instant is written down when it is this much newer, microseconds.
+_LATEST: Final = 100_000
+#: The boot of a machine that does not tell it; equal ones may be different boots.
+_UNKNOWN: Final = bytes(16).hex()
+
+_LOOK: Final = (
+    "select clock_offset, clock_skew, latest, clock_base, boot, work from namespaces where id = ?"
+)
+_KEEP: Final = (
+    "update namespaces set latest = ?, clock_base = ?, boot = ?, clock_lead = ?, work = work + ? "
+    "where id = ? returning work"
+)
+
+
+class StoreClock:
+    """The clock of one namespace, in microseconds and without ``clock_offset``.
+
+    Every method but ``shown`` is called within a transaction of the connection that writes.
+    """
+
+    def __init__(self, clocks: Callable[[], tuple[int, int]]) -> None:
+        self.micros = 0
+        """The latest reading."""
+        self.offset = 0
+        self.work = 0
+        """The count of news in the namespace's row."""
+        self.jump = 0
+        """By how much the wall clock was set forward, if the store has not followed it yet."""
+        self._clocks = clocks
+        self._steady = SteadyClock()
+        self._boot = boot_id().hex()
+        self._skew = 0
+        self._lead = 0
+        """By how much the reading is ahead of the machine's clock."""
+        self._kept = (0, 0)
+        """``latest`` and ``clock_base`` as they are in the row; no base of another boot."""
+
+    def read(self, conn: sqlite3.Connection, namespace: int) -> None:
+        """Read the row and the machine's clocks.
+
+        A wall clock that was set forward is not followed yet: ``jump`` says by how much it was.
+        """
+        row = conn.execute(_LOOK, (namespace,)).fetchone()
+        self.offset, self._skew, latest, base, boot, self.work = row
+        steady = self._steady
+        is_known = steady.base is not None
+        wall, ticks = self._read_clocks()
+        if base is not None and boot == self._boot != _UNKNOWN:
+            steady.resume(base)
+            self._kept = latest, base
+            is_known = True
+        else:
+            steady.resume(latest - ticks)
+            self._kept = latest, 2**62 if self._boot == _UNKNOWN else -(2**62)
+        ahead = -steady.lead(wall, ticks)
+        self.jump = ahead if is_known and ahead > _JUMP else 0
+        self.micros = steady.read(wall - self.jump, ticks)
+        self._lead = steady.lead(wall - self.jump, ticks) + self._skew
+
+    def follow(self, conn: sqlite3.Connection, namespace: int) -> None:
+        """Follow a wall clock that was set forward. Leases keep the time that they had left."""
+        conn.execute(
+            "update work_items set lease_until = lease_until + ?, "
+            "free_at = max(due_at, lease_until + ?) where namespace = ? and token is not null",
+            (self.jump, self.jump, namespace),
+        )
+        conn.execute(
+            "update namespaces set clock_base = ?, boot = ? where id = ?",
+            (self._base + self.jump, self._boot, namespace),
+        )
+
+    def shift(self, conn: sqlite3.Connection, namespace: int, by: int) -> None:
+        """Move the clock for all clients.
+
+        A shift back that takes away a lead over the machine's clock is remembered as such: after
+        it the store follows the machine's clock as any other does.
+        """
+        skew = self._skew if by > 0 else max(self._skew, min(self._skew - by, self._lead))
+        conn.execute(
+            "update namespaces set clock_offset = clock_offset + ?, clock_skew = ? where id = ?",
+            (by, skew, namespace),
+        )
+
+    def followed(self) -> None:
+        """What ``follow`` wrote is committed."""
+        _log.warning("the clock of this machine was set forward: seconds=%.3f", self.jump / 1e6)
+        self._steady.resume(self._base + self.jump)
+        self.jump = 0
+
+    def keep(self, conn: sqlite3.Connection, namespace: int, *, work: bool) -> None:
+        """Write the reading down, and news for workers, if either is needed."""
+        latest, base = self._kept
+        if work or self._base > base or self.micros > latest + _LATEST:
+            values = (self.micros, self._base, self._boot, max(0, self._lead), work, namespace)
+            self.work = conn.execute(_KEEP, values).fetchone()[0]
+
+    def shown(self) -> int:
+        """What the clock shows, as far as this process knows; from any thread, without the store."""
+        wall, ticks = self._read_clocks()
+        base = self._steady.base
+        if base is None:
+            return wall
+        ahead = wall - ticks - base
+        return ticks + base + (ahead if 0 < ahead <= _JUMP else 0)
+
+    @property
+    def _base(self) -> int:
+        assert self._steady.base is not None
+        return self._steady.base
+
+    def _read_clocks(self) -> tuple[int, int]:
+        wall, ticks = self._clocks()
+        return wall + self._skew, ticks
