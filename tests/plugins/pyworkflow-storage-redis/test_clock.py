@@ -54,11 +54,11 @@ def test_found_h05_after_a_server_clock_that_was_ahead_time_passes_at_its_pace(
 ) -> None:
     async def main() -> None:
         async with store:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             latest = await was_ahead(store, valkey)
             first = await store.now()
             assert latest <= first < latest + timedelta(seconds=30)
-            await store.commit(create("timer", first + timedelta(seconds=0.5)))
+            await store.commit_one(create("timer", first + timedelta(seconds=0.5)))
             assert await claimed(store) == 1
             async with asyncio.timeout(60):
                 while (await store.now()) < first + timedelta(seconds=0.5):  # noqa: ASYNC110 - the server's time passes
@@ -75,7 +75,7 @@ def test_found_h05_reads_alone_let_the_clock_continue(
 ) -> None:
     async def main() -> None:
         async with store:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             latest = await was_ahead(store, valkey)
             readings = [await store.now() for _ in range(20)]
             assert latest <= readings[0]
@@ -90,7 +90,7 @@ def test_found_h05_a_small_correction_does_not_drive_the_clock_ahead(
 ) -> None:
     async def main() -> None:
         async with store, Redis.from_url(valkey.url) as client:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             meta = f"pyworkflow:{{{store.namespace}}}:meta"
             for _ in range(20):
                 ahead = (datetime.now(UTC) + timedelta(seconds=0.2)).timestamp()

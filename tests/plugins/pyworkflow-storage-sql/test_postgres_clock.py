@@ -50,11 +50,11 @@ def test_found_h05_after_a_server_clock_that_was_ahead_time_passes_at_its_pace(
 ) -> None:
     async def main() -> None:
         async with PostgresStorageBackend(url) as store:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             latest = was_ahead(postgres, url, TWO_DAYS)
             first = await store.now()
             assert latest <= first < latest + 30 * SECOND
-            await store.commit(create("timer", first + 0.5 * SECOND))
+            await store.commit_one(create("timer", first + 0.5 * SECOND))
             assert await claimed(store) == 1
             async with asyncio.timeout(60):
                 while (await store.now()) < first + 0.5 * SECOND:  # noqa: ASYNC110 - time passes
@@ -71,12 +71,14 @@ def test_found_h05_each_call_alone_lets_the_clock_continue(
 ) -> None:
     async def main() -> None:
         async with PostgresStorageBackend(url) as store:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             latest = was_ahead(postgres, url, TWO_DAYS)
             readings: list[datetime] = []
             for n in range(10):
                 if call == "commit":
-                    readings.append((await store.commit(create(f"r{n}", latest + TWO_DAYS))).now)
+                    readings.append(
+                        (await store.commit_one(create(f"r{n}", latest + TWO_DAYS))).now
+                    )
                 elif call == "claim":
                     readings.append((await store.claim(REQUEST)).now)
                 else:
@@ -93,7 +95,7 @@ def test_found_h05_clients_that_find_it_at_once_agree(
     async def main() -> None:
         stores = [PostgresStorageBackend(url) for _ in range(6)]
         try:
-            await stores[0].commit(create("first", await stores[0].now()))
+            await stores[0].commit_one(create("first", await stores[0].now()))
             await asyncio.gather(*(store.now() for store in stores))
             latest = was_ahead(postgres, url, TWO_DAYS)
             times = await asyncio.gather(*(store.now() for store in stores * 5))
@@ -113,7 +115,7 @@ def test_found_h05_a_small_correction_does_not_drive_the_clock_ahead(
 ) -> None:
     async def main() -> None:
         async with PostgresStorageBackend(url) as store:
-            await store.commit(create("first", await store.now()))
+            await store.commit_one(create("first", await store.now()))
             for _ in range(10):
                 latest = was_ahead(postgres, url, timedelta(seconds=0.3))
                 assert await store.now() >= latest

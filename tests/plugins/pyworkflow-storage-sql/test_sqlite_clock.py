@@ -66,7 +66,7 @@ def test_found_h05_after_a_wall_clock_that_was_ahead_time_passes_at_its_pace(
     async def main() -> None:
         async with on(wrong, tmp_path) as backend:
             ahead = await backend.now()
-            await backend.commit(create("r", due=timedelta(seconds=1), now=ahead))
+            await backend.commit_one(create("r", due=timedelta(seconds=1), now=ahead))
         assert ahead == FIRST + timedelta(days=2)
         right.advance(0.5)
         async with on(right, tmp_path) as backend:
@@ -92,8 +92,8 @@ def test_found_h05_processes_with_different_clocks_agree_and_do_not_drive_time_a
     async def main() -> None:
         async with on(wrong, tmp_path) as one, on(right, tmp_path) as two:
             for n in range(20):
-                await one.commit(create(f"a{n}"))
-                await two.commit(create(f"b{n}"))
+                await one.commit_one(create(f"a{n}"))
+                await two.commit_one(create(f"b{n}"))
                 for machine in (wrong, right):
                     machine.advance(1)
                 expected = FIRST + timedelta(days=2, seconds=n + 1)
@@ -114,7 +114,7 @@ def test_found_h05_the_clock_does_not_go_back_over_a_restart_of_the_machine(
 ) -> None:
     async def main(machine: Machine) -> datetime:
         async with on(machine, tmp_path) as backend:
-            await backend.commit(create(f"r{machine.ticks}", now=await backend.now()))
+            await backend.commit_one(create(f"r{machine.ticks}", now=await backend.now()))
             return await backend.now()
 
     before = asyncio.run(main(Machine(ahead=2 * DAY)))
@@ -134,7 +134,7 @@ def test_found_h05_a_clock_set_back_while_in_use_stops_nothing(tmp_path: Path) -
 
     async def main() -> None:
         async with on(machine, tmp_path) as backend:
-            await backend.commit(create("r", due=timedelta(seconds=10)))
+            await backend.commit_one(create("r", due=timedelta(seconds=10)))
             machine.wall -= 3600 * 10**6
             machine.advance(9)
             assert await backend.now() == FIRST + timedelta(seconds=9)
@@ -153,8 +153,8 @@ def test_found_l08_a_clock_set_forward_is_followed_and_leases_keep_their_time(
 
     async def main() -> None:
         async with on(machine, tmp_path) as backend, on(machine, tmp_path) as other:
-            await backend.commit(create("held"))
-            await backend.commit(create("timer", due=timedelta(hours=1)))
+            await backend.commit_one(create("held"))
+            await backend.commit_one(create("timer", due=timedelta(hours=1)))
             assert (await backend.claim(REQUEST)).claims
             machine.wall += 2 * 3600 * 10**6
             machine.advance(1)
@@ -179,7 +179,7 @@ def test_found_l08_a_read_shows_the_old_pace_while_another_process_writes(tmp_pa
 
     async def main() -> None:
         async with on(machine, tmp_path) as backend:
-            await backend.commit(create("r"))
+            await backend.commit_one(create("r"))
             with closing(sqlite3.connect(tmp_path / "runs.db", isolation_level=None)) as conn:
                 conn.execute("begin immediate")
                 machine.wall += 3600 * 10**6
