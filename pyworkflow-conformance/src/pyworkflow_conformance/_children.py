@@ -62,6 +62,7 @@ class Child:
         task: str,
         *,
         namespace: str | None = None,
+        script: str = _worker.__file__,
         **options: Any,
     ) -> None:
         namespace = namespace or t.namespace
@@ -69,7 +70,7 @@ class Child:
         assert url is not None, "the suite gives no URL"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._process = subprocess.Popen(
-            [sys.executable, "-P", _worker.__file__, url, namespace, task, json.dumps(options)],
+            [sys.executable, "-P", script, url, namespace, task, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -85,6 +85,22 @@ async def batches(store: StorageBackend, options: Options) -> None:
             wait_for_go()
 
 
+async def clock(store: StorageBackend, options: Options) -> None:
+    """What the clock is to this process: read, stamped on an event, and in a lease."""
+    del options
+    now = await store.now()
+    answer = await store.commit_one(creation("of-child"))
+    request = ClaimRequest(owner="child", lease=timedelta(seconds=60), limit=9)
+    claims = (await store.claim(request)).claims
+    ends = [claim.item.lease.until.timestamp() for claim in claims if claim.item.lease]
+    say(
+        now=now.timestamp(),
+        stamped=answer.timestamp.timestamp(),
+        claimed=[claim.item.run_id for claim in claims],
+        until=max(ends, default=0.0),
+    )
+
+
 async def starts(store: StorageBackend, options: Options) -> None:
     """Create run after run, each under an idempotency key."""
     for n in range(options.get("number", 1_000_000)):
@@ -245,7 +261,7 @@ def _in_fork(store: StorageBackend, options: Options, kind: str) -> int:
 
 
 TASKS: dict[str, Callable[[StorageBackend, Options], Awaitable[None]]] = {
-    task.__name__: task for task in (batches, starts, purges, opens, holds, fills, forks)
+    task.__name__: task for task in (batches, clock, starts, purges, opens, holds, fills, forks)
 }
 
 

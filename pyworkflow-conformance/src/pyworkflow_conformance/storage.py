@@ -14,6 +14,7 @@ pytest.register_assert_rewrite(
             "_case",
             "_children",
             "_claims",
+            "_conduct",
             "_contract",
             "_copies",
             "_crash",
@@ -38,6 +39,7 @@ pytest.register_assert_rewrite(
 )
 
 from pyworkflow_conformance._claims import ClaimChecks
+from pyworkflow_conformance._conduct import ConductChecks
 from pyworkflow_conformance._contract import ContractChecks
 from pyworkflow_conformance._copies import CopyChecks
 from pyworkflow_conformance._crash import CrashChecks
@@ -68,6 +70,7 @@ class StorageConformance(
     ValueChecks,
     NameChecks,
     LimitChecks,
+    ConductChecks,
     RaceChecks,
     ProcessChecks,
     CrashChecks,
