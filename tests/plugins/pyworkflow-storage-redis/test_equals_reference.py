@@ -100,7 +100,7 @@ class Pair:
             return plain(committed)
 
         def theirs() -> Committed:
-            answer, _ = self.reference.commit_one(change, now=self.now, token=self.tokens(given))
+            answer, _ = self.reference.commit(change, now=self.now, token=self.tokens(given))
             return plain(answer)
 
         await self.both(ours(), theirs)
@@ -213,7 +213,7 @@ class Pair:
         self.kinds.add(kind)
         lease = seconds(pick.randint(0, 40))
         if kind == "commit":
-            await self.commit_one(self.change())
+            await self.commit(self.change())
         elif kind == "claim":
             refs = [(pick.choice(RUNS), pick.choice([*ITEMS, "turn", "turn"])) for _ in range(3)]
             await self.claim(ClaimRequest(owner="v", lease=lease, limit=2, items=refs))

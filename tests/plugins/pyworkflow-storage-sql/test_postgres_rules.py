@@ -65,7 +65,7 @@ class _Pair:
             tokens = iter([i.lease.token for i in answer.claims if i.lease is not None])
         expected: Any
         try:
-            expected, _ = self.reference.commit_one(
+            expected, _ = self.reference.commit(
                 change, now=now, token=lambda: next(tokens, f"gone-{next(self.numbers)}")
             )
         except Exception as error:  # noqa: BLE001 - compared

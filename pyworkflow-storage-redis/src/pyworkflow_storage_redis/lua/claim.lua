@@ -48,6 +48,14 @@ if #taken > 0 or expired then
   finish()
 end
 
+-- The lease of the claim decides the status, mostly: all items of the run, read for each of its
+-- steps, would make wide runs quadratic.
+local function claimed_status(run_id, it)
+  if not unexpired(it) then return status_of(run_id) end
+  local row = call('HMGET', P .. 'run:' .. run_id, 'final', 'stalled', 'paused')
+  return derive(row[1], row[2], row[3], 0, { it })
+end
+
 local found, budget = {}, q.bytes
 for _, one in ipairs(taken) do
   local run_id, item_id, it = one[1], one[2], one[3]
@@ -61,7 +69,7 @@ for _, one in ipairs(taken) do
     budget = budget - size
     if after + #events < total then cut = 'true' end
   end
-  found[#found + 1] = '[' .. enc(run_id) .. ',' .. item_json(item_id, it) .. ',' .. run_json(run_id) ..
+  found[#found + 1] = '[' .. enc(run_id) .. ',' .. item_json(item_id, it) .. ',' .. run_json(run_id, claimed_status(run_id, it)) ..
     ',' .. int(after) .. ',' .. cut .. ',[' .. table.concat(events, ',') .. ']]'
 end
 return answer('[' .. int(work) .. ',[' .. table.concat(found, ',') .. ']]')

@@ -22,6 +22,7 @@ from pyworkflow.spi import (
 )
 
 __all__ = [
+    "CLAIMED_RUN",
     "EVENT",
     "ITEM",
     "RUN",
@@ -55,15 +56,21 @@ ITEM: Final = (
     "item_id, kind, queue, priority, due_at, payload, claims, owner, token, lease_until, rung_at"
 )
 #: Columns of ``run_in``, of ``runs r`` and ``run_data d``.
-RUN: Final = (
+_RUN: Final = (
     "r.run_id, r.workflow, r.version, d.args, d.result, d.error, r.idempotency_key, "
     "r.parent_run_id, r.parent_op, r.root, r.next, r.queue, r.priority, d.tags, d.attributes, "
     "r.created_at, r.started_at, r.updated_at, r.finished_at, r.deadline, r.last_seq, r.seen_seq, "
-    "r.paused, r.stalled, r.final, "
+    "r.paused, r.stalled, r.final"
+)
+RUN: Final = (
+    f"{_RUN}, "  # noqa: S608 - constant columns
     "(select max(i.lease_until) from work_items i where i.run = r.id), "
     "(select max(i.claims) from work_items i where i.run = r.id), "
     "(select min(i.due_at) from work_items i where i.run = r.id and i.kind <> 'deliver')"
 )
+#: The same beside a row of ``work_items`` that has just been claimed: its lease alone decides the
+#: status. All items of the run, read for each claim, would make wide runs quadratic.
+CLAIMED_RUN: Final = f"{_RUN}, i.lease_until, i.claims, i.due_at"
 
 
 def to_micros(instant: datetime) -> int:

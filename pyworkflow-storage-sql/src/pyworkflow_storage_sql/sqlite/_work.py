@@ -18,6 +18,7 @@ from pyworkflow.spi import (
     WorkItem,
 )
 from pyworkflow_storage_sql.sqlite._rows import (
+    CLAIMED_RUN,
     EVENT,
     ITEM,
     RUN,
@@ -169,8 +170,9 @@ def claim(request: ClaimRequest, batch: Batch) -> Claimed:
 
 
 def _claimed(batch: Batch, id: int, request: ClaimRequest, budget: int) -> tuple[Claim, int]:
+    run_columns = CLAIMED_RUN if request.lease > timedelta(0) else RUN
     row = batch.conn.execute(
-        f"select r.id, {_ITEM}, {RUN} from work_items i "  # noqa: S608 - constant columns
+        f"select r.id, {_ITEM}, {run_columns} from work_items i "  # noqa: S608 - constant columns
         "join runs r on r.id = i.run join run_data d on d.run = r.id where i.id = ?",
         (id,),
     ).fetchone()
