@@ -154,6 +154,36 @@ class TurnChecks(Suite):
         assert await t.store.leases("Host") == []
 
     @scenario
+    async def test_CLM_31_recover_ends_all_claims(self, t: Case) -> None:
+        """CLM-31: after a recovery no claim of before is valid, and no token comes a second time.
+
+        The store's clock was set, or it is an old copy: who held work knows of a future that did
+        not happen. Usual cause: leases are ended and their tokens stay valid until the next claim,
+        or those that had ended already are left out.
+        """
+        for n in range(3):
+            await t.start(f"run-{n}")
+        live = await t.turn("run-0")
+        paused = await t.turn("run-1")
+        await t.store.commit_one(t.outside("run-1", control=PAUSE))
+        (ended,) = await t.claim(("run-2", "turn"), lease=0.5)
+        await t.shift(1)
+        before = {claim.item.run_id: claim for claim in (live, paused, ended)}
+        await t.store.recover()
+        assert await t.store.holders() == []
+        kept = await t.store.renew([claim.ref for claim in before.values()], seconds(60))
+        assert kept == [False, False, False]
+        for run_id, claim in before.items():
+            items = {item.item_id: item for item in await t.store.list_work(run_id)}
+            assert items["turn"].lease is None
+            assert items["turn"].claims == claim.item.claims - 1
+            await t.refused(Fenced, under(claim, events=[note()]))
+        await t.store.commit_one(t.outside("run-1", control=UNPAUSE))
+        again = [await t.turn(run_id) for run_id in before]
+        tokens = {claim.ref.token for claim in (*before.values(), *again)}
+        assert len(tokens) == 6
+
+    @scenario
     async def test_CTL_01_pause_hides_work(self, t: Case) -> None:
         """CTL-01: a paused run's turn and steps are not claimed; deliveries are.
 

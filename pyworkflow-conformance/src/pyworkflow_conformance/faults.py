@@ -239,6 +239,10 @@ class FaultyStorage(StorageBackend):
         """As the store behind."""
         return await self._call("leases", lambda: self.inner.leases(owner))
 
+    async def recover(self) -> None:
+        """As the store behind."""
+        await self._call("recover", self.inner.recover, repeatable=False)
+
     async def free(self, owner: str) -> int:
         """As the store behind."""
         return await self._call("free", lambda: self.inner.free(owner), repeatable=False)

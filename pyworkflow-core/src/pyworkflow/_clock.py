@@ -9,10 +9,16 @@ import time
 import warnings
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["EPOCH", "ensure_utc", "from_micros", "ticks", "to_micros", "utcnow"]
+__all__ = ["AHEAD", "EPOCH", "ensure_utc", "from_micros", "ticks", "to_micros", "utcnow"]
 
 #: 1970-01-01T00:00:00Z, the zero of ``to_micros``.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: What a store whose clock is ahead of a machine's means, and what is to be done.
+AHEAD = (
+    "the store's clock is ahead by as much: instants given as a date and time fire that much early; "
+    "delays and leases keep their length. If this machine's clock is right, stop the workers and run "
+    "'pyworkflow storage set-clock --to-now'; else set this machine's clock"
+)
 FIRST = datetime(1, 1, 1, tzinfo=UTC)
 LAST = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 

@@ -249,6 +249,12 @@ class MemoryStorageBackend(StorageBackend):
             shared.tell(delta)
         return freed
 
+    async def recover(self) -> None:
+        """Release all items."""
+        shared = self._use()
+        with shared.lock:
+            shared.tell(shared.store.recover())
+
     async def holders(self) -> list[str]:
         """Owners of leases that have not ended."""
         shared = self._use()

@@ -181,6 +181,10 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
         """End every lease of a process that is gone."""
         return await self._write(partial(_free, owner))
 
+    async def recover(self) -> None:
+        """Release all items; tokens are random, none is issued twice."""
+        await self._write(_recover)
+
     async def purge(
         self,
         *,
@@ -338,6 +342,10 @@ def _free(owner: str, batch: Batch) -> int:
     freed, delta = batch.store.free(owner, now=batch.now)
     batch.write(delta, durable=False)
     return freed
+
+
+def _recover(batch: Batch) -> None:
+    batch.write(batch.store.recover(), durable=True)
 
 
 def _purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch) -> int:

@@ -312,6 +312,10 @@ class RedisStorageBackend(StorageBackend):
         freed: int = await self._started().call("free", owner, again=False)
         return freed
 
+    async def recover(self) -> None:
+        """Release all items, and move the counter of tokens by 2**32."""
+        await self._started().call("recover")
+
     async def purge(
         self,
         *,

@@ -19,6 +19,7 @@ NAMES = (
     "open",
     "purge",
     "read",
+    "recover",
     "release",
     "renew",
     "shift",

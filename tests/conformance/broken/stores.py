@@ -426,3 +426,11 @@ class LeasesOfAll(Broken):
     async def leases(self, owner):
         found = [await super(LeasesOfAll, self).leases(name) for name in await self.holders()]
         return [ref for refs in found for ref in refs]
+
+
+class RecoversLive(Broken):
+    """A recovery ends leases, and leaves their tokens valid."""
+
+    async def recover(self):
+        for owner in await self.holders():
+            await self.free(owner)

@@ -45,6 +45,7 @@ CAUGHT = [
     (stores.EndsUnseen, "CLM_20"),
     (stores.LoopsOverCommit, "META_05"),
     (stores.LeasesOfAll, "CLM_29"),
+    (stores.RecoversLive, "CLM_31"),
 ]
 
 

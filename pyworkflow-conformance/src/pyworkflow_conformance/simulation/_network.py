@@ -436,6 +436,10 @@ class SimulatedStorage(StorageBackend):
         found: list[ClaimRef] = await self._call("leases", owner)
         return found
 
+    async def recover(self) -> None:
+        """As the server."""
+        await self._call("recover")
+
     async def free(self, owner: str) -> int:
         """As the server."""
         found: int = await self._call("free", owner)

@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
+from math import inf
 from time import monotonic
 
 from pyworkflow import _plugins
-from pyworkflow._clock import to_micros, utcnow
+from pyworkflow._clock import AHEAD, to_micros, utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._engine.leases import ref_of, still_held
 from pyworkflow._engine.outages import Backoff, Outages
@@ -55,7 +56,12 @@ failpoints.register(
 
 _FAR = 60.0
 """Seconds between two clocks that are worth a word."""
+_COMPARE_EVERY_S = 3600.0
 BATCH = 500
+_BEHIND = (
+    "leases and timers follow the store, the times in this log do not; set the clock of this "
+    "machine, or that of the store's server"
+)
 DIVISIBLE = 32
 """With fewer changes one batch costs less than several."""
 
@@ -69,16 +75,21 @@ class StorageClock:
     def __init__(self) -> None:
         self._micros = 0
         self._at = 0.0
+        self._compare_at = inf
 
     def begin(self, now: datetime) -> None:
-        """The first answer; warns when this machine's clock is far from the storage's."""
+        """The first answer; warns, and again each hour, when this machine's clock is far from it."""
         self.update(now)
+        self._compare(now)
+
+    def _compare(self, now: datetime) -> None:
+        self._compare_at = self._at + _COMPARE_EVERY_S
         ahead = (utcnow() - now).total_seconds()
         if abs(ahead) > _FAR:
             _log.warning(
-                "the clock of this machine is not the store's: ahead=%+.0fs; leases and timers "
-                "follow the store, the times in this log do not; set the clock",
+                "the clock of this machine is not the store's: ahead=%+.0fs; %s",
                 ahead,
+                AHEAD if ahead < 0 else _BEHIND,
             )
 
     def update(self, now: datetime, asked: float | None = None) -> None:
@@ -91,6 +102,8 @@ class StorageClock:
             return
         self._micros = micros
         self._at = monotonic()
+        if self._at > self._compare_at:
+            self._compare(now)
 
     def micros(self) -> int:
         """µs since the epoch."""

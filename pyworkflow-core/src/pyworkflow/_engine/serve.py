@@ -7,6 +7,7 @@ import gc
 import logging
 from typing import cast
 
+from pyworkflow._clock import utcnow
 from pyworkflow._engine.interrupts import obeyed
 from pyworkflow._engine.worker import Worker
 from pyworkflow.spi.executor import Runtime
@@ -33,7 +34,12 @@ async def _serve(worker: Worker) -> None:
     stop = asyncio.Event()
     with obeyed(lambda: loop.call_soon_threadsafe(stop.set)):
         await worker.open()
-        _log.info("the worker claims work: storage=%s", worker.storage.info().location)
+        ahead = (await worker.storage.now() - utcnow()).total_seconds()
+        _log.info(
+            "the worker claims work: storage=%s clock_ahead=%+.1fs",
+            worker.storage.info().location,
+            ahead,
+        )
         worker.serve()
         try:
             await stop.wait()

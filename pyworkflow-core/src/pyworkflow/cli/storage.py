@@ -1,4 +1,4 @@
-"""``pyworkflow storage``: check a store, count, copy and purge what is in it."""
+"""``pyworkflow storage``: check a store, count, copy and purge what is in it, set its clock."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pyworkflow._clock import AHEAD, utcnow
 from pyworkflow._duration import parse_duration
 from pyworkflow.cli import _output as output
 from pyworkflow.cli._options import (
@@ -30,8 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_AHEAD_S = 1.0
+"""Seconds between two clocks that are worth a word."""
+_BEHIND = (
+    "the store's clock is behind this machine's: what is due fires that much later by this "
+    "machine's clock; set the clock of the machine that is wrong"
+)
 
-@click.group("storage", short_help="Check, count, copy, purge what is in a store.")
+
+@click.group("storage", short_help="Check, count, copy, purge what is in a store; set its clock.")
 @shared
 def command() -> None:
     """Check, count, copy or purge what is in a store."""
@@ -42,18 +50,22 @@ def command() -> None:
 def check() -> int:
     """Read every run and say what must not be. Safe while workers use the store.
 
+    Says, too, by how much the store's clock is ahead of this machine's.
+
     Exit status: 0 sound, 1 something is wrong, 3 the store cannot be read.
     """
     from pyworkflow.storekit import fsck
 
-    async def read(operations: Operations) -> tuple[list[Violation], str]:
-        return await fsck(operations.storage), operations.storage.info().location
+    async def read(operations: Operations) -> tuple[list[Violation], float, str]:
+        store = operations.storage
+        return await fsck(store), await _clock_ahead(store), store.info().location
 
-    found, location = in_store(read)
+    found, ahead, location = in_store(read)
     if wants_json():
         output.print_json(
             {
                 "storage": location,
+                "clock_ahead_s": round(ahead, 3),
                 "violations": [
                     {"rule": one.rule, "run_id": one.run_id, "detail": one.detail} for one in found
                 ],
@@ -64,7 +76,59 @@ def check() -> int:
             output.styled(str(one), "red")
         if not found:
             output.styled(f"sound: {location}", "green")
+        if ahead >= _AHEAD_S:
+            output.styled(f"clock: ahead={ahead:.0f}s; {AHEAD}", "yellow")
+        elif ahead <= -_AHEAD_S:
+            output.styled(f"clock: ahead={ahead:.0f}s; {_BEHIND}", "yellow")
     return 1 if found else 0
+
+
+@command.command("set-clock")
+@click.option("--to-now", is_flag=True, required=True, help="To the clock of this machine.")
+@shared
+def set_clock(*, to_now: bool) -> None:
+    """Set the store's clock, which was ahead, to the clock of this machine.
+
+    Stop all workers first: it is refused while a lease has not ended. All leases are over
+    afterwards, and no token is issued twice. Waits that began while the clock was ahead end by the
+    instant that was computed then, hence later by as much.
+    """
+    from pyworkflow.spi.storage import TestClock
+
+    assert to_now
+
+    async def correct(operations: Operations) -> tuple[float, float, str]:
+        store = operations.storage
+        if owners := await store.holders():
+            raise Unusable(
+                f"workers use the store: owners={', '.join(owners[:5])}; stop them, and wait until "
+                "their leases have ended"
+            )
+        if not isinstance(store, TestClock):
+            raise Unusable(f"the store's clock cannot be set: storage={store.info().name}")
+        before = await _clock_ahead(store)
+        await store.recover()
+        await store.shift_clock(utcnow() - await store.now())
+        return before, await _clock_ahead(store), store.info().location
+
+    before, after, location = in_store(correct)
+    if wants_json():
+        output.print_json(
+            {
+                "storage": location,
+                "clock_ahead_before_s": round(before, 3),
+                "clock_ahead_s": round(after, 3),
+            }
+        )
+    else:
+        click.echo(
+            f"the clock was set: was_ahead={round(before)}s ahead={round(after)}s: {location}"
+        )
+
+
+async def _clock_ahead(store: StorageBackend) -> float:
+    """Seconds that the store's clock is ahead of this machine's."""
+    return (await store.now() - utcnow()).total_seconds()
 
 
 @command.command("stats")

@@ -297,7 +297,10 @@ Answer = Committed | Refusal | RunNotFound | RunClosed
 
 @runtime_checkable
 class TestClock(Protocol):
-    """A store whose clock tests can move. Optional; the conformance suite needs it."""
+    """A store whose clock tests can move. Optional; the conformance suite needs it.
+
+    ``pyworkflow storage set-clock`` uses it, too: with it, a clock that was ahead is put right.
+    """
 
     async def shift_clock(self, by: timedelta) -> None:
         """Move the storage's clock by an offset that the store keeps, for all its clients."""
@@ -513,6 +516,20 @@ class StorageBackend(ABC):
                 ref = ClaimRef(item.run_id, item.item_id, lease.token)
                 freed += (await self.renew([ref], timedelta(0)))[0]
         return freed
+
+    async def recover(self) -> None:
+        """End all claims, and let no token be issued again that may have been issued before.
+
+        For a store whose past is not sure: its clock was set, or it is an old copy. Every item that
+        has a lease, ended or not, is released: its holder is fenced, the claim is not counted. A
+        backend that counts its tokens adds 2**32 to the counter, beyond all that were issued after
+        the copy was made. No worker may run meanwhile.
+
+        The default pages through all runs, and knows of no counter.
+        """
+        async for _, item in self._every_item():
+            if item.lease is not None:
+                await self.release(ClaimRef(item.run_id, item.item_id, item.lease.token))
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait until ``run_id`` has an event after seq ``after``, or has ended.

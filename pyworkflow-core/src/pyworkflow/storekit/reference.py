@@ -229,6 +229,16 @@ class ReferenceStore:
                 _part(parts, item.run_id).items.append(item)
         return count, self._applied(parts)
 
+    def recover(self) -> Delta | None:
+        """Release all items that have a lease, ended or not: their holders are fenced."""
+        parts: dict[str, RunDelta] = {}
+        for item in self._leases.values():
+            if item.lease is not None:
+                ref = ClaimRef(item.run_id, item.item_id, item.lease.token)
+                if (given := released(item, ref, None, now=item.due_at)) is not None:
+                    _part(parts, item.run_id).items.append(given)
+        return self._applied(parts)
+
     def postpone(self, by: timedelta) -> Delta | None:
         """Let leases end later: the clock was set forward, and their time has not passed."""
         parts: dict[str, RunDelta] = {}

@@ -160,6 +160,16 @@ class PostgresStorageBackend(PostgresReads):
             self._news.tell((), work=True)
         return freed
 
+    async def recover(self) -> None:
+        """Release all items; tokens are random, none is issued twice."""
+        await self._call(
+            self._schema.fill(
+                "UPDATE {schema}.work_items SET owner = NULL, token = NULL, lease_until = NULL, "
+                "rung_at = NULL, claims = greatest(0, claims - 1) WHERE token IS NOT NULL"
+            )
+        )
+        self._news.tell((), work=True)
+
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait for news; what came since this object's last ``claim`` counts as news."""
         await self._use()

@@ -188,6 +188,10 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
         """End every lease of a process that is gone."""
         return await self._write(partial(work.free, owner))
 
+    async def recover(self) -> None:
+        """Release all items; tokens are random, none is issued twice."""
+        await self._write(work.recover)
+
     async def purge(
         self,
         *,

@@ -30,7 +30,17 @@ from pyworkflow_storage_sql.sqlite._rows import (
 )
 from pyworkflow_storage_sql.sqlite._writer import Batch
 
-__all__ = ["announce", "claim", "free", "holders", "leases", "next_due", "release", "renew"]
+__all__ = [
+    "announce",
+    "claim",
+    "free",
+    "holders",
+    "leases",
+    "next_due",
+    "recover",
+    "release",
+    "renew",
+]
 
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
 #: Of one queue and priority, in the order of the index.
@@ -278,6 +288,16 @@ def free(owner: str, batch: Batch) -> int:
     if freed:
         batch.writes(work=True)
     return freed
+
+
+def recover(batch: Batch) -> None:
+    """Release all items that have a lease, ended or not: their holders are fenced."""
+    batch.writes(work=True)
+    batch.conn.execute(
+        "update work_items set owner = null, token = null, lease_until = null, rung_at = null, "
+        "free_at = due_at, claims = max(0, claims - 1) where namespace = ? and token is not null",
+        (batch.namespace,),
+    )
 
 
 def holders(batch: Batch) -> list[str]:
