@@ -26,7 +26,12 @@ What authors of backends, executors and other plugins may import, besides `pywor
 guides are [write a backend](../how-to/write-a-backend.md) and
 [write an executor](../how-to/write-an-executor.md). This page is made from the docstrings.
 """
-MODULES = ("pyworkflow.spi", "pyworkflow.storekit", "pyworkflow.storekit.embedded")
+MODULES = (
+    "pyworkflow.spi",
+    "pyworkflow.storekit",
+    "pyworkflow.storekit.embedded",
+    "pyworkflow.storekit.remote",
+)
 FIRST = "Names"
 """Heading of the names before the first comment of ``__all__``."""
 SECTION = re.compile(r"^(Args|Raises|Returns|Yields):$")

@@ -6,7 +6,6 @@ invariants I1 to I12 of the architecture page are this contract; the conformance
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -20,6 +19,7 @@ from pyworkflow.errors import ConfigurationError, Refusal, RunClosed, RunNotFoun
 from pyworkflow.events import Event, Json
 from pyworkflow.runs import ErrorInfo, ItemKind, ParentRef, Run, RunStatus, WorkItem
 from pyworkflow.spi._delta import Delta, KeyMark, RunDelta, row_of
+from pyworkflow.spi._polling import DueWatch, wait_for_run
 from pyworkflow.spi.capabilities import StorageInfo
 
 __all__ = [
@@ -331,6 +331,8 @@ class StorageBackend(ABC):
     for control changes); ``KeyTaken`` (create).
     """
 
+    _due_watch: DueWatch | None = None
+
     # --- required -----------------------------------------------------------------------------
 
     @abstractmethod
@@ -534,23 +536,17 @@ class StorageBackend(ABC):
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait until ``run_id`` has an event after seq ``after``, or has ended.
 
-        With None, until the store may hold news for a worker. False on timeout. The default polls.
+        With None, until the store may hold news for a worker: it claims at once when this is True,
+        and in any case when ``timeout`` (a second at most) is over. False on timeout.
+
+        The default polls, and backs off from every 0.02 s to every 0.5 s while nothing changes:
+        for a run its row, for a worker ``next_due()``.
         """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout.total_seconds()
-        pause = 0.02
-        while True:
-            if run_id is not None:
-                run = await self.get_run(run_id)
-                if run is not None and (run.history_length > after or run.status.is_terminal):
-                    return True
-            left = end - loop.time()
-            if left <= 0:
-                return False
-            await asyncio.sleep(min(pause, left))
-            if run_id is None:
-                return True
-            pause = min(pause * 1.5, 0.5)
+        if run_id is None:
+            if self._due_watch is None:
+                self._due_watch = DueWatch()
+            return await self._due_watch.wait(self.next_due, timeout)
+        return await wait_for_run(self.get_run, run_id, after, timeout)
 
     async def stats(self) -> Mapping[str, int]:
         """Numbers about the store; at least ``runs`` and one count per status."""

@@ -1,7 +1,7 @@
 """What helps the author of a backend: the rules of a change, a reference store, checks of a store.
 
-The contract itself is ``pyworkflow.spi``. ``embedded`` is for stores in this process, ``failpoints``
-for tests of crashes. Nothing here loads before it is used.
+The contract itself is ``pyworkflow.spi``. ``embedded`` is for stores in this process, ``remote``
+for those behind a network, ``failpoints`` for tests of crashes. Nothing here loads before it is used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyworkflow.storekit import embedded, failpoints, reference
+    from pyworkflow.storekit import embedded, failpoints, reference, remote
     from pyworkflow.storekit._check import check_change
     from pyworkflow.storekit._decide import answer_each, decide
     from pyworkflow.storekit._dormant import DormantRun
@@ -67,6 +67,7 @@ __all__ = [
     "embedded",
     "failpoints",
     "reference",
+    "remote",
 ]
 
 _HOMES = {
@@ -101,7 +102,7 @@ _HOMES = {
     ),
     "fsck": "_fsck",
 }
-_MODULES = frozenset({"embedded", "failpoints", "reference"})
+_MODULES = frozenset({"embedded", "failpoints", "reference", "remote"})
 
 
 def __getattr__(name: str) -> object:

@@ -30,6 +30,12 @@ def decide(
     answer in one transaction. ``run`` is only read, and only where the change touches it, so that
     its parts may be loaded when they are asked for (see ``RunView``). No effects: nothing to write.
 
+    This is a pure function, and may be called again for the same change: a part of ``run`` that was
+    not loaded may raise an exception of the backend's own, which passes through, and the backend
+    loads the part and calls again. ``token`` and ``owner_of`` are then called again as well; tokens
+    of a call that raised are never used. ``pyworkflow.storekit.remote`` does this for drivers that
+    are asynchronous.
+
     What the backend does with the effects, in one transaction: set ``fields``; append ``events``
     and remember the seq of the last one of class ``I`` (``last_input``); remove the items in
     ``gone``, then put ``items`` in place; keep ``records``, those without a token as long as the
