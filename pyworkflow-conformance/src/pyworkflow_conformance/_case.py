@@ -120,8 +120,8 @@ def under(claim: Claim | WorkItem, n: int = 1, **fields: Any) -> Change:
 
 def overrides(store: StorageBackend, method: str) -> bool:
     """Whether the backend has a method of its own instead of the contract's default."""
-    kind = type(getattr(store, "recorded", store))
-    return getattr(kind, method) is not getattr(StorageBackend, method)
+    used: object = getattr(store, "recorded", store)
+    return getattr(type(used), method) is not getattr(StorageBackend, method)
 
 
 class Case:
@@ -195,7 +195,7 @@ class Case:
                 Change(
                     run_id=run_id,
                     key="start",
-                    create=NewRun(**{**fields, "idempotency_key": f"key-of-{run_id}"}),
+                    create=NewRun(**dict[str, Any](fields, idempotency_key=f"key-of-{run_id}")),
                     events=[started()],
                 )
                 for run_id in ids
