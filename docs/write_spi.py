@@ -23,7 +23,8 @@ PAGE = Path(__file__).parent / "reference" / "spi.md"
 HEAD = """# The contracts: `pyworkflow.spi` and `pyworkflow.storekit`
 
 What authors of backends, executors and other plugins may import, besides `pyworkflow.errors`. The
-guides are [write a backend](../how-to/write-a-backend.md) and
+guides are [write a backend](../how-to/write-a-backend.md),
+[write a backend for a server](../how-to/write-a-backend-for-a-server.md) and
 [write an executor](../how-to/write-an-executor.md). This page is made from the docstrings.
 """
 MODULES = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyworkflow_conformance._case import Server
     from pyworkflow_conformance._formats import FORMATS, matrix, read_report, summary
     from pyworkflow_conformance._levels import LEVELS
     from pyworkflow_conformance._report import Report, Result
@@ -22,6 +23,7 @@ __all__ = [
     "ExecutorConformance",
     "Report",
     "Result",
+    "Server",
     "StorageConformance",
     "run_conformance",
     # for the command line
@@ -40,6 +42,7 @@ _HOMES = {
     "LEVELS": "_levels",
     "Report": "_report",
     "Result": "_report",
+    "Server": "_case",
     "StorageConformance": "storage",
     "check_prefix": "_run",
     "look": "_run",

@@ -325,7 +325,10 @@ class Suite:
 
 
 class Server(Protocol):
-    """A server that the suite may stop: it belongs to the check alone."""
+    """A server that the suite may stop: no other test uses it at that time.
+
+    The four methods block, and are called in a thread. One object may serve all namespaces.
+    """
 
     def kill(self) -> None:
         """SIGKILL to the whole server; returns when it is gone."""

@@ -161,16 +161,24 @@ class PayloadUnreadable(SerializationError):
 
 
 class PayloadTooLarge(WorkflowError):
-    """An encoded value is larger than the store or the settings allow."""
+    """An encoded value is larger than the store or the settings allow.
 
-    def __init__(self, what: str, size: int, limit: int) -> None:
-        super().__init__(what, size, limit)
-        self.what, self.size, self.limit = what, size, limit
+    ``limited_by`` is ``"setting"`` (``max_payload``) or ``"store"``, whose limit no setting raises.
+    """
+
+    def __init__(self, what: str, size: int, limit: int, limited_by: str = "setting") -> None:
+        given = () if limited_by == "setting" else (limited_by,)
+        super().__init__(what, size, limit, *given)
+        self.what, self.size, self.limit, self.limited_by = what, size, limit, limited_by
 
     def __str__(self) -> str:
+        remedy = "store the data elsewhere and pass a reference"
+        if self.limited_by == "store":
+            remedy = f"this is the limit of the store: {remedy}"
+        else:
+            remedy += ", or raise the setting max_payload, up to the limit of the store"
         return (
-            f"too large to store: {self.what} size={self.size} limit={self.limit} bytes; "
-            "store the data elsewhere and pass a reference, or raise the setting max_payload"
+            f"too large to store: {self.what} size={self.size} limit={self.limit} bytes; {remedy}"
         )
 
 
@@ -368,13 +376,21 @@ class StorageUnavailable(StorageError):
 
 
 class StorageDamaged(StorageError):
-    """The store holds bytes that were not written like this."""
+    """The store holds bytes that were not written like this.
 
-    def __init__(self, file: str, offset: int, detail: str) -> None:
+    ``file`` is a path, or the place in a server (a table and a run), which has no ``offset``.
+    """
+
+    def __init__(self, file: str, offset: int | None, detail: str) -> None:
         super().__init__(file, offset, detail)
         self.file, self.offset, self.detail = file, offset, detail
 
     def __str__(self) -> str:
+        if self.offset is None:
+            return (
+                f"the store is damaged: place={self.file}: {self.detail}; nothing was changed. "
+                "Check the server, and restore what is damaged from a backup"
+            )
         return (
             f"the store is damaged: file={self.file} offset={self.offset}: {self.detail}; "
             "nothing was changed. Restore the file from a copy, or move it aside"

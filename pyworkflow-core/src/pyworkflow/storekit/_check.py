@@ -33,7 +33,9 @@ def check_change(change: Change, *, max_payload: int, max_events: int) -> None:
     """
     _check_shape(change)
     if len(change.events) > max_events:
-        raise PayloadTooLarge("the number of events in one change", len(change.events), max_events)
+        raise PayloadTooLarge(
+            "the number of events in one change", len(change.events), max_events, "store"
+        )
     for text in (change.run_id, change.key):
         # Most texts are short and ASCII: checked without a call.
         if len(text) > max_payload or not text.isascii():
@@ -121,7 +123,7 @@ def _check_text(what: str, limit: int, texts: Iterable[str | None]) -> None:
                     f"position={error.start}; decode the text with the right codec"
                 ) from None
         if size > limit:
-            raise PayloadTooLarge(what, size, limit)
+            raise PayloadTooLarge(what, size, limit, "store")
 
 
 def check_json(value: Any, limit: int, depth: int = 0) -> None:

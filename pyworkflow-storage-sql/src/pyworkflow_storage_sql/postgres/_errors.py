@@ -106,9 +106,9 @@ def _server(exc: Any, where: str) -> Exception:
     if state.startswith("22"):
         return SerializationError(f"the server cannot hold a value: storage={where} reason={exc}")
     if state in _TOO_LARGE and "exceed" in str(exc):
-        return PayloadTooLarge("a change", 256 * 1024 * 1024, 256 * 1024 * 1024)
+        return PayloadTooLarge("a change", 256 * 1024 * 1024, 256 * 1024 * 1024, "store")
     if state in {"XX001", "XX002"}:
-        return StorageDamaged(where, 0, f"the server reports sqlstate={state}")
+        return StorageDamaged(where, None, f"the server reports sqlstate={state}")
     if state[:2] in {"08", "53", "55", "57", "58", "40"}:
         return StorageUnavailable(
             f"the server gave up: storage={where} sqlstate={state} reason={type(exc).__name__}"
