@@ -1,13 +1,12 @@
 """The operations of the contract, each as one function of a transaction's tables.
 
-``decide`` knows the rules of ``commit``; what is here finds, claims, lists and removes.
+``decide`` and the functions of items have the rules; what is here finds, lists and removes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import uuid4
 
@@ -30,7 +29,20 @@ from pyworkflow.spi import (
     RunQuery,
     WorkItem,
 )
-from pyworkflow.storekit import answer_each, decide
+from pyworkflow.storekit import (
+    answer_each,
+    claimable,
+    claimed,
+    decide,
+    freed,
+    imported,
+    key_owner,
+    notified,
+    purgeable,
+    released,
+    renewed,
+    tombstone,
+)
 from pyworkflow_storage_lmdb._tables import (
     StoredRun,
     Tables,
@@ -52,10 +64,7 @@ def new_token() -> str:
 
 def find_run(tables: Tables, key: str) -> str | None:
     """Who owns an idempotency key."""
-    mark = tables.mark(key)
-    if mark is None or (mark.until is not None and mark.until <= tables.now):
-        return None
-    return mark.owner
+    return key_owner(tables.mark(key), now=tables.now)
 
 
 def commit(tables: Tables, change: Change) -> Committed:
@@ -90,14 +99,6 @@ def _put_item(tables: Tables, item: WorkItem) -> WorkItem:
 def _item(tables: Tables, run_id: str, item_id: str) -> WorkItem | None:
     run = tables.run(run_id)
     return None if run is None else run.items.get(item_id)
-
-
-def _held(tables: Tables, ref: ClaimRef) -> tuple[WorkItem, Lease] | None:
-    item = _item(tables, ref.run_id, ref.item_id)
-    # Only the token counts: a lease that ended and was not taken over is as good as any.
-    if item is None or item.lease is None or item.lease.token != ref.token:
-        return None
-    return item, item.lease
 
 
 def _claimable(tables: Tables) -> Iterator[tuple[int, str, str, str, str, str]]:
@@ -157,10 +158,7 @@ def _found(tables: Tables, request: ClaimRequest) -> list[tuple[str, str]]:
         if (
             run is not None
             and item is not None
-            and item.due_at <= tables.now
-            and (item.lease is None or item.lease.until <= tables.now)
-            and (not run.paused or item.kind is ItemKind.DELIVER)
-            and _wanted(item.kind, item.queue, run.workflow, *filters)
+            and claimable(item, request, paused=run.paused, workflow=run.workflow, now=tables.now)
         ):
             found[run_id, item_id] = None
     return list(found)
@@ -173,8 +171,7 @@ def claim(tables: Tables, request: ClaimRequest) -> Claimed:
     for run_id, item_id in _found(tables, request):
         item = _item(tables, run_id, item_id)
         assert item is not None  # the index names only what is there
-        lease = Lease(owner=request.owner, token=new_token(), until=until)
-        item = replace(item, lease=lease, claims=item.claims + 1, rung_at=None)
+        item = claimed(item, owner=request.owner, token=new_token(), until=until)
         taken.append(_put_item(tables, item))
     budget = request.max_bytes
     claims: list[Claim] = []
@@ -202,22 +199,19 @@ def renew(tables: Tables, refs: Sequence[ClaimRef], lease: timedelta) -> list[bo
     """Extend leases."""
     kept: list[bool] = []
     for ref in refs:
-        held = _held(tables, ref)
-        kept.append(held is not None)
-        if held is not None:
-            _put_item(tables, replace(held[0], lease=replace(held[1], until=tables.now + lease)))
+        item = renewed(_item(tables, ref.run_id, ref.item_id), ref, lease, now=tables.now)
+        kept.append(item is not None)
+        if item is not None:
+            _put_item(tables, item)
     return kept
 
 
 def release(tables: Tables, ref: ClaimRef, delay: timedelta | None) -> bool:
     """Give an item back uncounted."""
-    held = _held(tables, ref)
-    if held is None:
+    item = released(_item(tables, ref.run_id, ref.item_id), ref, delay, now=tables.now)
+    if item is None:
         return False
-    item = held[0]
-    due_at = item.due_at if delay is None else tables.now + delay
-    claims = max(0, item.claims - 1)
-    _put_item(tables, replace(item, lease=None, due_at=due_at, claims=claims, rung_at=None))
+    _put_item(tables, item)
     return True
 
 
@@ -228,8 +222,8 @@ def announce(tables: Tables, limit: int, mute: timedelta) -> list[WorkItem]:
         if len(rung) >= limit:
             break
         item = _item(tables, run_id, item_id)
-        if item is not None and (item.rung_at is None or item.rung_at + mute <= tables.now):
-            rung.append(replace(item, rung_at=tables.now))
+        if item is not None and (new := notified(item, mute, now=tables.now)) is not None:
+            rung.append(new)
     for item in rung:
         _put_item(tables, item)
     return rung
@@ -249,12 +243,11 @@ def leased(tables: Tables) -> list[tuple[WorkItem, Lease]]:
 
 def free(tables: Tables, owner: str) -> int:
     """End every lease of ``owner``; its items are due at once and its claims stay counted."""
-    held = [(item, lease) for item, lease in leased(tables) if lease.owner == owner]
-    for item, lease in held:
-        due_at = min(item.due_at, tables.now)
-        over = replace(lease, until=tables.now)
-        _put_item(tables, replace(item, lease=over, due_at=due_at, rung_at=None))
-    return len(held)
+    ended = [freed(item, owner, now=tables.now) for item, _ in leased(tables)]
+    found = [item for item in ended if item is not None]
+    for item in found:
+        _put_item(tables, item)
+    return len(found)
 
 
 def next_due(
@@ -328,17 +321,16 @@ def purge(tables: Tables, before: datetime, limit: int, key_retention: timedelta
         if len(gone) >= limit or key[1:9] >= pack(micros(before)):
             break
         run = StoredRun(tables, unpack(key))
-        if run.items:
-            continue
         parent = None if run.state.parent is None else tables.run(run.state.parent.run_id)
-        if parent is None or parent.final is not None:
+        parent_open = parent is not None and parent.final is None
+        if purgeable(run.finished_at, before=before, items=run.items, parent_open=parent_open):
             gone.append(run)
     for run in gone:
         tables.remove(run.run_id)
         name = run.state.idempotency_key
         if name is not None and run.finished_at is not None:
-            until = run.finished_at + key_retention
-            tables.set_mark(name, KeyMark(run.run_id, until) if until > tables.now else None)
+            mark = tombstone(run.run_id, run.finished_at, key_retention, now=tables.now)
+            tables.set_mark(name, mark)
     return len(gone)
 
 
@@ -364,14 +356,10 @@ def import_delta(tables: Tables, delta: Delta) -> None:
             tables.remove(part.run_id)
             continue
         run = tables.run(part.run_id)
-        length = 0 if run is None else len(run.events)
-        events = [event for event in part.events if event.seq > length]
-        if events and events[0].seq != length + 1:
-            raise ValueError(
-                f"events are missing: run_id={part.run_id} last_seq={length} next={events[0].seq}"
-            )
-        fields = {name: value for name, value in part.fields.items() if name != "number"}
-        tables.apply(replace(part, fields=fields, events=events))
+        if run is None:
+            tables.apply(imported(part, None, ()))
+        else:
+            tables.apply(imported(part, len(run.events), run.items))
     for key, mark in delta.taken.items():
         tables.set_mark(key, mark)
     for key in delta.freed:

@@ -528,7 +528,7 @@ class Poller:
                     if not waiter.done():
                         waiter.set_exception(error)
                 return
-            found = self._tell(look)
+            found = self._notify(look)
             self._pause = self._quickest if found else min(self._pause * 1.5, self._slowest)
             try:
                 async with asyncio.timeout(self._pause):
@@ -536,7 +536,7 @@ class Poller:
             except TimeoutError:
                 pass
 
-    def _tell(self, look: Look) -> bool:
+    def _notify(self, look: Look) -> bool:
         found = False
         for waiter, (run_id, after) in self._runs.items():
             length, ended = look.progress.get(run_id, (0, False))
