@@ -99,3 +99,24 @@ def test_found_h05_a_small_correction_does_not_drive_the_clock_ahead(
             assert await client.hget(meta, "lead") is None
 
     asyncio.run(main())
+
+
+def test_found_h05_a_lead_is_taken_away_and_no_token_comes_a_second_time(
+    store: RedisStorageBackend, valkey: ValkeyServer | GivenServer
+) -> None:
+    async def main() -> None:
+        async with store:
+            await store.commit_one(create("first", await store.now()))
+            await was_ahead(store, valkey)
+            assert await store.now() - datetime.now(UTC) > TWO_DAYS - timedelta(seconds=30)
+            (before,) = (await store.claim(REQUEST)).claims
+            await store.recover()
+            await store.shift_clock(datetime.now(UTC) - await store.now())
+            assert abs(await store.now() - datetime.now(UTC)) < timedelta(seconds=30)
+            (item,) = await store.list_work("first")
+            assert item.lease is None
+            assert item.due_at < await store.now() + timedelta(seconds=30)
+            (after,) = (await store.claim(REQUEST)).claims
+            assert int(after.ref.token[1:]) - int(before.ref.token[1:]) > 2**32
+
+    asyncio.run(main())

@@ -122,3 +122,21 @@ def test_found_h05_a_small_correction_does_not_drive_the_clock_ahead(
             assert postgres.sql("SELECT last_value FROM pyworkflow.lead", url=url) == "0"
 
     asyncio.run(main())
+
+
+def test_found_h05_a_lead_is_taken_away(postgres: PostgresServer | GivenServer, url: str) -> None:
+    async def main() -> None:
+        async with PostgresStorageBackend(url) as store:
+            await store.commit_one(create("first", await store.now()))
+            was_ahead(postgres, url, TWO_DAYS)
+            assert await store.now() - datetime.now(UTC) > TWO_DAYS - 30 * SECOND
+            (before,) = (await store.claim(REQUEST)).claims
+            await store.recover()
+            await store.shift_clock(datetime.now(UTC) - await store.now())
+            for _ in range(3):
+                assert abs(await store.now() - datetime.now(UTC)) < 30 * SECOND
+            (after,) = (await store.claim(REQUEST)).claims
+            assert after.ref.token != before.ref.token
+            assert after.item.claims == 1
+
+    asyncio.run(main())
