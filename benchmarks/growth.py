@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.stores import server_seconds
+from benchmarks.stores import server, server_seconds
 from pyworkflow import Client, step, workflow
 from pyworkflow._plugins import make_storage
 from pyworkflow.spi import (
@@ -43,9 +43,15 @@ from pyworkflow.spi import (
 SIZES: Final = (1_000, 30_000, 300_000)
 FULL: Final = 1_000_000
 #: Stores, and the most runs that each is measured with.
-STORES: Final = {"file": 300_000, "memory": 300_000}
-#: The fill says when it is done; a store in memory is measured by the process that fills it.
-IN_PROCESS: Final = frozenset({"memory"})
+STORES: Final = {
+    "file": 300_000,
+    "memory": 300_000,
+    "sqlite": FULL,
+    "postgres": FULL,
+    "redis": FULL,
+}
+#: Stores that are measured by the process that fills them: it is, or runs, the server.
+IN_PROCESS: Final = frozenset({"memory", "postgres", "redis"})
 _BATCH: Final = 250
 _SLEEPERS: Final = 10
 """One run of so many sleeps."""
@@ -69,8 +75,15 @@ async def ten_steps() -> int:
 
 
 def url_of(store: str, directory: Path) -> str:
-    """The URL of the store that is measured."""
-    return {"file": f"file://{directory}/store?fsync=false", "memory": "memory://"}[store]
+    """The URL of the store that is measured; servers are started from their wheels."""
+    behind = server(store)
+    if behind is not None:
+        return behind.url
+    return {
+        "file": f"file://{directory}/store?fsync=false",
+        "memory": "memory://",
+        "sqlite": f"sqlite:///{directory}/store.db",
+    }[store]
 
 
 # --- filling ----------------------------------------------------------------------------------
@@ -220,7 +233,9 @@ async def measure(name: str, store: StorageBackend, size: int) -> dict[str, floa
     await call("list, page at 90 % depth", listing(deep), times=10)
     failed, stalled = RunStatus.FAILED, RunStatus.STALLED
     await call("list, status with no hit", listing(status=[failed]), times=10)
-    await call("list, open status with no hit", listing(status=[stalled, "pending"]), times=10)
+    await call(
+        "list, open status with no hit", listing(status=[stalled, RunStatus.PENDING]), times=10
+    )
     await call("list, suspended", listing(status=[RunStatus.SUSPENDED]), times=10)
     await call("list, workflow with no hit", listing(workflow="none"), times=10)
     both = listing(workflow="one", status=[failed, stalled])

@@ -63,6 +63,8 @@ _LONGEST_WAIT: Final = 5.0
 #: No history is as long: who waits for more than this waits for the end.
 _NO_SEQ: Final = 2**31
 _ENDED: Final = [status.value for status in RunStatus if status.is_terminal]
+#: Open statuses that few runs have: what lists the runs that may have them.
+_FEW: Final = {"stalled": "stalled", "paused": "paused", "pending": "unstarted", "running": "awake"}
 
 
 class RedisStorageBackend(StorageBackend):
@@ -173,8 +175,15 @@ class RedisStorageBackend(StorageBackend):
         )
 
     async def migrate(self) -> None:
-        """There is one layout so far; opening writes its number."""
+        """Bring the keys to the layout of this version, as opening does, and complete its lists.
+
+        Workers of 0.1.0 that still run leave new stalled and paused runs out of them.
+        """
         await self.open()
+        link = self._started()
+        after: int | None = 0
+        while after is not None:
+            after = await link.call("upgrade", str(after))
 
     async def pending_migrations(self) -> list[str]:
         """The numbers of the migrations that ``migrate`` would apply; writes nothing."""
@@ -387,8 +396,7 @@ class RedisStorageBackend(StorageBackend):
         if statuses is not None:
             query["statuses"] = sorted(statuses)
             query["states"] = [s for s in _ENDED if s in statuses]
-            if statuses - set(_ENDED):
-                query["states"].append("open")
+            query["states"] += _open_lists(statuses)
         if workflow is not None:
             query["workflow"] = workflow
         more = bool(query["states"])
@@ -569,6 +577,13 @@ def _forget(future: asyncio.Future[Any]) -> None:
 def _name(text: str) -> bytes:
     # What is no Unicode names nothing that is stored, and that is the answer.
     return text.encode("utf-8", "surrogatepass")
+
+
+def _open_lists(statuses: set[str]) -> list[str]:
+    """Where open runs with these statuses are found."""
+    if "suspended" in statuses:
+        return ["open"]
+    return [name for status, name in _FEW.items() if status in statuses]
 
 
 def _parse_cursor(cursor: str) -> int:

@@ -12,7 +12,7 @@ from pyworkflow.spi import ConfigurationError
 __all__ = ["FORMAT", "OPTIONS", "Address", "parse_url", "prefix_of"]
 
 #: Version of the key layout that this code writes; ``docs/reference/keys-redis.md`` describes it.
-FORMAT = 1
+FORMAT = 2
 #: What may stand behind the ``?`` of a URL.
 OPTIONS = ("namespace", "timeout", "durable", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 

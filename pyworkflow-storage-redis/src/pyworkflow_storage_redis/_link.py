@@ -249,6 +249,8 @@ class Link:
         found, identity = await self._format(channel, make=True)
         if found > FORMAT:
             raise SchemaTooNew(f"location={self.location}", found, FORMAT)
+        if found < FORMAT:
+            await self._upgrade(channel)
         self._identity = self._identity or identity
         if not self._told:
             self._told = True
@@ -277,6 +279,15 @@ class Link:
         )
         found, identity = json.loads(raw.decode())[2]
         return found or 0, (identity or "").encode()
+
+    async def _upgrade(self, channel: Channel) -> None:
+        # Part by part: others are served in between, and one that dies leaves nothing half done.
+        after: int | None = 0
+        while after is not None:
+            raw: Any = await channel.call(
+                b"EVALSHA", sha("upgrade"), b"1", self.meta, b"0", b"", str(after)
+            )
+            after = json.loads(raw.decode())[2]
 
     async def pending_migrations(self) -> list[str]:
         """What ``migrate`` would do; writes nothing."""

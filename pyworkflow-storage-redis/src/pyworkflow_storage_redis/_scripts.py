@@ -23,6 +23,7 @@ NAMES = (
     "release",
     "renew",
     "shift",
+    "upgrade",
 )
 
 

@@ -409,7 +409,7 @@ def test_a_newer_layout_is_refused_and_a_dry_run_writes_nothing(make_valkey: Mak
 
     async def main() -> None:
         store = RedisStorageBackend(server.url)
-        assert await store.pending_migrations() == ["0001"]
+        assert await store.pending_migrations() == ["0001", "0002"]
         assert server.command("DBSIZE") == ":0"
         await store.migrate()
         assert await store.pending_migrations() == []
@@ -421,7 +421,7 @@ def test_a_newer_layout_is_refused_and_a_dry_run_writes_nothing(make_valkey: Mak
     asyncio.run(main())
     error = asyncio.run(_opened(server.url))
     assert isinstance(error, SchemaTooNew)
-    assert (error.found, error.supported) == (99, 1)
+    assert (error.found, error.supported) == (99, 2)
 
 
 async def _opened(url: str) -> WorkflowError | None:

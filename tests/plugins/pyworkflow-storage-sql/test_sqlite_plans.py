@@ -23,6 +23,8 @@ from pyworkflow_storage_sql.sqlite import _reader, _writer
 
 #: Every use of a table with few rows, or whose rows are all wanted.
 MAY_SCAN = {"namespaces", "n", "json_each", "sqlite_master", "p"}
+#: What a listing makes for itself: the clock, queues, priorities, up to 1,001 runs.
+MAY_SCAN |= {"clock", "queues", "awake", "a"}
 INDEXES = {
     "answers_by_key",
     "answers_by_run",
@@ -33,6 +35,9 @@ INDEXES = {
     "runs_by_end",
     "runs_by_final",
     "runs_by_workflow",
+    "runs_paused",
+    "runs_stalled",
+    "runs_unstarted",
     "work_free",
     "work_held",
 }
@@ -108,6 +113,7 @@ async def use_everything(path: Path) -> None:
         statuses: list[frozenset[RunStatus] | None] = [None, frozenset({RunStatus.FAILED})]
         statuses += [frozenset({RunStatus.FAILED, RunStatus.COMPLETED})]
         statuses += [frozenset({RunStatus.FAILED, RunStatus.STALLED, RunStatus.SUSPENDED})]
+        statuses += [frozenset({status}) for status in RunStatus if not status.is_terminal]
         for status in statuses:
             for name in (None, "plan_run"):
                 query = RunQuery(status=status, workflow=name, limit=1)

@@ -162,6 +162,16 @@ local function commit_one(h, arg)
     fields = true
     dels[#dels + 1] = name
   end
+  -- Whether it was and is in a list of open runs. Workers of 0.1.0 do not know the short ones: what
+  -- they left out is put in by the next change of the run.
+  local function relist(state, was, is)
+    was, is = exists and not final and was, not final and not h.fin and is
+    if is and (not was or state ~= 'open') then
+      list_run(state, row[1], run_id, workflow)
+    elseif was and not is then
+      unlist_run(state, run_id, workflow)
+    end
+  end
   local function end_lease(it)
     it[OWNER], it[TOKEN], it[UNTIL] = false, false, false
   end
@@ -398,10 +408,6 @@ local function commit_one(h, arg)
       sets[#sets + 1] = now_text
       fields = true
       row[1] = number
-      if not h.fin then
-        call('ZADD', P .. 'runs:open', number, run_id)
-        call('ZADD', P .. 'runs:open:' .. workflow, number, run_id)
-      end
       if h.idem then
         call('HSET', P .. 'idem', h.idem, run_id)
         call('ZADD', P .. 'idemorder', 0, h.idem)
@@ -425,13 +431,12 @@ local function commit_one(h, arg)
     end
     if #sets > 0 then in_parts('HSET', row_key, sets) end
     if #dels > 0 then call('HDEL', row_key, unpack(dels)) end
+    relist('open', true, true)
+    relist('unstarted', old_seen == 0, seen == 0)
+    relist('paused', paused, new_paused)
+    relist('stalled', stalled, new_stalled)
     if h.fin then
-      if exists then
-        call('ZREM', P .. 'runs:open', run_id)
-        call('ZREM', P .. 'runs:open:' .. workflow, run_id)
-      end
-      call('ZADD', P .. 'runs:' .. h.fin, row[1], run_id)
-      call('ZADD', P .. 'runs:' .. h.fin .. ':' .. workflow, row[1], run_id)
+      list_run(h.fin, row[1], run_id, workflow)
       call('ZADD', P .. 'ended', at_text, run_id)
     end
     local news = false

@@ -46,8 +46,9 @@ for _, part in ipairs(delta.runs) do
     end
     local state = old[4] or 'open'
     call('ZREM', P .. 'ended', run_id)
-    call('ZREM', P .. 'runs:' .. state, run_id)
-    call('ZREM', P .. 'runs:' .. state .. ':' .. (old[2] or ''), run_id)
+    for _, list in ipairs({ state, 'stalled', 'paused', 'unstarted' }) do
+      unlist_run(list, run_id, old[2] or '')
+    end
     events_total = events_total - part.length
     arg = arg + #part.items
   else
@@ -75,14 +76,17 @@ for _, part in ipairs(delta.runs) do
     end
     for _, name in ipairs(part.unset) do call('HDEL', row_key, name) end
     if #sets > 0 then in_parts('HSET', row_key, sets) end
-    local row = call('HMGET', row_key, 'number', 'workflow', 'paused', 'final', 'finished_at')
+    local row = call('HMGET', row_key, 'number', 'workflow', 'paused', 'final', 'finished_at', 'stalled',
+      'seen_seq')
     local state, workflow, was = row[4] or 'open', row[2] or '', old[4] or 'open'
     if not part.exists or state ~= was or old[2] ~= row[2] then
-      call('ZREM', P .. 'runs:' .. was, run_id)
-      call('ZREM', P .. 'runs:' .. was .. ':' .. (old[2] or ''), run_id)
-      call('ZADD', P .. 'runs:' .. state, row[1], run_id)
-      call('ZADD', P .. 'runs:' .. state .. ':' .. workflow, row[1], run_id)
+      unlist_run(was, run_id, old[2] or '')
+      list_run(state, row[1], run_id, workflow)
     end
+    if old[2] and old[2] ~= row[2] then
+      for _, list in ipairs({ 'stalled', 'paused', 'unstarted' }) do unlist_run(list, run_id, old[2]) end
+    end
+    list_few(row[1], run_id, workflow, row[4], row[6], row[3], row[7])
     if row[5] then call('ZADD', P .. 'ended', row[5], run_id) end
     for _, id in ipairs(part.gone) do
       local it = load_item(run_id, id)

@@ -15,11 +15,51 @@ local function fill(head)
   head.list, head.at, head.done = list, 1, #list < 2 * head.chunk
   if #list > 0 then head.below = '(' .. list[#list] end
 end
+-- Open runs with a lease or a due item, newest first; nil: so many that the newest runs have them.
+local function awake()
+  local runs, count, found = {}, 0, {}
+  local function add(key, from, to)
+    for _, member in ipairs(call('ZRANGEBYSCORE', key, from, to, 'LIMIT', 0, q.bound + 1)) do
+      local run_id = parse_member(member)
+      if not runs[run_id] then runs[run_id], count = true, count + 1 end
+    end
+  end
+  add(P .. 'aside', '(' .. now_text, '+inf')
+  for _, bucket in ipairs(call('SMEMBERS', P .. 'buckets')) do
+    if count > q.bound then return nil end
+    add(P .. 'held:' .. bucket, '-inf', '+inf')
+    add(P .. 'due:' .. bucket, '-inf', now_text)
+  end
+  if count > q.bound then return nil end
+  for run_id in pairs(runs) do
+    local row = call('HMGET', P .. 'run:' .. run_id, 'number', 'workflow')
+    if row[1] and (not q.workflow or row[2] == q.workflow) and
+      (not q.below or tonumber(row[1]) < tonumber(q.below)) then
+      found[#found + 1] = { run_id, row[1] }
+    end
+  end
+  table.sort(found, function(a, b) return tonumber(a[2]) > tonumber(b[2]) end)
+  local flat = {}
+  for _, one in ipairs(found) do
+    flat[#flat + 1] = one[1]
+    flat[#flat + 1] = one[2]
+  end
+  return flat
+end
 for _, state in ipairs(states) do
+  local list
+  if state == 'awake' then
+    list = awake()
+    state = 'open'
+  end
   local key = P .. 'runs:' .. state
   if q.workflow then key = key .. ':' .. q.workflow end
   local head = { key = key, below = q.below and '(' .. q.below or '+inf', chunk = math.min(q.limit + 1, 200) }
-  fill(head)
+  if list then
+    head.list, head.at, head.done = list, 1, true
+  else
+    fill(head)
+  end
   heads[#heads + 1] = head
 end
 local more = false
@@ -37,9 +77,10 @@ while true do
   end
   local run_id, number = best.list[best.at], best.list[best.at + 1]
   best.at = best.at + 2
+  -- It may be in several lists.
+  local status = number ~= last and status_of(run_id)
   looked, last = looked + 1, number
-  local status = status_of(run_id)
-  if not wanted or wanted[status] then
+  if status and (not wanted or wanted[status]) then
     if q.names then
       found[#found + 1] = '"' .. status .. '"'
     else

@@ -259,6 +259,30 @@ end
 
 -- Runs ----------------------------------------------------------------------------------------
 
+-- Lists of runs by number, in whole and per workflow: open ones, and those of them that are stalled,
+-- paused, or not started, so that a listing of few need not look at all.
+local function list_run(state, number, run_id, workflow)
+  call('ZADD', P .. 'runs:' .. state, number, run_id)
+  call('ZADD', P .. 'runs:' .. state .. ':' .. workflow, number, run_id)
+end
+
+local function unlist_run(state, run_id, workflow)
+  call('ZREM', P .. 'runs:' .. state, run_id)
+  call('ZREM', P .. 'runs:' .. state .. ':' .. workflow, run_id)
+end
+
+-- A row of `final`, `stalled`, `paused`, `seen_seq` as it is stored.
+local function list_few(number, run_id, workflow, final, stalled, paused, seen)
+  local few = { stalled = stalled, paused = paused, unstarted = tonumber(seen or 0) == 0 }
+  for _, state in ipairs({ 'stalled', 'paused', 'unstarted' }) do
+    if few[state] and not final then
+      list_run(state, number, run_id, workflow)
+    else
+      unlist_run(state, run_id, workflow)
+    end
+  end
+end
+
 local function derive(final, stalled, paused, seen, items)
   if final then return final end
   if stalled then return 'stalled' end
