@@ -48,14 +48,21 @@ def run(monkeypatch):
     return context
 
 
+class Running:
+    opener = None
+
+    def __init__(self, context):
+        self.context = context
+
+
 @pytest.fixture
 def step():
     context = _context.StepContext(
         run_id="r1", step_id="1#2:step", step_name="charge", workflow_name="orders", attempt=1
     )
-    token = _context.running_step.set(context)
+    token = _context.running_try.set(Running(context))
     yield context
-    _context.running_step.reset(token)
+    _context.running_try.reset(token)
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def test_steps_and_plain_code_log_without_events(step, err):
     configure_logging(json_logs=True)
     logger.info("in a step", extra={"n": 1})
     logging.getLogger("library").info("from a library")
-    _context.running_step.set(None)
+    _context.running_try.set(None)
     logger.info("outside")
     first, second, third = json_lines(err)
     for line in (first, second):

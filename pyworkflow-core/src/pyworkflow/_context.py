@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pyworkflow._replay.context import RunContext, current_run
 from pyworkflow.events import Json
@@ -18,6 +18,7 @@ __all__ = [
     "LogContext",
     "MAX_LINES",
     "MAX_LINES_SIZE",
+    "RunningTry",
     "StepContext",
     "StepLines",
     "current",
@@ -25,6 +26,7 @@ __all__ = [
     "log_context",
     "mark_cancelled",
     "running_step",
+    "running_try",
     "step_context",
 ]
 
@@ -174,8 +176,28 @@ def mark_cancelled(context: StepContext) -> None:
     object.__setattr__(context, "_cancelled", True)
 
 
-#: The step whose body runs in this context, if any.
-running_step: ContextVar[StepContext | None] = ContextVar("pyworkflow_step", default=None)
+class RunningTry(Protocol):
+    """What the code of a step finds of the attempt that it belongs to."""
+
+    @property
+    def context(self) -> StepContext:
+        """What the body sees of itself."""
+        ...
+
+    @property
+    def opener(self) -> object:
+        """What opens resources for the body (``_resources.Opener``)."""
+        ...
+
+
+#: The attempt whose body runs in this context, if any: one variable, since each step sets it.
+running_try: ContextVar[RunningTry | None] = ContextVar("pyworkflow_try", default=None)
+
+
+def running_step() -> StepContext | None:
+    """The step whose body runs in this context, if any."""
+    what = running_try.get()
+    return None if what is None else what.context
 
 
 class LogContext:
@@ -229,7 +251,7 @@ def current() -> Current | None:
     run = current_run()
     if run is not None:
         return Current(run_id=run.run_id, workflow=run.workflow, is_replaying=run.is_replaying)
-    step = running_step.get()
+    step = running_step()
     if step is None:
         return None
     return Current(
@@ -246,5 +268,5 @@ def log_context() -> LogContext | None:
     run = current_run()
     if run is not None:
         return LogContext(run, None)
-    step = running_step.get()
+    step = running_step()
     return None if step is None else LogContext(None, step)

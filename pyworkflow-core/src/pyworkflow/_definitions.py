@@ -168,6 +168,7 @@ class Step(Generic[P, R]):
         self.is_async = inspect.iscoroutinefunction(fn)
         self._signature = Signature(fn)
         self._fresh = self._signature.fresh_defaults((list, dict, set, bytearray))
+        self._what = f"step {self.name!r}"
         self._labels: dict[str, str] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
@@ -177,7 +178,7 @@ class Step(Generic[P, R]):
             call = self._plain(args, kwargs)
             call.__qualname__ = f"step {self.name}"  # type: ignore[attr-defined] # coroutines have it
             return call
-        run.check_open(f"step {self.name!r}")
+        run.check_open(self._what)
         call = self._durable(args, kwargs)
         # What Python's warning about a forgotten await shows.
         label = self._labels.get(run.workflow)

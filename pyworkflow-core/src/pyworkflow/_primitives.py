@@ -125,7 +125,7 @@ def step_context() -> StepContext:
     Raises:
         WorkflowContextError: called outside of a step.
     """
-    step = None if current_run() is not None else running_step.get()
+    step = None if current_run() is not None else running_step()
     if step is None:
         raise WorkflowContextError(
             "step_context() works in the body of a step that a run started; "

@@ -98,7 +98,7 @@ class Registry(Generic[_Definition]):
             self.local.add(definition)
         else:
             self.named[name] = definition
-        register_portable(fn.__module__, in_step=running_step.get() is not None)
+        register_portable(fn.__module__, in_step=running_step() is not None)
         return definition
 
 

@@ -19,6 +19,7 @@ from contextlib import (
 from contextvars import ContextVar
 from typing import Any, Generic, Literal, TypeVar, cast, overload
 
+from pyworkflow._context import running_try
 from pyworkflow._replay.context import current_run
 from pyworkflow.errors import DefinitionError, WorkflowContextError
 
@@ -41,8 +42,17 @@ class Opener(typing.Protocol):
         ...
 
 
-#: The worker that runs the step of this context.
+#: What opens a resource in this context, for those that it uses; in steps, see ``_opener``.
 running_opener: ContextVar[Opener | None] = ContextVar("pyworkflow_opener", default=None)
+
+
+def _opener() -> Opener | None:
+    """What opens resources for this code: the resource that is being opened, or the step."""
+    opener = running_opener.get()
+    if opener is None:
+        what = running_try.get()
+        opener = None if what is None else cast("Opener | None", what.opener)
+    return opener
 
 
 class Resource(Generic[T_co]):
@@ -77,7 +87,7 @@ class Resource(Generic[T_co]):
         return self._get()
 
     async def _get(self) -> T_co:
-        opener = running_opener.get()
+        opener = _opener()
         if opener is not None:
             return await opener.get(self)
         faked, value = fake_of(self)
@@ -93,7 +103,7 @@ class Resource(Generic[T_co]):
             raise WorkflowContextError(
                 f"get_sync() would block the event loop: resource={self.name}; await get() here"
             )
-        opener = running_opener.get()
+        opener = _opener()
         if opener is not None:
             return opener.get_sync(self)
         faked, value = fake_of(self)

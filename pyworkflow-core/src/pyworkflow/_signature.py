@@ -173,23 +173,29 @@ class Signature:
         """
         if not self._checks or not (args or kwargs):
             return args, kwargs
+        if not kwargs and len(args) == self.exact:
+            named = zip(self.signature.parameters, args, strict=True)
+            return tuple(self._from_store(what, name, value) for name, value in named), kwargs
         bound = self.signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            check = self._checks.get(name)
-            if check is None:
-                continue
-            try:
-                bound.arguments[name] = self._each(name, value, check.from_store)
-            except Exception as failed:  # validators are user code
-                expected = self.hints[name]
-                raise StoredArgumentInvalid(
-                    what,
-                    name,
-                    expected.__qualname__ if isinstance(expected, type) else repr(expected),
-                    type(value).__qualname__,
-                    _problem(failed),
-                ) from failed
+            bound.arguments[name] = self._from_store(what, name, value)
         return bound.args, bound.kwargs
+
+    def _from_store(self, what: str, name: str, value: Any) -> Any:
+        check = self._checks.get(name)
+        if check is None:
+            return value
+        try:
+            return self._each(name, value, check.from_store)
+        except Exception as failed:  # validators are user code
+            expected = self.hints[name]
+            raise StoredArgumentInvalid(
+                what,
+                name,
+                expected.__qualname__ if isinstance(expected, type) else repr(expected),
+                type(value).__qualname__,
+                _problem(failed),
+            ) from failed
 
     def _each(self, name: str, value: Any, take: Callable[[object], object]) -> object:
         kind = self.signature.parameters[name].kind

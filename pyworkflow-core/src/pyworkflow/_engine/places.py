@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from pyworkflow._context import running_try
 from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import StepThreads
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyworkflow._engine.steps import StepTry
     from pyworkflow._engine.worker import Worker
 
-__all__ = ["Place", "current_place", "in_loop", "running_try", "without_slot"]
+__all__ = ["Place", "current_place", "in_loop", "without_slot"]
 
 T = TypeVar("T")
 
@@ -146,13 +146,9 @@ class Place:
             self._waiting.discard(future)
 
 
-#: The attempt whose body runs in this context, if any.
-running_try: ContextVar[StepTry | None] = ContextVar("pyworkflow_try", default=None)
-
-
 def current_place() -> Place | None:
     """Where the calling step runs; None outside of steps, and when its worker is gone."""
-    what = running_try.get()
+    what = cast("StepTry | None", running_try.get())
     if what is None or what.runner is None or what.runner.worker is None:
         return None
     if what.runner.worker.is_closed:

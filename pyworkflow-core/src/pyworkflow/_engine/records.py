@@ -155,7 +155,7 @@ def line_events(what: StepTry, lines: StepLines, most: int) -> list[Event]:
 def ended_by_cancel(worker: Worker, what: StepTry, *, by: str | None = None) -> list[Event]:
     """The events of an attempt in place that was cancelled."""
     events = [started_event(what, worker.owner, dispatched=False)]
-    if (lines := lines_of(what.context)) is not None:
+    if (lines := lines_of(what.seen)) is not None:
         events += line_events(what, lines, worker.max_events // 2)
     return [*events, cancelled_event(what.op, what.step.name, by=by)]
 
@@ -165,7 +165,7 @@ def end_events(
 ) -> tuple[list[Event], int | None]:
     """The events of a try's end, and when the next try is due (µs), or None."""
     events = [] if started else [started_event(what, worker.owner, dispatched=dispatched)]
-    if (lines := lines_of(what.context)) is not None:
+    if (lines := lines_of(what.seen)) is not None:
         events += line_events(what, lines, worker.max_events // 2)
     data: dict[str, Any] = {"name": what.step.name, "attempt": what.attempt}
     if end.error is None:

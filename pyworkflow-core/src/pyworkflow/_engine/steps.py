@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 from pyworkflow import _plugins
 from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
-from pyworkflow._context import StepContext, mark_cancelled, running_step, step_context
+from pyworkflow._context import StepContext, mark_cancelled, running_try, step_context
 from pyworkflow._definitions import Step
-from pyworkflow._engine.places import Place, running_try
+from pyworkflow._engine.places import Place
 from pyworkflow._engine.resources import WorkerResources
 from pyworkflow._engine.slots import Slots
 from pyworkflow._engine.threads import Ended, StepThreads
 from pyworkflow._failures import encode_error
-from pyworkflow._resources import running_opener
 from pyworkflow._retry import GiveUp, Retry, RetryPolicy, decide, is_programming_error
 from pyworkflow._serialization import payload_size
 from pyworkflow.errors import (
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["StepEnd", "StepRunner", "StepTry", "Verdict", "took_too_long"]
 
 _log = logging.getLogger("pyworkflow.engine")
+_making = threading.Lock()
 
 failpoints.register(
     __name__,
@@ -69,13 +69,29 @@ class StepTry:
     """The arguments, where they were decoded already."""
     began: datetime | None = None
     """When the body began, by this machine's clock; for people."""
-    context: StepContext | None = None
-    """What the body sees of itself, once it is about to begin."""
+    seen: StepContext | None = None
+    """What the body sees of itself, once it asked, or wrote a log line."""
     runner: StepRunner | None = None
     """Where the body runs, or ran."""
     place: Place | None = None
     """The same for clients in the body, once one asked."""
     is_over: bool = False
+
+    @property
+    def context(self) -> StepContext:
+        """What the body sees of itself, made for the first who asks: most bodies do not."""
+        if self.seen is None:
+            with _making:  # threads of the body may ask, and its end
+                if self.seen is None:
+                    self.seen = step_context(
+                        self.run_id, self.op, self.step.name, self.workflow, self.attempt
+                    )
+        return self.seen
+
+    @property
+    def opener(self) -> WorkerResources | None:
+        """What opens resources for the body."""
+        return None if self.runner is None else self.runner.resources
 
     def payload(self, attempt: int | None = None) -> dict[str, Json]:
         """The payload of the work item that owes this step."""
@@ -151,11 +167,6 @@ class StepRunner:
 
     async def run(self, what: StepTry) -> StepEnd:
         """One try. Raises ``CancelledError`` only when this task is cancelled."""
-        what.context = context = step_context(
-            what.run_id, what.op, what.step.name, what.workflow, what.attempt
-        )
-        running_step.set(context)
-        running_opener.set(self.resources)
         what.runner = self
         running_try.set(what)
         slots = self._slots if what.step.is_async else self._busy
@@ -190,7 +201,7 @@ class StepRunner:
             except asyncio.CancelledError as exc:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    mark_cancelled(context)
+                    mark_cancelled(what.context)
                     raise
                 end.error = exc  # raised by the body itself
             except KeyboardInterrupt as exc:
@@ -205,7 +216,7 @@ class StepRunner:
             if failpoints.active:
                 failpoints.hit("step.after_body")
             # The task may go on with the turn that this end brings, which is not the step.
-            running_step.set(None)
+            running_try.set(None)
             return end
         finally:
             if threads and not threads[0].done():
@@ -287,7 +298,6 @@ class StepRunner:
         done, _ = await asyncio.wait({body}, timeout=what.timeout.total_seconds())
         if done:
             return _returned(body.result())
-        assert what.context is not None
         mark_cancelled(what.context)
         message = took_too_long(what)
         if what.step.hard_timeout and self._may_end_process:

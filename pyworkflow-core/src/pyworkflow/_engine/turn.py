@@ -41,6 +41,7 @@ from pyworkflow.spi.storage import (
     Put,
     Settle,
     Update,
+    stored_event,
 )
 from pyworkflow.storekit import failpoints
 
@@ -259,7 +260,13 @@ class Turn:
         self._fed(answer)
 
     def _to_feed(self, answer: Committed, events: list[Event]) -> list[Event]:
-        own = [e for e in answer.stored(self._run.run_id, events) if e.klass != OBSERVATION]
+        # As ``answer.stored``, without those that no replay reads.
+        run_id, at, seqs, skipped = self._run.run_id, answer.timestamp, answer.seqs, answer.skipped
+        own = [
+            stored_event(event, run_id, seqs[index], at)
+            for index, event in enumerate(events)
+            if event.klass != OBSERVATION and index not in skipped
+        ]
         return (
             sorted([*own, *answer.unseen_events], key=attrgetter("seq"))
             if answer.unseen_events

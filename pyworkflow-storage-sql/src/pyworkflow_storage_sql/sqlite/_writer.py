@@ -126,6 +126,8 @@ class Writer:
         self._conn: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         """Device and number of the file that was opened first; another one is not opened later."""
+        self._is_elsewhere = False
+        """It was not at its path after the last batch: nothing more is written meanwhile."""
         self._namespace = 0
         self._clock = clock
         self._token_prefix = secrets.token_hex(8)
@@ -142,7 +144,8 @@ class Writer:
         """
         try:
             conn = self._conn or self._open()
-            self._refuse_elsewhere()
+            if self._is_elsewhere:
+                self._refuse_elsewhere()
             return self._do(conn, waiting, answers, wait)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             self.recover()
@@ -205,7 +208,8 @@ class Writer:
 
     def _refuse_elsewhere(self) -> None:
         """SQLite itself continues on a file without a name, which no other process can open."""
-        if inode_of(self.path) != self._inode:
+        self._is_elsewhere = inode_of(self.path) != self._inode
+        if self._is_elsewhere:
             raise StorageError(
                 f"the database was deleted, moved or replaced while in use: path={self.path}; "
                 "what was not acknowledged is not in the file at this path. Put the file back, or "
@@ -312,6 +316,7 @@ class Writer:
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:
             conn.execute("commit")
+            self._refuse_elsewhere()
             return
         self._clock.keep(conn, self._namespace, work=batch.work)
         self._work = self._clock.work

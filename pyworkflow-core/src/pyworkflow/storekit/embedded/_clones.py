@@ -45,7 +45,8 @@ class Forkable(Protocol):
 
 
 _lock = threading.Lock()
-_listeners: dict[Hashable, weakref.WeakSet[Listener]] = {}
+_listeners: dict[Hashable, tuple[weakref.ref[Listener], ...]] = {}
+"""Tuples, which are replaced: each write reads one, without the lock."""
 _forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _stopped: list[Forkable] = []
 _forks = 0
@@ -54,26 +55,30 @@ _forks = 0
 def join(place: Hashable, listener: Listener) -> None:
     """Subscribe until the listener is garbage-collected."""
     with _lock:
-        _listeners.setdefault(place, weakref.WeakSet()).add(listener)
+        _listeners[place] = (*_others(place, listener), weakref.ref(listener))
 
 
 def leave(place: Hashable, listener: Listener) -> None:
     """Unsubscribe."""
     with _lock:
-        present = _listeners.get(place)
-        if present is not None:
-            present.discard(listener)
-            if not present:
-                del _listeners[place]
+        others = _others(place, listener)
+        if others:
+            _listeners[place] = others
+        else:
+            _listeners.pop(place, None)
+
+
+def _others(place: Hashable, listener: Listener) -> tuple[weakref.ref[Listener], ...]:
+    present = _listeners.get(place, ())
+    return tuple(one for one in present if (alive := one()) is not None and alive is not listener)
 
 
 def listeners_of(place: Hashable) -> Iterable[Listener]:
     """The listeners at the store; empty when there is only one."""
-    present = _listeners.get(place)
-    if present is None or len(present) < 2:
+    present = _listeners.get(place, ())
+    if len(present) < 2:
         return ()
-    with _lock:
-        return list(present)
+    return [listener for one in present if (listener := one()) is not None]
 
 
 def add_forkable(forkable: Forkable) -> None:
