@@ -84,7 +84,7 @@ class _Shared:
     def now(self) -> datetime:
         # The rule of ``SteadyClock``, without a conversion: every call of the store asks.
         wall = utcnow()
-        shown = self._zero + timedelta(microseconds=ticks())
+        shown = self._zero + timedelta(0, 0, ticks())
         if wall > shown:
             self._zero += wall - shown
             shown = wall

@@ -138,20 +138,26 @@ class Signature:
         """The arguments as the annotations want them. ``ArgumentError``."""
         from pydantic import ValidationError
 
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError as exc:
-            raise ArgumentError(
-                f"the arguments do not fit {what}{self.signature}: {exc}; nothing was started"
-            ) from exc
+        bound = None
+        named: dict[str, Any]
+        if kwargs or len(args) != self.exact:
+            try:
+                bound = self.signature.bind(*args, **kwargs)
+            except TypeError as exc:
+                raise ArgumentError(
+                    f"the arguments do not fit {what}{self.signature}: {exc}; nothing was started"
+                ) from exc
+            named = bound.arguments
+        else:
+            named = dict(zip(self.signature.parameters, args, strict=True))
         problems: list[str] = []
         cause: ValidationError | None = None
-        for name, value in bound.arguments.items():
+        for name, value in named.items():
             check = self._checks.get(name)
             if check is None:
                 continue
             try:
-                bound.arguments[name] = self._each(name, value, check.from_caller)
+                named[name] = self._each(name, value, check.from_caller)
             except ValidationError as exc:
                 cause = exc
                 for error in exc.errors(include_url=False):
@@ -161,7 +167,7 @@ class Signature:
             raise ArgumentError(
                 f"wrong arguments for {what}: {'; '.join(problems)}; nothing was started"
             ) from cause
-        return bound.args, bound.kwargs
+        return (tuple(named.values()), {}) if bound is None else (bound.args, bound.kwargs)
 
     def fit_stored(
         self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]

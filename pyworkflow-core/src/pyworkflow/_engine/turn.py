@@ -93,6 +93,8 @@ class Turn:
         self._over = False
         """The history has reached its limit, and its code was not notified."""
         self._length = run.history_length
+        self._quiet = worker.settings.max_history * SHARES[0] // 100
+        """A shorter history is neither warned of nor over, unless it was over once."""
         self._forgetful = False
         """What the code asked for was forgotten: the inputs that led to it were not seen."""
         self._stalled_at: datetime | None = None
@@ -275,8 +277,9 @@ class Turn:
 
     def _fed(self, answer: Committed) -> None:
         self._replay.skip_to(answer.last_seq)
-        self._length = answer.last_seq
-        self._check_length(answer.last_seq)
+        self._length = length = answer.last_seq
+        if length >= self._quiet or self._replay.limit_end is not None:
+            self._check_length(length)
 
     def _check_length(self, length: int) -> None:
         """Warn of a long history in good time; note that its limit, or its reserve, is reached."""

@@ -197,6 +197,7 @@ class Plan:
 
     def answer(self) -> Committed:
         """The answer to the change."""
+        claim = self.change.claim
         return Committed(
             last_seq=self.last_seq,
             seen_seq=self.seen,
@@ -206,16 +207,14 @@ class Plan:
             seqs=self.seqs,
             skipped=frozenset(self.skipped) if self.skipped else _NONE,
             # Called before the effects are applied: the run's events are all of others.
-            unseen_events=self.run.events[self.seen :] if self._has_turn() else (),
+            # Only who drives the run delivers what others added.
+            unseen_events=self.run.events[self.seen :]
+            if claim is not None and (claim.item_id == TURN or TURN in self.leased)
+            else (),
             claims=[i for item_id in self.leased if (i := self.items[item_id]) is not None]
             if self.leased
             else (),
         )
-
-    def _has_turn(self) -> bool:
-        """Whether the sender drives the run: only then it delivers what others added."""
-        claim = self.change.claim
-        return claim is not None and (claim.item_id == TURN or TURN in self.leased)
 
     # The parts of a change, in the order in which they apply.
 
