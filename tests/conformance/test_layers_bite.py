@@ -235,7 +235,7 @@ def test_the_same_check_passes_the_sound_store(check_id):
 
 
 def test_a_divergence_is_told_with_the_calls_that_led_to_it():
-    with pytest.raises(AssertionError, match=r"(?s)found:.*expected:.*after .* of .*1\. "):
+    with pytest.raises(AssertionError, match=r"(?s)found .*expected .*after .* of .*1\. "):
         run(in_memory(ForgetsSkipped), "MOD_02")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -32,6 +34,7 @@ from pyworkflow.spi.storage import (
 from pyworkflow.storekit import fsck
 from pyworkflow_conformance._clock import shift_clock
 from pyworkflow_conformance._record import Record
+from pyworkflow_conformance._told import from_check, headline
 
 __all__ = [
     "Case",
@@ -56,6 +59,8 @@ S = TypeVar("S", bound="Suite")
 R = TypeVar("R")
 
 SEED = "PYWORKFLOW_CONFORMANCE_SEED"
+LIMIT = "PYWORKFLOW_CONFORMANCE_LIMIT"
+LIMIT_S = 600.0
 #: Seconds that a check of a declared gap may take to fail.
 GAP_PATIENCE = 60.0
 #: Changes that a check sends at once.
@@ -380,12 +385,18 @@ def _test_of(check: Body[S], needs: Sequence[str], sampled: bool) -> Callable[[S
     check_id = f"{group}-{number}"
 
     def test(self: S) -> None:
+        __tracebackhide__ = True
         missing = [need for need in needs if not _has(self, need)]
         if missing:
             pytest.skip(f"does not apply: {check_id} needs {', '.join(missing)}")
         gap = self.capabilities.gaps.get(check_id)
         if gap is None:
-            asyncio.run(_drive(self, check, check_id))
+            try:
+                asyncio.run(_drive(self, check, check_id))
+            except Exception as error:  # noqa: BLE001 - raised again, without the loop's frames
+                raise error.with_traceback(
+                    from_check(error.__traceback__, check.__code__)
+                ) from error.__cause__
             return
         try:
             asyncio.run(asyncio.wait_for(_drive(self, check, check_id), GAP_PATIENCE))
@@ -412,17 +423,65 @@ def _has(suite: Suite, need: str) -> bool:
 async def _drive(suite: S, check: Callable[[S, Case], Awaitable[None]], check_id: str) -> None:
     name = f"{suite.namespace_prefix}{check_id}-{uuid4().hex[:12]}".lower()
     case = Case(suite, name)
+    limit = time_limit()
+    # A loop that is blocked can end nothing: a thread says where it is.
+    watchdog = threading.Timer(limit + 10, _blocked, (case, check_id, threading.get_ident()))
+    watchdog.daemon = True
+    watchdog.start()
+    waiting: list[str] = []
+
+    def over(patience: asyncio.Timeout) -> None:
+        # Before the calls are cancelled.
+        waiting.append(_in_progress(case))
+        patience.reschedule(0)
+
     try:
-        case.store = await case.open()
-        await check(suite, case)
-        violations = await fsck(await case.open())
-        assert not violations, "fsck: " + "; ".join(map(str, violations[:10]))
-    except Exception as error:
-        error.add_note(await _circumstances(suite, case, check_id))
-        raise
+        async with asyncio.timeout(None) as patience:
+            asyncio.get_running_loop().call_later(limit, over, patience)
+            case.store = await case.open()
+            await check(suite, case)
+            violations = await fsck(await case.open())
+            assert not violations, "fsck: " + "; ".join(map(str, violations[:10]))
+    except Exception as error:  # noqa: BLE001 - raised again below, as a failure of the check
+        told = (
+            f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        )
+        if patience.expired():
+            told = f"not over after {limit:g} s; calls in progress:\n  {waiting[0]}"
+        # A new one: the docstring comes first, and what it says is not repeated.
+        failure = AssertionError(f"{headline(check.__doc__)}{told}")
+        failure.add_note(await _circumstances(suite, case, check_id))
+        cause = error.__cause__ if isinstance(error, AssertionError) else error
+        raise failure.with_traceback(error.__traceback__) from cause
     finally:
+        watchdog.cancel()
         await case.close()
         await suite.finished()
+
+
+def time_limit() -> float:
+    """Seconds that a check may take: ``PYWORKFLOW_CONFORMANCE_LIMIT``, or ten minutes."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        return float(text) if text else LIMIT_S * (20 if os.environ.get("PYWORKFLOW_FULL") else 1)
+    except ValueError:
+        raise ConfigurationError(f"the limit is no number of seconds: {LIMIT}={text!r}") from None
+
+
+def _in_progress(case: Case) -> str:
+    return "\n  ".join(case.record.in_progress()) or "none: the check itself waits"
+
+
+def _blocked(case: Case, check_id: str, thread: int) -> None:
+    """Say on stderr where a check is whose event loop does not come back."""
+    frame = sys._current_frames().get(thread)
+    stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+    out = sys.__stderr__ or sys.stderr
+    out.write(
+        f"\n{check_id} is over its time, and its event loop is blocked; calls in progress:\n"
+        f"  {_in_progress(case)}\n{stack}"
+    )
+    out.flush()
 
 
 async def _circumstances(suite: Suite, case: Case, check_id: str) -> str:

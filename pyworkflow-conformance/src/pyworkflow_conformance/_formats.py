@@ -24,6 +24,7 @@ _MARKS = {
     "missing": "✗ MISSING",
 }
 _COLOURS = {"full": "#2c7a2c", "distributed": "#4c9a2a", "durable": "#97a01b", "base": "#b08800"}
+SLOWEST = 6
 _NO_LEVEL = "#a33a2c"
 # XML 1.0 has no way to say these.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -31,7 +32,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def summary(report: Report) -> str:
     """One line: the level reached, and what stands beside it."""
-    level = "no level" if report.level is None else report.level.upper()
+    level = "no level" if report.level is None else report.level_text
     judged = report.levels[report.level or report.profile]
     beside = [f"without {', '.join(judged.without)}"] if judged.without else []
     beside += [
@@ -44,6 +45,8 @@ def summary(report: Report) -> str:
         if found
     ]
     text = f"{report.backend} reaches {level}" + (f" ({', '.join(beside)})" if beside else "")
+    if report.unproved:
+        text += f"; not proved by a URL alone: {', '.join(report.unproved)}"
     if not report.reached:
         text += f"; {report.profile.upper()} not: {_why(report)}"
     return text
@@ -84,7 +87,13 @@ def _terminal(report: Report) -> str:
             lines.append(f"{name:<18}{state.replace('_', ' ')}")
     lines.append("")
     for level, judged in report.levels.items():
-        lines.append(f"{level.upper():<18}{'reached' if judged.reached else f'not: {judged.why}'}")
+        by_url = ", by URL" if judged.reached and level == report.level and report.unproved else ""
+        lines.append(
+            f"{level.upper():<18}{'reached' if judged.reached else f'not: {judged.why}'}{by_url}"
+        )
+    slowest = sorted(report.results, key=lambda one: one.seconds, reverse=True)[:SLOWEST]
+    times = ", ".join(f"{one.id} {one.seconds:.1f} s" for one in slowest if one.seconds >= 0.05)
+    lines += ["", f"slowest: {times}"] if times else []
     lines += ["", summary(report)]
     if report.remains:
         lines.append(f"left in the store: {report.remains}")
@@ -120,7 +129,7 @@ def _junit(report: Report) -> str:
         "location": report.location,
         "profile": report.profile,
         "seed": report.seed,
-        "level": report.level or "none",
+        "level": report.level_text.lower(),
         **{f"capability.{name}": state for name, state in report.capabilities.items()},
     }
     for name, value in facts.items():
@@ -175,6 +184,7 @@ def _badge_text(report: Report) -> str:
     gaps = len(judged.gaps)
     return (
         report.level
+        + (" by URL" if report.unproved else "")
         + "".join(f", not {name.replace('_', '-')}" for name in judged.without)
         + (f", {gaps} gap{'s' * (gaps > 1)}" if gaps else "")
     )
@@ -275,7 +285,8 @@ def _level_cell(report: Mapping[str, Any]) -> str:
     judged = report["levels"][level]
     without = "".join(f", not {name.replace('_', '-')}" for name in judged.get("without", ()))
     gaps = len(judged["gaps"])
-    return str(level).upper() + without + (f", {gaps} gaps" if gaps else "")
+    by_url = " by URL" if report.get("unproved") else ""
+    return str(level).upper() + by_url + without + (f", {gaps} gaps" if gaps else "")
 
 
 def _row(name: str, cells: Sequence[str]) -> str:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-__all__ = ["GROUPS", "LEVELS", "PROOFS", "REQUIRED", "Check", "Level", "checks", "checks_of"]
+__all__ = [
+    "GROUPS",
+    "KILLS",
+    "LEVELS",
+    "PROOFS",
+    "REQUIRED",
+    "Check",
+    "Level",
+    "checks",
+    "checks_of",
+]
 
 Level = Literal["base", "durable", "distributed", "full"]
 
@@ -49,7 +59,7 @@ PROOFS: Mapping[str, tuple[str, ...]] = {
     "durable": ("CRA-01", "CRA-02", "CRA-06", "CRA-07", "CRA-09"),
     "multi_process": ("CCY-09", "CRA-08", "CRA-12", "MIG-04"),
     "multi_host": (),
-    "server_clock": ("TIM-01", "TIM-02", "TIM-03"),
+    "server_clock": ("TIM-01", "TIM-02", "TIM-03", "TIM-08"),
     "watch": ("WATCH-01", "WATCH-02", "WATCH-03", "WATCH-04"),
     "batched": ("META-05",),
     # PAG-06, PAY-01: right, with an index or without, wherever a payload lies.
@@ -58,6 +68,10 @@ PROOFS: Mapping[str, tuple[str, ...]] = {
     "purge_by_age": ("GC-01", "GC-02", "GC-04"),
     "large_history": ("PAY-05",),
 }
+
+
+#: Capability → the check that kills the server, without which a networked store is only believed.
+KILLS: Mapping[str, str] = {"durable": "CRA-09", "watch": "WATCH-03"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pyworkflow.spi.capabilities import CONTRACT_VERSION
 from pyworkflow.spi.storage import Answer, Change, Committed, NewRun, RunQuery
 from pyworkflow_conformance._case import Case, Suite, note, scenario, seconds, started
 from pyworkflow_conformance._levels import PROOFS, checks
+from pyworkflow_conformance._told import differences
 
 __all__ = ["MetaChecks"]
 
@@ -53,14 +54,17 @@ class MetaChecks(Suite):
         store = await self.make(t.namespace)
         info = store.info()
         await store.close()
-        assert info.contract_version == CONTRACT_VERSION
+        assert info.contract_version == CONTRACT_VERSION, (
+            f"versions of the contract: backend={info.contract_version} suite={CONTRACT_VERSION}"
+        )
         assert info.name
         assert info.location
         assert info.namespace == t.namespace, "info names another namespace"
-        assert info.max_payload >= 256 * 1024
+        assert info.max_payload >= 256 * 1024, f"max_payload={info.max_payload}"
         assert info.batches >= 1
         assert info.max_events_per_commit >= 100
-        assert info.capabilities == self.capabilities, "the suite and the backend must agree"
+        differ = differences(info.capabilities, self.capabilities)
+        assert not differ, f"the suite and the backend must agree: {'; '.join(differ)}"
 
     def test_META_03_declared_caps_proved(self) -> None:
         """META-03: each capability that is declared has a check left that proves it.

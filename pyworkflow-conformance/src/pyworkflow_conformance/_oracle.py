@@ -34,6 +34,7 @@ from pyworkflow.spi.storage import (
 from pyworkflow.storekit import check_change, fsck
 from pyworkflow.storekit.reference import ReferenceStore
 from pyworkflow_conformance._clock import shift_clock
+from pyworkflow_conformance._told import differences
 
 __all__ = ["Divergence", "Pair"]
 
@@ -361,7 +362,7 @@ class Pair:
         """Raise with the whole story when they differ."""
         if found != expected:
             raise Divergence(
-                self._told(f"{what} differs\n  found:    {found!r}\n  expected: {expected!r}")
+                self._told(f"{what} differs\n  " + "\n  ".join(differences(found, expected)))
             )
 
     def _told(self, what: str) -> str:

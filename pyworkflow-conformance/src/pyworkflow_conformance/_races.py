@@ -271,12 +271,13 @@ class RaceChecks(Suite):
         """
         await t.start()
         brief, long = timedelta(milliseconds=20), seconds(60)
-        assert await t.store.watch("run", after=0, timeout=long)
-        assert not await t.store.watch("run", after=1, timeout=brief)
+        assert await t.store.watch("run", after=0, timeout=long), "an older event is not seen"
+        woken = await t.store.watch("run", after=1, timeout=brief)
+        assert not woken, "woken by an event that the caller knows"
         waiting = asyncio.ensure_future(t.store.watch("run", after=1, timeout=long))
         await asyncio.sleep(0)
         await (await t.open()).commit_one(t.outside(events=[note()]))
-        assert await asyncio.wait_for(waiting, 30)
+        assert await asyncio.wait_for(waiting, 30), "not woken by the next event"
 
     @scenario
     async def test_WATCH_02_no_missed_change(self, t: Case) -> None:

@@ -17,6 +17,8 @@ __all__ = ["Record", "brief"]
 KEPT = 60
 """Calls that are kept: a check may make a hundred thousand."""
 WIDTH = 240
+#: The outcome of a call that has not ended.
+RUNNING = "still running"
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class _Call:
     method: str
     args: tuple[object, ...]
     named: Mapping[str, object]
-    outcome: object = "still running"
+    outcome: object = RUNNING
     failed: bool = False
 
     def __str__(self) -> str:
@@ -59,6 +61,10 @@ class Record:
         self.number += 1
         self._calls.append(call)
         return call
+
+    def in_progress(self) -> list[str]:
+        """The calls that have no answer yet."""
+        return [str(call) for call in list(self._calls) if call.outcome == RUNNING]
 
     def lines(self) -> list[str]:
         """The calls in order, oldest first."""

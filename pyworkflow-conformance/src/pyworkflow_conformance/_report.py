@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pyworkflow.spi.capabilities import Capabilities
-from pyworkflow_conformance._levels import LEVELS, PROOFS, REQUIRED, Check, Level
+from pyworkflow_conformance._levels import KILLS, LEVELS, PROOFS, REQUIRED, Check, Level
 
 __all__ = ["SCHEMA", "Capability", "Judged", "Report", "Result", "Status", "judge"]
 
@@ -39,8 +39,12 @@ class Capability(StrEnum):
     """Declared, and a check of it fails."""
     GAP = "gap"
     """Declared; what is left of its checks beside declared gaps passes."""
+    BY_ITS_WORD = "by_its_word"
+    """Declared; what would prove it needs a server that the suite may kill, and none was given."""
     UNCOVERED = "uncovered"
     """Declared, and no check exercised it."""
+    NOT_TRIED = "not_tried"
+    """Declared; its checks are not part of this run."""
     UNDECLARED_WORKS = "undeclared_works"
     """Not declared, and its checks pass all the same."""
     NOT_DECLARED = "not_declared"
@@ -98,6 +102,17 @@ class Report:
     results: Sequence[Result] = field(default_factory=list[Result])
     remains: str = ""
     """What the run left in the store."""
+    namespaces: Sequence[str] = field(default_factory=list[str])
+    """Every namespace that the run used, for those who drop them."""
+    unproved: Sequence[str] = field(default_factory=list[str])
+    """Checks of a store for many hosts that need more than a URL, and so did not apply."""
+
+    @property
+    def level_text(self) -> str:
+        """The level in words: a networked store that was given by URL alone is not FULL."""
+        if self.level is None:
+            return "none"
+        return self.level.upper() + (" by URL" if self.unproved else "")
 
     @property
     def reached(self) -> bool:
@@ -117,7 +132,12 @@ def judge(
 ) -> tuple[dict[str, Capability], dict[Level, Judged]]:
     """What the results say about the capabilities, and about each level up to ``profile``."""
     capabilities = {
-        name: _capability(proofs, results, declared=bool(getattr(declared, name)))
+        name: _capability(
+            proofs,
+            results,
+            declared=bool(getattr(declared, name)),
+            word=declared.multi_host and KILLS.get(name),
+        )
         for name, proofs in PROOFS.items()
     }
     levels: dict[Level, Judged] = {}
@@ -129,16 +149,25 @@ def judge(
 
 
 def _capability(
-    proofs: Sequence[str], results: Mapping[str, Result], *, declared: bool
+    proofs: Sequence[str],
+    results: Mapping[str, Result],
+    *,
+    declared: bool,
+    word: str | Literal[False] | None,
 ) -> Capability:
+    """``word``: the check without which the capability is only the backend's word."""
     seen = [results[proof].status for proof in proofs if proof in results]
     if not declared:
         works = len(seen) == len(proofs) > 0 and set(seen) == {Status.PASSED}
         return Capability.UNDECLARED_WORKS if works else Capability.NOT_DECLARED
     if Status.FAILED in seen:
         return Capability.FAILED
+    if proofs and not seen:
+        return Capability.NOT_TRIED
     if Status.PASSED not in seen:
         return Capability.UNCOVERED
+    if word and word in results and results[word].status is Status.NOT_APPLICABLE:
+        return Capability.BY_ITS_WORD
     return Capability.GAP if Status.GAP in seen else Capability.PROVED
 
 
@@ -170,7 +199,7 @@ def _level(
         why = f"{len(failed)} failed"
     elif ids[Status.MISSING]:
         why = f"{len(ids[Status.MISSING])} did not run"
-    elif state is Capability.UNCOVERED:
+    elif state in {Capability.UNCOVERED, Capability.NOT_TRIED}:
         why = f"nothing exercised {needed}"
     else:
         why = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,8 +21,9 @@ import pytest
 from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.capabilities import StorageInfo
 from pyworkflow.spi.storage import StorageBackend
-from pyworkflow_conformance._levels import LEVELS, Check, Level
+from pyworkflow_conformance._levels import LEVELS, Check, Level, checks
 from pyworkflow_conformance._report import Report, Result, Status, judge
+from pyworkflow_conformance._told import without_headline
 
 if TYPE_CHECKING:
     from pyworkflow_conformance._target import Factory
@@ -54,7 +56,7 @@ def run_conformance(
         profile: The level to reach; checks above it are not run.
         seed: Decides what is left to chance.
         only: Ids of checks or of groups; a level is then not judged as reached.
-        keyword: As pytest's ``-k``.
+        keyword: Words with ``and``, ``or``, ``not``, looked for in the names of the checks alone.
         prefix: 1 to 24 letters, digits, ``.``, ``_``, ``-``.
         progress: Called with each result.
 
@@ -70,15 +72,23 @@ def run_conformance(
     factory = _by_url(url) if url is not None else cast("Factory", target)
     started, start = datetime.now(UTC), monotonic()
     info = look(target, prefix)
-    plugin = _Plugin(profile, {one.upper().replace("_", "-") for one in only}, progress)
+    names: list[str] = []
+    plugin = _Plugin(
+        profile,
+        {one.upper().replace("_", "-") for one in only},
+        chosen_by(keyword) if keyword else None,
+        progress,
+    )
 
     def suite() -> type[StorageConformance]:
         from pyworkflow_conformance._target import suite_for
 
         declared = info.capabilities
-        return suite_for(factory, url=url, declared=declared, seed=seed, prefix=prefix)
+        return suite_for(
+            _noted(factory, names), url=url, declared=declared, seed=seed, prefix=prefix
+        )
 
-    _pytest(plugin, suite, keyword)
+    _pytest(plugin, suite)
     capabilities, levels = judge(plugin.all, plugin.results, info.capabilities, profile)
     reached: list[Level] = [level for level, judged in levels.items() if judged.reached]
     for check in plugin.wanted():
@@ -98,7 +108,56 @@ def run_conformance(
         level=reached[-1] if reached else None,
         results=[plugin.results[one] for one in plugin.all if one in plugin.results],
         remains=_remains(info, prefix),
+        namespaces=list(dict.fromkeys(names)),
+        unproved=_unproved(info, plugin.results) if url is not None else [],
     )
+
+
+def chosen_by(keyword: str) -> Callable[[str], bool]:
+    """Whether a check's name fits an expression of words with ``and``, ``or``, ``not``.
+
+    Raises:
+        ConfigurationError: It is no such expression.
+    """
+
+    def fits(name: str) -> bool:
+        def told(word: re.Match[str]) -> str:
+            text = word[0]
+            if text in {"and", "or", "not"}:
+                return text
+            return str(text.lower().replace("-", "_") in name.lower())
+
+        # Nothing is left but True, False, and, or, not and brackets.
+        return bool(eval(re.sub(r"[^\s()]+", told, keyword), {"__builtins__": {}}))  # noqa: S307 - of these words alone
+
+    try:
+        fits("")
+    except (SyntaxError, TypeError) as error:
+        raise ConfigurationError(f"no expression of words: keyword={keyword!r}") from error
+    return fits
+
+
+def _noted(make: Factory, names: list[str]) -> Factory:
+    """The same, with the namespaces noted."""
+
+    def noted(namespace: str) -> StorageBackend | Awaitable[StorageBackend]:
+        names.append(namespace)
+        return make(namespace)
+
+    return noted
+
+
+def _unproved(info: StorageInfo, results: Mapping[str, Result]) -> list[str]:
+    """Checks of a networked store that did not apply because the suite has a URL and no more."""
+    if not info.capabilities.multi_host:
+        return []
+    known = checks()
+    return [
+        one.id
+        for one in results.values()
+        if one.status is Status.NOT_APPLICABLE
+        and ("server" in known[one.id].needs or "make_newer" in one.reason)
+    ]
 
 
 def check_prefix(prefix: str) -> None:
@@ -160,7 +219,7 @@ def _remains(info: StorageInfo, prefix: str) -> str:
     )
 
 
-def _pytest(plugin: _Plugin, suite: Callable[[], type[StorageConformance]], keyword: str) -> None:
+def _pytest(plugin: _Plugin, suite: Callable[[], type[StorageConformance]]) -> None:
     """Run pytest on the suite alone: no settings, plugins, files or caches of anybody else."""
     here = Path(__file__).parent
     arguments: Sequence[str] = [
@@ -174,7 +233,6 @@ def _pytest(plugin: _Plugin, suite: Callable[[], type[StorageConformance]], keyw
         "-pno:terminal",
         "-pno:faulthandler",
         "-oxfail_strict=true",
-        *([f"-k={keyword}"] if keyword else []),
     ]
     sys.modules.pop(_ENTRY, None)
     _running.append(suite)
@@ -219,8 +277,13 @@ class _Plugin:
     """Chooses the checks and takes down what becomes of them."""
 
     def __init__(
-        self, profile: Level, only: set[str], progress: Callable[[Result], None] | None
+        self,
+        profile: Level,
+        only: set[str],
+        keyword: Callable[[str], bool] | None,
+        progress: Callable[[Result], None] | None,
     ) -> None:
+        self._keyword = keyword
         self._profile = profile
         self._only = only
         self._progress = progress
@@ -241,8 +304,6 @@ class _Plugin:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep what the profile and the caller want, in the order of the groups."""
-        from pyworkflow_conformance._levels import checks
-
         self.all = dict(checks())
         unknown = [
             one
@@ -259,7 +320,8 @@ class _Plugin:
         places = {
             check.name: place
             for place, check in enumerate(self.wanted())
-            if not self._only or {check.id, check.id.split("-")[0]} & self._only
+            if (self._keyword is None or self._keyword(check.name.removeprefix("test_")))
+            and (not self._only or {check.id, check.id.split("-")[0]} & self._only)
         }
         items[:] = sorted(
             (item for item in items if item.name in places), key=lambda item: places[item.name]
@@ -302,4 +364,4 @@ def _verdict(report: pytest.TestReport) -> tuple[Status, str]:
         return Status.PASSED, ""
     crash = getattr(report.longrepr, "reprcrash", None)
     message = str(getattr(crash, "message", "") or report.longreprtext)
-    return Status.FAILED, message.partition("\n")[0][:200]
+    return Status.FAILED, without_headline(message).partition("\n")[0][:200]

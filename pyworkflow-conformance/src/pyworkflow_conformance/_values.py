@@ -395,9 +395,11 @@ class ValueChecks(Suite):
         ids = ["a", "A", "\u00e9", "e\u0301", "a ", "\u212b", "\u00c5"]
         for n, run_id in enumerate(ids):
             await t.start(run_id, idempotency_key=run_id, args=str(n))
-        for n, run_id in enumerate(ids):
-            assert (await t.run(run_id)).args_text == str(n)
-            assert await t.store.find_run(run_id) == run_id
+        for run_id in ids:
+            met = ids[int((await t.run(run_id)).args_text or 0)]
+            assert met == run_id, f"the run ids {run_id!r} and {met!r} are taken for one"
+            owner = await t.store.find_run(run_id)
+            assert owner == run_id, f"the keys {run_id!r} and {owner!r} are taken for one"
 
     @scenario
     async def test_TIM_01_due_uses_storage_clock(self, t: Case) -> None:
@@ -591,8 +593,10 @@ class ValueChecks(Suite):
         await t.start()
         await t.send(note(key="k"))
         await t.end()
-        assert await self._purge(t) == 1
-        assert await t.picture() == (None, [], [])
+        removed = await self._purge(t)
+        assert removed == 1, f"runs removed: {removed}"
+        left = await t.picture()
+        assert left == (None, [], []), f"left of the purged run: {left}"
         answer = await t.start()
         assert (answer.duplicate, answer.last_seq) == (False, 1)
         assert (await t.send(note(key="k"))).skipped == frozenset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +42,13 @@ _LEVELS = ("base", "durable", "distributed", "full")
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Repeats what was chance.")
 @click.option("--only", multiple=True, metavar="ID", help="A check (CON-01) or group (CON).")
-@click.option("-k", "--keyword", default="", metavar="EXPR", help="As pytest's -k, on names.")
+@click.option(
+    "-k",
+    "--keyword",
+    default="",
+    metavar="EXPR",
+    help="Words with and, or, not, in the names of checks.",
+)
 @click.option(
     "--namespace-prefix",
     default="conformance-",
@@ -152,25 +157,16 @@ def _run(
             only=only,
             keyword=keyword,
             prefix=prefix,
-            progress=_Progress() if sys.stderr.isatty() else None,
+            progress=_progress,
         )
     except OSError as error:
         raise StorageError(f"the store cannot be used: {error}") from error
 
 
-class _Progress:
-    """One line on a terminal that says how far the suite is."""
-
-    def __init__(self) -> None:
-        self._done = 0
-        self._failed = 0
-
-    def __call__(self, result: Result) -> None:
-        self._done += 1
-        self._failed += result.status == "failed"
-        failed = f", {self._failed} failed" if self._failed else ""
-        sys.stderr.write(f"\r\033[K{self._done} checks{failed}, {result.id} {result.title}\r")
-        sys.stderr.flush()
+def _progress(result: Result) -> None:
+    """Print a line for each check as it ends: a store that hangs shows after which one."""
+    status = result.status.replace("_", " ")
+    click.echo(f"{status:<15}{result.id} {result.title} {result.seconds:.1f} s", err=True)
 
 
 def _matrix(files: Sequence[str]) -> str:
