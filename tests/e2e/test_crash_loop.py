@@ -26,8 +26,8 @@ from tests.e2e._stage import KINDS, ROOT, SERVED, Stage, staged
 #: The distribution's modules whose failpoints a process on this kind of store can reach.
 OF_KIND = {
     "file": "pyworkflow_storage_file.",
-    "sqlite": "pyworkflow_storage_sql.sqlite._backend",
-    "postgresql": "pyworkflow_storage_sql.postgres._backend",
+    "sqlite": "pyworkflow_storage_sql.sqlite.",
+    "postgresql": "pyworkflow_storage_sql.postgres.",
     "redis": "pyworkflow_storage_redis.",
 }
 #: Whoever is stopped there holds a lock of the store, and nobody can go on meanwhile.
