@@ -12,6 +12,7 @@ from typing import Any
 from pyworkflow._engine import (
     bells,
     dispatched,
+    keeper,
     kept,
     leases,
     pipeline,
@@ -258,7 +259,7 @@ def leases_are_not_renewed(put: Any) -> None:
     async def sleeps(self: Any, storage: Any) -> None:
         return None
 
-    put(leases.LeaseKeeper, "_renew_once", sleeps)
+    put(keeper.LeaseKeeper, "_renew_once", sleeps)
 
 
 @_bite("crash", 200, "liveness", "work", "engine", "replay", "result", "loop")
@@ -403,7 +404,7 @@ def a_worker_that_stood_still_claims_its_own_work(put: Any) -> None:
     async def nothing(self: Any, storage: Any) -> None:
         pass
 
-    put(leases.LeaseKeeper, "after_pause", nothing)
+    put(keeper.LeaseKeeper, "after_pause", nothing)
 
 
 @_bite("crash", 150, "claims")
