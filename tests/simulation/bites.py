@@ -16,13 +16,14 @@ from pyworkflow._engine import (
     kept,
     leases,
     pipeline,
+    recovery,
     session,
     steps,
     turn,
     waits,
     worker,
 )
-from pyworkflow.errors import Fenced, RunExists, StorageError
+from pyworkflow.errors import Fenced, StorageError
 from pyworkflow.spi.storage import Settle
 from pyworkflow.storekit import _decide, _due, _plan, _state, reference
 from pyworkflow_conformance.simulation import _simulate
@@ -207,6 +208,7 @@ def sweep_never_rings(put: Any) -> None:
     "I4",
     "result",
     "idempotency",
+    "again",
 )
 def change_is_sent_again_under_another_key(put: Any) -> None:
     deliver, number = pipeline.Pipeline._deliver, itertools.count(1)
@@ -347,12 +349,14 @@ def turn_is_taken_from_its_holder(put: Any) -> None:
 
 @_bite("crash", 400, "I6")
 def lease_of_somebody_else_is_renewed(put: Any) -> None:
-    def anybody(self: Any, ref: Any) -> Any:
-        run = self._runs.get(ref.run_id)
-        item = None if run is None else run.items.get(ref.item_id)
-        return item if item is not None and item.lease is not None else None
+    renewed = reference.renewed
 
-    put(reference.ReferenceStore, "_held", anybody)
+    def of_anybody(item: Any, ref: Any, lease: Any, *, now: Any) -> Any:
+        if item is not None and item.lease is not None:
+            ref = replace(ref, token=item.lease.token)
+        return renewed(item, ref, lease, now=now)
+
+    put(reference, "renewed", of_anybody)
 
 
 # --- found by nothing until starts without keys, pauses and the claims of items were looked at ------
@@ -360,8 +364,11 @@ def lease_of_somebody_else_is_renewed(put: Any) -> None:
 
 @_bite("network", 60, "takeover")
 def repeated_change_is_answered_without_its_claims(put: Any) -> None:
+    # A worker finds leases that it does not know of: without that, their end takes a lease.
     again = _decide._answer_again
     put(_decide, "_answer_again", lambda *args: replace(again(*args), claims=()))
+    put(recovery.Recovery, "wanted", lambda self: None)
+    put(recovery.Recovery, "_look_if_idle", lambda self: None)
 
 
 @_bite("network", 20, "takeover")
@@ -430,18 +437,6 @@ def run_that_was_paused_never_goes_on(put: Any) -> None:
             apply(self, run, item)
 
     put(reference.ReferenceStore, "_place", hides)
-
-
-@_bite("network", 60, "loop")
-def repeated_start_meets_its_own_run(put: Any) -> None:
-    decide = reference.decide
-
-    def refuses(run: Any, change: Any, **known: Any) -> Any:
-        if change.create is not None and run is not None:
-            raise RunExists(change.run_id)
-        return decide(run, change, **known)
-
-    put(reference, "decide", refuses)
 
 
 @_bite("calm", 20, "early")
