@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound
-from pyworkflow.spi import Fenced, Page, StorageError
+from pyworkflow.spi import Committed, Fenced, Page, StorageError
 from pyworkflow_conformance import _crash, _profiles
 from pyworkflow_conformance._copies import CopyChecks
 from pyworkflow_conformance._crash import CrashChecks
@@ -312,7 +312,10 @@ class Lies(BrokenFile):
         try:
             return await super().one(change)
         except StorageError:
-            return SimpleNamespace(seqs=[99])
+            now = datetime.now(UTC)
+            return Committed(
+                last_seq=99, seen_seq=0, paused=False, timestamp=now, now=now, seqs=[99]
+            )
 
 
 class HidesDamage(FileStorageBackend):
