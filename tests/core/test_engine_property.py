@@ -524,7 +524,7 @@ def test_a_coroutine_that_another_one_replaces_is_closed() -> None:
             first, second = (session.LiveRun(program, "run_twice") for _ in range(2))
             for live in (first, second):
                 live.replay.feed([started])
-                worker._keep(live)
+                worker.kept.keep(live)
             await worker.close()
             assert [live.replay.is_closed for live in (first, second)] == [True, True]
 

@@ -74,8 +74,12 @@ asyncio.run(both())
 
 
 # The README's own blocks are run by `tox -e readme`, with its commands.
+# The blocks of that page are excerpts of a program that tests run: `test_server_guide.py`.
+EXCERPTS = ROOT / "docs" / "how-to" / "write-a-backend-for-a-server.md"
 PAGES = [
-    page for page in sorted(ROOT.glob("docs/**/*.md")) if "```python" in page.read_text("utf-8")
+    page
+    for page in sorted(ROOT.glob("docs/**/*.md"))
+    if "```python" in page.read_text("utf-8") and page != EXCERPTS
 ]
 
 
