@@ -93,7 +93,7 @@ def set_clock(*, to_now: bool) -> None:
     afterwards, and no token is issued twice. Waits that began while the clock was ahead end by the
     instant that was computed then, hence later by as much.
     """
-    from pyworkflow.spi.storage import TestClock
+    from pyworkflow.spi.storage import has_test_clock
 
     assert to_now
 
@@ -104,11 +104,12 @@ def set_clock(*, to_now: bool) -> None:
                 f"workers use the store: owners={', '.join(owners[:5])}; stop them, and wait until "
                 "their leases have ended"
             )
-        if not isinstance(store, TestClock):
+        clock: object = store
+        if not has_test_clock(clock):
             raise Unusable(f"the store's clock cannot be set: storage={store.info().name}")
         before = await _clock_ahead(store)
         await store.recover()
-        await store.shift_clock(utcnow() - await store.now())
+        await clock.shift_clock(utcnow() - await store.now())
         return before, await _clock_ahead(store), store.info().location
 
     before, after, location = in_store(correct)

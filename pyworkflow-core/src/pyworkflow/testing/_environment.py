@@ -16,7 +16,7 @@ from pyworkflow._serialization import decode_error
 from pyworkflow.errors import ArgumentError, WorkflowError
 from pyworkflow.events import EventType
 from pyworkflow.runs import Run, RunStatus
-from pyworkflow.spi.storage import StorageBackend, TestClock
+from pyworkflow.spi.storage import StorageBackend, TestClock, has_test_clock
 from pyworkflow.testing._local import D, Driver, Look, refuse_in_workflow
 
 __all__ = ["TestEnvironment"]
@@ -50,14 +50,15 @@ class TestEnvironment:
     ) -> None:
         self._owned = storage is None
         made = MemoryStorageBackend() if storage is None else storage
-        if not isinstance(made, TestClock):
+        clock: object = made
+        if not has_test_clock(clock):
             raise ArgumentError(
                 f"the clock of this storage cannot be moved: storage={made.info().name}; "
                 "leave storage out, or give one that has shift_clock"
             )
         self.storage: StorageBackend = made
         """The store, for looking at runs and events."""
-        self._clock: TestClock = made
+        self._clock: TestClock = clock
         self._first = None if start is None else ensure_utc(start, stacklevel=3)
         self._auto_skip = auto_skip
         self._driver: Driver | None = None
