@@ -435,8 +435,9 @@ async def _drive(suite: S, check: Callable[[S, Case], Awaitable[None]], check_id
         waiting.append(_in_progress(case))
         patience.reschedule(0)
 
+    patience = asyncio.timeout(None)
     try:
-        async with asyncio.timeout(None) as patience:
+        async with patience:
             asyncio.get_running_loop().call_later(limit, over, patience)
             case.store = await case.open()
             await check(suite, case)
