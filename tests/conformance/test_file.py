@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -20,3 +21,6 @@ class TestFile(StorageConformance):
 
     async def make(self, namespace: str) -> StorageBackend:
         return FileStorageBackend(self.path, namespace=namespace)
+
+    async def make_fresh(self) -> str:
+        return f"file:{self.path.with_name(uuid4().hex)}"

@@ -33,6 +33,9 @@ class TestPostgres(StorageConformance):
     def server(self, namespace: str) -> PostgresServer:
         return self.postgres
 
+    async def make_fresh(self) -> str:
+        return self.postgres.database()
+
     async def make_newer(self, namespace: str) -> None:
         schema = Schema(schema_name("pyworkflow", namespace)).quoted
         self.postgres.sql(f"INSERT INTO {schema}.migrations VALUES (9999, 'of a newer version')")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -15,12 +16,13 @@ from tests.servers import ValkeyServer
 class TestRedis(StorageConformance):
     capabilities = RedisStorageBackend("redis://unused", durable=True).info().capabilities
     valkey: ValkeyServer
+    databases = count(1)
 
     # Not the shared one, which keeps no file: some checks kill the server.
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def _valkey(cls) -> Iterator[None]:
-        with ValkeyServer() as cls.valkey:
+        with ValkeyServer({"databases": 200}) as cls.valkey:
             yield
 
     async def make(self, namespace: str) -> StorageBackend:
@@ -31,6 +33,10 @@ class TestRedis(StorageConformance):
 
     def server(self, namespace: str) -> ValkeyServer:
         return self.valkey
+
+    async def make_fresh(self) -> str:
+        self.valkey.command("SCRIPT", "FLUSH")
+        return f"{self.valkey.url.removesuffix('/0')}/{next(self.databases)}?durable=true"
 
     async def make_newer(self, namespace: str) -> None:
         self.valkey.command("HSET", f"pyworkflow:{{{namespace}}}:meta", "format", "99")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -33,6 +34,9 @@ class TestSQLite(StorageConformance):
 
     def files(self, namespace: str) -> list[Path]:
         return [self._file(namespace)]
+
+    async def make_fresh(self) -> str:
+        return f"sqlite:///{self.path / uuid4().hex}.db"
 
     async def make_newer(self, namespace: str) -> None:
         with closing(sqlite3.connect(self._file(namespace))) as conn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import lmdb
 import pytest
@@ -27,6 +28,9 @@ class TestLmdb(StorageConformance):
 
     def files(self, namespace: str) -> list[Path]:
         return [self.path / namespace / "data.mdb"]
+
+    async def make_fresh(self) -> str:
+        return f"lmdb://{self.path.with_name(uuid4().hex)}"
 
     async def make_newer(self, namespace: str) -> None:
         """Say that a version of tomorrow wrote the store."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyworkflow_conformance._formats import FORMATS, matrix, read_report, summary
     from pyworkflow_conformance._levels import LEVELS
     from pyworkflow_conformance._report import Report, Result
-    from pyworkflow_conformance._run import check_prefix, look, run_conformance
+    from pyworkflow_conformance._run import check_prefix, look, run_conformance, wants_at_once
     from pyworkflow_conformance.executor import ExecutorConformance
     from pyworkflow_conformance.storage import StorageConformance
 
@@ -34,6 +34,7 @@ __all__ = [
     "matrix",
     "read_report",
     "summary",
+    "wants_at_once",
 ]
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "read_report": "_formats",
     "run_conformance": "_run",
     "summary": "_formats",
+    "wants_at_once": "_run",
 }
 
 

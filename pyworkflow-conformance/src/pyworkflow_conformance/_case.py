@@ -32,6 +32,7 @@ from pyworkflow.spi.storage import (
     StorageBackend,
 )
 from pyworkflow.storekit import fsck
+from pyworkflow.testing.internals import make_storage
 from pyworkflow_conformance._clock import shift_clock
 from pyworkflow_conformance._record import Record
 from pyworkflow_conformance._told import from_check, headline
@@ -42,6 +43,7 @@ __all__ = [
     "Suite",
     "command",
     "deliver",
+    "given",
     "in_threads",
     "incoming",
     "note",
@@ -140,9 +142,16 @@ class Case:
         self._keys = 0
         self.store: StorageBackend
 
-    async def open(self, namespace: str | None = None) -> StorageBackend:
-        """Another object, as a second process has it; on the check's namespace unless given."""
-        store = self.record.of(await self.suite.make(namespace or self.namespace))
+    async def open(self, namespace: str | None = None, *, url: str | None = None) -> StorageBackend:
+        """Another object, as a second process has it; on the check's namespace unless given.
+
+        Args:
+            namespace: Another one than the check's.
+            url: A store of its own, not the suite's.
+        """
+        namespace = namespace or self.namespace
+        made = await self.suite.make(namespace) if url is None else make_storage(url, namespace)
+        store = self.record.of(made)
         await store.open()
         self._opened.append(store)
         return store
@@ -293,6 +302,13 @@ class Suite:
     #: Versions whose stores are kept; ``make_released`` puts one in place. For MIG-02.
     released: Sequence[str] = ()
 
+    #: When a run has a URL and no ``make_fresh``: what went wrong as eight processes opened the
+    #: store at once, before anything else did. None: not tried.
+    opened_first: Sequence[str] | None = None
+
+    #: The namespaces that these processes used.
+    opened_namespaces: Sequence[str] = ()
+
     async def make(self, namespace: str) -> StorageBackend:
         """A store object, not opened.
 
@@ -316,6 +332,14 @@ class Suite:
     def files(self, namespace: str) -> list[Path]:
         """The files that hold the namespace, for checks that damage them; empty for none."""
         return []
+
+    async def make_fresh(self) -> str:
+        """The URL of a place where nothing was made yet, for MIG-08: another one with each call.
+
+        An empty database, server or folder. A new namespace is not enough where namespaces share
+        tables, and harmless where they do not.
+        """
+        raise NotImplementedError
 
     async def make_newer(self, namespace: str) -> None:
         """Mark the existing store as written by a later version, for MIG-06."""
@@ -371,7 +395,7 @@ def scenario(
     """Make a test of a check: a store of its own, a loop of its own, ``fsck`` at the end.
 
     ``needs``: capabilities without which the check does not apply, and of ``url``, ``server``,
-    ``files`` what the suite must know how to give. ``sampled``: it looks at a sample, so that a
+    ``files``, ``make_fresh`` what the suite must know how to give. ``sampled``: it looks at a sample, so that a
     declared gap may pass.
     """
     if check is None:
@@ -413,10 +437,16 @@ def _test_of(check: Body[S], needs: Sequence[str], sampled: bool) -> Callable[[S
     return test
 
 
+def given(suite: Suite, member: str) -> bool:
+    """Whether the suite knows how to give it: overridden, only then it does."""
+    return getattr(type(suite), member) is not getattr(Suite, member)
+
+
 def _has(suite: Suite, need: str) -> bool:
-    if need in {"url", "server", "files"}:
-        # Overridden: only then does the suite know it.
-        return getattr(type(suite), need) is not getattr(Suite, need)
+    if need == "make_fresh" and suite.opened_first is not None:
+        return True
+    if need in {"url", "server", "files", "make_fresh"}:
+        return given(suite, need)
     return bool(getattr(suite.capabilities, need))
 
 

@@ -62,11 +62,12 @@ class Child:
         task: str,
         *,
         namespace: str | None = None,
+        url: str | None = None,
         script: str = _worker.__file__,
         **options: Any,
     ) -> None:
         namespace = namespace or t.namespace
-        url = t.suite.url(namespace)
+        url = url or t.suite.url(namespace)
         assert url is not None, "the suite gives no URL"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._process = subprocess.Popen(

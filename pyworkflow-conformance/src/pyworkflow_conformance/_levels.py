@@ -57,7 +57,7 @@ REQUIRED: Mapping[Level, str] = {"durable": "durable", "distributed": "multi_pro
 #: Capability → the checks that prove it. Empty: no check can tell.
 PROOFS: Mapping[str, tuple[str, ...]] = {
     "durable": ("CRA-01", "CRA-02", "CRA-06", "CRA-07", "CRA-09"),
-    "multi_process": ("CCY-09", "CRA-08", "CRA-12", "MIG-04"),
+    "multi_process": ("CCY-09", "CRA-08", "CRA-12", "MIG-04", "MIG-08"),
     "multi_host": (),
     "server_clock": ("TIM-01", "TIM-02", "TIM-03", "TIM-08"),
     "watch": ("WATCH-01", "WATCH-02", "WATCH-03", "WATCH-04"),

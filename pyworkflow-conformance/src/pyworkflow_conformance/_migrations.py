@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -27,11 +27,13 @@ from pyworkflow.spi.storage import (
     Update,
 )
 from pyworkflow_conformance import _worker
+from pyworkflow_conformance._at_once import by_processes
 from pyworkflow_conformance._case import (
     Case,
     Suite,
     command,
     deliver,
+    given,
     incoming,
     note,
     scenario,
@@ -41,10 +43,9 @@ from pyworkflow_conformance._case import (
     under,
 )
 from pyworkflow_conformance._children import Child, dice, opened_or_refused, sizes, sound
+from pyworkflow_conformance._fresh import all_work
 
 __all__ = ["MigrationChecks", "check_sample", "write_sample"]
-
-PROCESSES = 8
 
 
 class MigrationChecks(Suite):
@@ -104,46 +105,38 @@ class MigrationChecks(Suite):
     async def test_MIG_04_8_processes_at_once(self, t: Case) -> None:
         """MIG-04: eight processes that start on a new store at once all get to work.
 
-        A deployment does this. Usual cause: "create if absent" is checked and done in two steps.
+        On an empty database if the suite has ``make_fresh``, else on new namespaces. A deployment
+        does this. Usual cause: "create if absent" is checked and done in two steps.
         """
         for round_ in range(sizes(1, 5)):
-            namespace = f"{t.namespace}-{round_}"
-            children = [
-                Child(t, "opens", namespace=namespace, run_id=f"run-{n}", gate=True)
-                for n in range(PROCESSES)
-            ]
-            try:
-                for child in children:
-                    await child.line("ready")
-                for child in children:
-                    child.let_go()
-                for child in children:
-                    await child.finished()
-            finally:
-                for child in children:
-                    await child.__aexit__(None, None, None)
-            store = await t.open(namespace)
-            found = {run.run_id for run in (await store.list_runs(RunQuery())).items}
-            assert found == {f"run-{n}" for n in range(PROCESSES)}
-            await sound(store)
+            namespaces = [f"{t.namespace}-{round_}", f"{t.namespace}-{round_}-other"]
+            # Where nothing was made at all, if the suite has such a place.
+            fresh = await self.make_fresh() if given(self, "make_fresh") else None
+            url = fresh or self.url(namespaces[0])
+            assert url is not None
+            problems = await asyncio.to_thread(by_processes, url, namespaces)
+            assert not problems, f"eight processes: {'; '.join(problems)}"
+            await all_work(t, fresh, namespaces)
 
     @scenario(needs=("url",))
     async def test_MIG_05_killed_midway(self, t: Case) -> None:
         """MIG-05: a migration that was killed anywhere is ended by the next process.
 
-        Usual cause: a migration is several transactions, and its steps cannot be repeated.
+        On an empty database if the suite has ``make_fresh``. Usual cause: a migration is several transactions, and its steps cannot be repeated.
         """
         chance = dice(t, "MIG-05")
         for round_ in range(sizes(4)):
             namespace = f"{t.namespace}-{round_}"
+            fresh = await self.make_fresh() if given(self, "make_fresh") else None
+            options: dict[str, Any] = {"namespace": namespace, "url": fresh, "run_id": "run"}
             for _ in range(2):
-                async with Child(t, "opens", namespace=namespace, run_id="run", gate=True) as child:
+                async with Child(t, "opens", **options, gate=True) as child:
                     await child.go()
                     await asyncio.sleep(chance.random() * 0.04)
                     await child.kill()
-            async with Child(t, "opens", namespace=namespace, run_id="run") as child:
+            async with Child(t, "opens", **options) as child:
                 await child.finished()
-            store = await t.open(namespace)
+            store = await t.open(namespace, url=fresh)
             assert await store.get_run("run") is not None
             await write_sample(store)
             await check_sample(store)

@@ -20,6 +20,7 @@ pytest.register_assert_rewrite(
             "_crash",
             "_damage",
             "_faulty",
+            "_fresh",
             "_keys",
             "_limits",
             "_meta",
@@ -45,6 +46,7 @@ from pyworkflow_conformance._copies import CopyChecks
 from pyworkflow_conformance._crash import CrashChecks
 from pyworkflow_conformance._damage import DamageChecks
 from pyworkflow_conformance._faulty import FaultChecks
+from pyworkflow_conformance._fresh import FreshChecks
 from pyworkflow_conformance._keys import KeyChecks
 from pyworkflow_conformance._limits import LimitChecks
 from pyworkflow_conformance._meta import MetaChecks
@@ -77,6 +79,7 @@ class StorageConformance(
     DamageChecks,
     CopyChecks,
     MigrationChecks,
+    FreshChecks,
     ModelChecks,
     FaultChecks,
     SoakChecks,

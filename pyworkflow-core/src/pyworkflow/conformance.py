@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         read_report,
         run_conformance,
         summary,
+        wants_at_once,
     )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "read_report",
     "run_conformance",
     "summary",
+    "wants_at_once",
 ]

@@ -143,12 +143,13 @@ def _places(reports: Sequence[str], output: str | None) -> list[tuple[str, str |
 def _run(
     url: str, profile: str, seed: int, only: Sequence[str], keyword: str, prefix: str
 ) -> Report:
-    from pyworkflow.conformance import LEVELS, check_prefix, look, run_conformance
+    from pyworkflow.conformance import LEVELS, check_prefix, look, run_conformance, wants_at_once
 
     level = LEVELS[_LEVELS.index(profile)]
     check_prefix(prefix)
+    at_once = wants_at_once(level, only, keyword)
     with opening():
-        look(url, prefix)
+        seen = look(url, prefix, at_once=at_once)
     try:
         return run_conformance(
             url,
@@ -158,6 +159,7 @@ def _run(
             keyword=keyword,
             prefix=prefix,
             progress=_progress,
+            seen=seen,
         )
     except OSError as error:
         raise StorageError(f"the store cannot be used: {error}") from error
