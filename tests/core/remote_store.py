@@ -31,13 +31,13 @@ from pyworkflow.spi import (
     RunDelta,
     RunQuery,
     StorageBackend,
-    StorageError,
     StorageInfo,
     StorageUnavailable,
     WorkItem,
     utcnow,
 )
 from pyworkflow.storekit import (
+    LoopBound,
     ReferenceStore,
     check_change,
     claimable,
@@ -260,6 +260,16 @@ async def receive(reader: asyncio.StreamReader) -> Any:
     return pickle.loads(await reader.readexactly(size))
 
 
+class Connection:
+    """What belongs to one event loop."""
+
+    def __init__(self, poller: Poller) -> None:
+        self.poller = poller
+        self.alone = asyncio.Lock()
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+
 class RemoteBackend(StorageBackend):
     """The backend: a connection, transactions, and no rule."""
 
@@ -267,10 +277,7 @@ class RemoteBackend(StorageBackend):
 
     def __init__(self, port: int, namespace: str) -> None:
         self.port, self.namespace = port, namespace
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._bound = LoopBound[Connection](self)
 
     def clone(self) -> RemoteBackend:
         return RemoteBackend(self.port, self.namespace)
@@ -286,34 +293,33 @@ class RemoteBackend(StorageBackend):
 
     # --- one loop, one connection, transactions that outlive a cancelled caller ----------------
 
+    def _use(self) -> Connection:
+        found = self._bound.get()
+        if found is None:  # the first use, and the first one in a forked child
+            found = self._connection = self._bound.put(Connection(Poller(self._look)))
+        return found
+
     async def _run(self, work: Callable[[], Awaitable[T]]) -> T:
         """``work`` alone on the connection; it is carried out even when the caller goes."""
-        if self._closed:
-            raise StorageError("the storage is closed; make another object")
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop, self._alone = loop, asyncio.Lock()
-            self._poller = Poller(self._look)
-        elif self._loop is not loop:
-            raise StorageError("the object belongs to another event loop; use clone()")
-        task = asyncio.ensure_future(self._exclusive(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        connection = self._use()
+        task = asyncio.ensure_future(self._exclusive(connection, work))
+        connection.tasks.add(task)
+        task.add_done_callback(connection.tasks.discard)
         return await asyncio.shield(task)
 
-    async def _exclusive(self, work: Callable[[], Awaitable[T]]) -> T:
-        async with self._alone:
+    async def _exclusive(self, connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
+        async with connection.alone:
             try:
-                if self._streams is None:
-                    self._streams = await asyncio.open_connection("127.0.0.1", self.port)
+                if connection.streams is None:
+                    connection.streams = await asyncio.open_connection("127.0.0.1", self.port)
                 return await work()
             except (OSError, EOFError) as error:
-                self._streams = None
+                connection.streams = None
                 raise StorageUnavailable(f"the server does not answer: cause={error}") from error
 
     async def _call(self, op: str, *arguments: object) -> Any:
-        assert self._streams is not None
-        reader, writer = self._streams
+        assert self._connection.streams is not None
+        reader, writer = self._connection.streams
         await send(writer, (self.namespace, op, arguments))
         answer = await receive(reader)
         if isinstance(answer, ValueError):
@@ -343,15 +349,14 @@ class RemoteBackend(StorageBackend):
         await self.open()
 
     async def close(self) -> None:
-        self._closed = True
-        if self._loop is None:
+        connection = self._bound.close()
+        if connection is None:
             return
-        await self._poller.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._streams is not None:
-            self._streams[1].close()
-            await self._streams[1].wait_closed()
-            self._streams = None
+        await connection.poller.close()
+        await asyncio.gather(*connection.tasks, return_exceptions=True)
+        if connection.streams is not None:
+            connection.streams[1].close()
+            await connection.streams[1].wait_closed()
 
     # --- changes ------------------------------------------------------------------------------
 
@@ -369,7 +374,7 @@ class RemoteBackend(StorageBackend):
             return decided.answers, decided.delta if decided.delta.parts else None
 
         answers = await self._write(work)
-        self._poller.hurry()
+        self._connection.poller.hurry()
         return answers
 
     async def claim(self, request: ClaimRequest) -> Claimed:
@@ -513,9 +518,7 @@ class RemoteBackend(StorageBackend):
         return await self._read("list_work", run_id)
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
-        if self._loop is None:
-            await self.open()
-        return await self._poller.wait(run_id, after=after, timeout=timeout)
+        return await self._use().poller.wait(run_id, after=after, timeout=timeout)
 
     async def _look(self, run_ids: frozenset[str]) -> Look:
         progress = await self._read("progress", run_ids) if run_ids else {}

@@ -35,7 +35,6 @@ from pyworkflow.storekit.embedded import (
     Watchers,
     add_forkable,
     copy_error,
-    forks,
     nothing,
 )
 
@@ -647,10 +646,10 @@ def create(run_id: str) -> Change:
 def test_an_object_belongs_to_the_loop_that_first_used_it() -> None:
     backend = Backend()
     asyncio.run(backend.open())
-    with pytest.raises(StorageError, match=r"another event loop: path=a place; use clone\(\)"):
+    with pytest.raises(StorageError, match=r"another event loop: location=a place; use clone\(\)"):
         asyncio.run(backend.open())
     asyncio.run(backend.close())
-    with pytest.raises(StorageError, match="was closed: path=a place; make another object"):
+    with pytest.raises(StorageError, match="was closed: location=a place; make another object"):
         asyncio.run(backend.open())
 
 
@@ -720,13 +719,10 @@ class Thing:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # other tests left threads
-def test_a_fork_is_told_to_both_sides_and_counted_in_the_child() -> None:
-    thing, count = Thing(), forks()
+def test_a_fork_is_told_to_both_sides() -> None:
+    thing = Thing()
     child = os.fork()
     if child == 0:
-        os._exit(
-            0 if thing.told == ["before", "after_fork_in_child"] and forks() == count + 1 else 1
-        )
+        os._exit(0 if thing.told == ["before", "after_fork_in_child"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert thing.told == ["before", "after"]
-    assert forks() == count

@@ -26,15 +26,13 @@ from pyworkflow.spi import (
     RunQuery,
     RunStatus,
     StorageBackend,
-    StorageError,
     StorageInfo,
     WorkItem,
 )
-from pyworkflow.storekit import check_change
-from pyworkflow_storage_redis._connection import RedisConnection
+from pyworkflow.storekit import LoopBound, check_change
 from pyworkflow_storage_redis._keys import parse_url
-from pyworkflow_storage_redis._link import Link, forks, other_loop
-from pyworkflow_storage_redis._news import News, Waiter
+from pyworkflow_storage_redis._link import Link
+from pyworkflow_storage_redis._news import Waiter
 from pyworkflow_storage_redis._wire import (
     answer_in,
     change_out,
@@ -115,11 +113,7 @@ class RedisStorageBackend(StorageBackend):
         self._must_be_durable = durable
         self._timeout = timeout
         self.namespace = self._address.options.get("namespace", namespace)
-        self._link: Link | None = None
-        self._news: News | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._forks = 0
-        self._closed = False
+        self._bound = LoopBound[Link](self)
         self._looked = -1
         self._durable = durable
 
@@ -142,14 +136,9 @@ class RedisStorageBackend(StorageBackend):
 
     async def close(self) -> None:
         """Let go of the connections. Idempotent."""
-        self._closed = True
-        link, self._link = self._link, None
-        news, self._news = self._news, None
-        if self._forks == forks():
-            if news is not None:
-                await news.close()
-            if link is not None:
-                await link.close()
+        link = self._bound.close()
+        if link is not None:
+            await link.close()
 
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits; ``durable`` is false until ``open`` has proved it."""
@@ -291,7 +280,7 @@ class RedisStorageBackend(StorageBackend):
         return Claimed(claims=[claim_in(one) for one in raw], now=instant(now))
 
     def _give_back(self, asking: asyncio.Future[list[Any]]) -> None:
-        if asking.cancelled() or asking.exception() is not None or self._link is None:
+        if asking.cancelled() or asking.exception() is not None:
             return
         for raw in asking.result()[2][1]:
             ref = claim_in(raw).ref
@@ -459,17 +448,16 @@ class RedisStorageBackend(StorageBackend):
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait for news; what came since this object's last ``claim`` counts as news."""
-        link = self._started()
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout.total_seconds()
         name = "news" if run_id is None else f"{'end' if after >= _NO_SEQ else 'run'}:{run_id}"
-        channel = _name(link.prefix + name)
+        channel = _name(self._started().prefix + name)
         pause = 0.02
         while True:
-            waiter, news = Waiter(channel, after), self._subscriber()
+            link, waiter = self._started(), Waiter(channel, after)  # raises once it is closed
             # Subscribed before the look, or news in between are missed.
             try:
-                await news.add(waiter)
+                await link.news.add(waiter)
                 subscribed = True
             except (exceptions.RedisError, OSError, TimeoutError):
                 subscribed = False  # perhaps the account may not: look now and then
@@ -488,7 +476,7 @@ class RedisStorageBackend(StorageBackend):
                     return True
             finally:
                 if subscribed:
-                    news.drop(waiter)
+                    link.news.drop(waiter)
 
     async def _is_news(self, link: Link, run_id: str | None, after: int) -> bool:
         if run_id is None:
@@ -499,21 +487,6 @@ class RedisStorageBackend(StorageBackend):
             return True
         found = await link.call("read", "peek", _name(run_id))
         return found is not None and (found[0] > after or found[1])
-
-    def _subscriber(self) -> News:
-        if self._news is None:
-            self._news = News(self._subscribed)
-        return self._news
-
-    async def _subscribed(self) -> RedisConnection:
-        connection = self._started().connection()
-        try:
-            async with asyncio.timeout(self._timeout):
-                await connection.connect()
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        return connection
 
     # --- moving between stores ----------------------------------------------------------------
 
@@ -539,33 +512,15 @@ class RedisStorageBackend(StorageBackend):
             _, run_id, last, found = answer
             raise ValueError(f"events are missing: run_id={run_id} last_seq={last} next={found}")
 
-    # --- the server ---------------------------------------------------------------------------
-
     def _started(self) -> Link:
-        if self._closed:
-            raise StorageError(
-                f"the storage was closed: location={self._address.location}; "
-                "make another object for it"
+        return self._bound.get() or self._bound.put(
+            Link(
+                self._address,
+                self.namespace,
+                timeout=self._timeout,
+                must_be_durable=self._must_be_durable,
             )
-        loop = asyncio.get_running_loop()
-        link = self._link
-        if link is not None and self._forks == forks():
-            if self._loop is loop:
-                return link
-            raise other_loop(self._address.location)
-        if link is not None:
-            link.after_fork_in_child(self._news)
-        # The first use, or the first one in a forked child.
-        self._link = link = Link(
-            self._address,
-            self.namespace,
-            timeout=self._timeout,
-            must_be_durable=self._must_be_durable,
         )
-        self._news = None
-        self._loop = loop
-        self._forks = forks()
-        return link
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

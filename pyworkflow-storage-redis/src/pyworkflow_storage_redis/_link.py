@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from typing import Any, cast
 from uuid import uuid4
 
 from redis import exceptions
 
-from pyworkflow.spi import ConfigurationError, SchemaTooNew, StorageError, StorageUnavailable
+from pyworkflow.spi import ConfigurationError, SchemaTooNew, StorageUnavailable
 from pyworkflow.storekit import failpoints
 from pyworkflow_storage_redis._channel import Answer, Channel
 from pyworkflow_storage_redis._connection import RedisConnection, make_connection
 from pyworkflow_storage_redis._errors import text_of, translate
 from pyworkflow_storage_redis._keys import FORMAT, Address, prefix_of
+from pyworkflow_storage_redis._news import News
 from pyworkflow_storage_redis._scripts import NAMES, sha, source
 
-__all__ = ["Link", "forks"]
+__all__ = ["Link"]
 
 _log = logging.getLogger("pyworkflow.storage")
 
@@ -35,23 +35,6 @@ failpoints.register(
 _OLDEST = (6, 2)
 _PAUSE = 0.05
 _REDIRECTS = 5
-
-_forks = 0
-#: Connections of the parent: dropped in the child without a word to the server or the event loop.
-_inherited: list[object] = []
-
-
-def forks() -> int:
-    """How many forks lie between this process and the one that began."""
-    return _forks
-
-
-def _forked() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 class Link:
@@ -74,6 +57,7 @@ class Link:
         self._serial = 0
         self._identity = b""
         self._told = False
+        self.news = News(self._subscribed)
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -135,13 +119,9 @@ class Link:
         )
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connections."""
+        await self.news.close()
         await self._hang_up()
-
-    def after_fork_in_child(self, *others: object) -> None:
-        """In a forked child: the connection is the parent's, and so are those of ``others``."""
-        _inherited.extend((self._channel, *others))
-        self._channel = None
 
     async def _hang_up(self) -> None:
         channel, self._channel = self._channel, None
@@ -175,6 +155,17 @@ class Link:
             "protocol": 2,
         }
         return make_connection(arguments, tls=self.address.scheme == "rediss")
+
+    async def _subscribed(self) -> RedisConnection:
+        """A connection for messages alone."""
+        connection = self.connection()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await connection.connect()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
 
     async def connect(self) -> Channel:
         """The connection, checked; waits while the server loads its data."""
@@ -321,11 +312,3 @@ def _answer_in(raw: object) -> list[Any] | None:
 def _facts(answer: Any) -> dict[str, str]:
     lines = cast("bytes", answer).decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
-
-
-def other_loop(location: str) -> StorageError:
-    """The error for an object that belongs elsewhere."""
-    return StorageError(
-        f"the storage object belongs to another event loop: location={location}; "
-        "use clone() to make one for this loop"
-    )

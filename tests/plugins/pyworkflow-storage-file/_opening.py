@@ -65,7 +65,7 @@ async def fill(path, runs):
                     for item in claims
                 ]
             )
-        backend._dispatcher._writer._packer.wait(60)
+        backend._started()._writer._packer.wait(60)
 
 
 async def open_(path):

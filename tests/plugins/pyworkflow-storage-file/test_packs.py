@@ -381,7 +381,7 @@ def test_found_h03_a_packing_that_fails_is_tried_later_and_loses_nothing(tmp_pat
                 await backend.commit_one(create(f"r{number}"))
             assert calls.failed == 2
             assert await picture(other) == await picture(backend)
-            await until(lambda: not backend._dispatcher._writer._packer.is_busy)
+            await until(lambda: not backend._started()._writer._packer.is_busy)
         names = {path.name for path in (tmp_path / "default").glob("*.jsonl")}
         assert names == {*manifest(tmp_path)["segments"], *manifest(tmp_path)["packs"]}
 

@@ -225,9 +225,9 @@ def test_f20_a_failover_that_lost_writes_is_noticed(make_valkey: MakeValkey) -> 
                 assert len(await other.get_events("run")) == 1
             # The client goes on with the promoted replica, as behind a name that moved.
             store._address = RedisStorageBackend(replica.url)._address
-            assert store._link is not None
-            store._link._port = replica.port
-            await store._link._hang_up()
+            link = store._started()
+            link._port = replica.port
+            await link._hang_up()
             with pytest.raises(LostWrites):
                 await store.get_run("run")
 

@@ -164,8 +164,7 @@ def test_a_full_disk_refuses_whole_changes_and_loses_nothing(tmp_path: Path) -> 
 
     async def body(storage: SQLiteStorageBackend) -> None:
         await storage.commit_one(create("r"))
-        assert storage._dispatcher is not None
-        conn = storage._dispatcher._writer._conn
+        conn = storage._started()._writer._conn
         assert conn is not None
         pages = conn.execute("pragma page_count").fetchone()[0]
         conn.execute(f"pragma max_page_count = {pages + 4}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -27,12 +26,11 @@ from pyworkflow.spi import (
     RunDelta,
     RunQuery,
     StorageBackend,
-    StorageError,
     StorageInfo,
     WorkItem,
     utcnow,
 )
-from pyworkflow.storekit import check_change
+from pyworkflow.storekit import LoopBound, check_change
 from pyworkflow_storage_lmdb import _rules
 from pyworkflow_storage_lmdb._environment import MAX_SIZE, Environment
 from pyworkflow_storage_lmdb._tables import Tables
@@ -66,10 +64,7 @@ class LmdbStorageBackend(StorageBackend):
         self.path = Path(path)
         self.namespace = namespace
         self.max_size = max_size
-        self._closed = False
-        self._pid = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._bound = LoopBound[ThreadPoolExecutor](self)
         self._environment: Environment | None = None
 
     def __repr__(self) -> str:
@@ -103,12 +98,10 @@ class LmdbStorageBackend(StorageBackend):
 
     async def close(self) -> None:
         """Let go of the file, after the calls that are under way."""
-        self._closed = True
-        thread, self._thread = self._thread, None
-        if thread is None or self._pid != os.getpid():
-            return
-        await asyncio.wrap_future(thread.submit(self._release))
-        thread.shutdown(wait=False)
+        thread = self._bound.close()
+        if thread is not None:
+            await asyncio.wrap_future(thread.submit(self._release))
+            thread.shutdown(wait=False)
 
     def _release(self) -> None:
         environment, self._environment = self._environment, None
@@ -123,19 +116,12 @@ class LmdbStorageBackend(StorageBackend):
 
     async def _call(self, work: Callable[[Tables], T], *, write: bool) -> T:
         """One transaction. When the caller is cancelled, it is not begun, or it goes on alone."""
-        loop = asyncio.get_running_loop()
-        if self._closed:
-            raise StorageError(f"the storage is closed: path={self.path}; make another object")
-        if self._thread is None or self._pid != os.getpid():  # the first use, in this process
-            self._pid, self._loop = os.getpid(), loop
+        thread = self._bound.get()
+        if thread is None:  # the first use, in this process
             self._environment = None
-            self._thread = ThreadPoolExecutor(1, "pyworkflow-lmdb")
-        if loop is not self._loop:
-            raise StorageError(
-                f"the storage object belongs to another event loop: path={self.path}; "
-                "use clone() to make one for this loop"
-            )
-        return await loop.run_in_executor(self._thread, self._transact, work, write)
+            thread = self._bound.put(ThreadPoolExecutor(1, "pyworkflow-lmdb"))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(thread, self._transact, work, write)
 
     def _transact(self, work: Callable[[Tables], T], write: bool) -> T:
         if self._environment is None:

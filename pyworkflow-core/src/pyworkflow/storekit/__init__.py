@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         tombstone,
         wakes_at,
     )
+    from pyworkflow.storekit._loop_bound import LoopBound
     from pyworkflow.storekit._state import KEPT_TOKENS, RunState, RunView
     from pyworkflow.storekit._steady import SteadyClock, boot_id, machine_clocks
     from pyworkflow.storekit.reference import ReferenceStore
@@ -59,6 +60,8 @@ __all__ = [
     "DormantRun",
     "ReferenceStore",
     "fsck",
+    # the loop and the process of a storage object
+    "LoopBound",
     # a clock that never goes back
     "SteadyClock",
     "boot_id",
@@ -73,6 +76,7 @@ __all__ = [
 _HOMES = {
     "DormantRun": "_dormant",
     "KEPT_TOKENS": "_state",
+    "LoopBound": "_loop_bound",
     "ReferenceStore": "reference",
     "RunState": "_state",
     "RunView": "_state",

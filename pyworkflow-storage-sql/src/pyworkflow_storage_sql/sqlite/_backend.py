@@ -31,7 +31,7 @@ from pyworkflow.spi import (
     WorkItem,
 )
 from pyworkflow.storekit import check_change, machine_clocks
-from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, forks, nothing
+from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
 from pyworkflow_storage_sql.sqlite import _reads as reads
 from pyworkflow_storage_sql.sqlite import _runs as runs
 from pyworkflow_storage_sql.sqlite import _work as work
@@ -99,7 +99,7 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
         """Finish what was begun, close the connections, end the threads. Idempotent."""
         reader, self._reader = self._reader, None
         await super().close()
-        if reader is not None and self._forks == forks():
+        if reader is not None:  # in a forked child it has nothing to close
             await reader.close()
 
     def info(self) -> StorageInfo:

@@ -8,13 +8,13 @@ transaction), and a ``Writer`` that does several of them with one flush. The res
 - ``Dispatcher``: the queue between the event loop and the writer's thread, and the short way of
   small lone operations, without the thread, while ``Pace`` finds flushes to be fast;
 - ``Watchers``: who waits for news, by this process or by others;
-- ``add_forkable`` and ``forks``: what a fork does to all of that.
+- ``add_forkable``: what a fork does to all of that.
 
 Nothing else loads this package: a backend behind a network has no use for it.
 """
 
 from pyworkflow.storekit.embedded._backend import FEW, EmbeddedBackend
-from pyworkflow.storekit.embedded._clones import Forkable, add_forkable, forks
+from pyworkflow.storekit.embedded._clones import Forkable, add_forkable
 from pyworkflow.storekit.embedded._dispatch import Dispatcher, nothing
 from pyworkflow.storekit.embedded._operations import (
     Answers,
@@ -41,6 +41,5 @@ __all__ = [
     "Writer",
     "add_forkable",
     "copy_error",
-    "forks",
     "nothing",
 ]

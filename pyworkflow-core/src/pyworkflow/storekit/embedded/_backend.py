@@ -10,9 +10,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Final, Generic, TypeVar
 
-from pyworkflow.errors import StorageError
 from pyworkflow.spi.storage import Claimed, ClaimRef, StorageBackend
-from pyworkflow.storekit.embedded._clones import forks
+from pyworkflow.storekit._loop_bound import LoopBound
 from pyworkflow.storekit.embedded._dispatch import Dispatcher
 
 __all__ = ["FEW", "EmbeddedBackend"]
@@ -33,10 +32,7 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
     """
 
     def __init__(self) -> None:
-        self._dispatcher: Dispatcher[B] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._forks = 0
-        self._closed = False
+        self._bound = LoopBound[Dispatcher[B]](self)
 
     @abstractmethod
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Dispatcher[B]:
@@ -48,24 +44,11 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
         Raises:
             StorageError: The object was closed, or belongs to another loop.
         """
-        if self._closed:
-            raise StorageError(
-                f"the storage was closed: path={self.info().location}; make another object for it"
-            )
-        loop = asyncio.get_running_loop()
-        dispatcher = self._dispatcher
-        if dispatcher is not None and self._forks == forks():
-            if self._loop is loop:
-                return dispatcher
-            raise StorageError(
-                f"the storage object belongs to another event loop: path={self.info().location}; "
-                "use clone() to make one for this loop"
-            )
-        self._dispatcher = dispatcher = self._begin(loop)
-        # Nobody may have closed it: its thread must not outlive it.
-        weakref.finalize(self, dispatcher.stop).atexit = False
-        self._loop = loop
-        self._forks = forks()
+        dispatcher = self._bound.get()
+        if dispatcher is None:
+            dispatcher = self._bound.put(self._begin(asyncio.get_running_loop()))
+            # Nobody may have closed it: its thread must not outlive it.
+            weakref.finalize(self, dispatcher.stop).atexit = False
         return dispatcher
 
     def _read(self, run: Callable[[B], T], *, small: bool = False) -> asyncio.Future[T]:
@@ -103,9 +86,8 @@ class EmbeddedBackend(StorageBackend, Generic[B]):
 
     async def close(self) -> None:
         """Finish what was begun and end the thread. Idempotent."""
-        self._closed = True
-        dispatcher, self._dispatcher = self._dispatcher, None
-        if dispatcher is not None and self._forks == forks():
+        dispatcher = self._bound.close()
+        if dispatcher is not None:
             await dispatcher.close()
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:

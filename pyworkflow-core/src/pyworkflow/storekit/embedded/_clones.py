@@ -14,7 +14,7 @@ from typing import Protocol
 
 from pyworkflow.storekit.embedded._operations import News
 
-__all__ = ["Forkable", "Listener", "add_forkable", "forks", "join", "leave", "listeners_of"]
+__all__ = ["Forkable", "Listener", "add_forkable", "join", "leave", "listeners_of"]
 
 
 class Listener(Protocol):
@@ -49,7 +49,6 @@ _listeners: dict[Hashable, tuple[weakref.ref[Listener], ...]] = {}
 """Tuples, which are replaced: each write reads one, without the lock."""
 _forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _stopped: list[Forkable] = []
-_forks = 0
 
 
 def join(place: Hashable, listener: Listener) -> None:
@@ -87,11 +86,6 @@ def add_forkable(forkable: Forkable) -> None:
         _forkables.add(forkable)
 
 
-def forks() -> int:
-    """How often this process, or one before it, was forked off: objects compare it with theirs."""
-    return _forks
-
-
 def _before_fork() -> None:
     _lock.acquire()
     for forkable in list(_forkables):
@@ -106,8 +100,6 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    global _forks
-    _forks += 1
     while _stopped:
         _stopped.pop().after_fork_in_child()
     _forkables.clear()
