@@ -120,7 +120,7 @@ def test_f25_a_commit_whose_outcome_is_unknown_is_answered_when_it_is_sent_again
                     await store.commit_one(log("run", "one"))
             else:
                 # It waits for the run's lock, in the middle of its transaction, and is ended.
-                held = await other._connections.borrow()
+                held = await (await other._store.use()).connections.borrow()
                 transaction = held.transaction()
                 await transaction.start()
                 await held.execute("SELECT 1 FROM pyworkflow.runs FOR UPDATE")
@@ -133,7 +133,7 @@ def test_f25_a_commit_whose_outcome_is_unknown_is_answered_when_it_is_sent_again
                 with pytest.raises(StorageUnavailable):
                     await waiting
                 await transaction.rollback()
-                other._connections.give(held)
+                (await other._store.use()).connections.give(held)
             answer = await again(lambda: store.commit_one(log("run", "one")))
             assert answer.duplicate is committed
             assert answer.seqs == [2]
@@ -253,7 +253,7 @@ def test_a_statement_that_the_server_cancels_is_an_unknown_outcome(postgres: Giv
     async def main() -> None:
         async with PostgresStorageBackend(url) as store, store.clone() as other:
             await store.commit_one(start("run"))
-            connections = other._connections
+            connections = (await other._store.use()).connections
             held = await connections.borrow()
             async with held.transaction():
                 await held.execute("SELECT 1 FROM pyworkflow.runs FOR UPDATE")
@@ -438,14 +438,14 @@ def test_f17_commits_wait_for_the_disk_though_the_role_does_not(
     async def main() -> None:
         async with PostgresStorageBackend(server.url, connections=1) as store:
             assert store.info().capabilities.durable
-            (row,) = await store._call("SHOW synchronous_commit")
+            (row,) = await store._store.call("SHOW synchronous_commit")
             assert row[0] == "on"
         async with PostgresStorageBackend(server.url, pooled=True) as store:
-            (row,) = await store._call("SHOW synchronous_commit")
+            (row,) = await store._store.call("SHOW synchronous_commit")
             assert row[0] == "on"
         server.sql("ALTER ROLE postgres SET synchronous_commit = remote_apply")
         async with PostgresStorageBackend(server.url, connections=1) as store:
-            (row,) = await store._call("SHOW synchronous_commit")
+            (row,) = await store._store.call("SHOW synchronous_commit")
             assert row[0] == "remote_apply"
 
     asyncio.run(main())

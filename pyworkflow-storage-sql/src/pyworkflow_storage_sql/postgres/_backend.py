@@ -5,33 +5,67 @@ The rules of ``commit`` are in ``postgres/migrations``; here are arguments, answ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Self
 
 from pyworkflow.spi import (
     Answer,
+    Capabilities,
     Change,
     Claimed,
     ClaimRef,
     ClaimRequest,
+    ConfigurationError,
     Delta,
+    Event,
+    KeyMark,
+    Page,
+    Run,
+    RunDelta,
+    RunQuery,
+    StorageBackend,
     StorageError,
+    StorageInfo,
     WorkItem,
 )
 from pyworkflow.storekit import check_change
-from pyworkflow_storage_sql.postgres._base import INFO
+from pyworkflow_storage_sql.postgres import _reads as reads
+from pyworkflow_storage_sql.postgres._answers import Reader
 from pyworkflow_storage_sql.postgres._changes import Request, span
-from pyworkflow_storage_sql.postgres._connections import EventsMissing
+from pyworkflow_storage_sql.postgres._connections import EventsMissing, Settings, location
+from pyworkflow_storage_sql.postgres._handle import StoreHandle
 from pyworkflow_storage_sql.postgres._names import escape
-from pyworkflow_storage_sql.postgres._reads import PostgresReads
+from pyworkflow_storage_sql.postgres._schema import Schema, schema_name
 
 __all__ = ["PostgresStorageBackend"]
 
 _BATCH_SIZE = 4_000_000
+_COMMIT = "SELECT * FROM {schema}.commit_many($1::jsonb)"
+_CLAIM = "SELECT * FROM {schema}.claim_many($1::jsonb)"
+_RUNS = (
+    "SELECT {schema}.show_run(run_id, {schema}.instant()) AS run FROM unnest($1::text[]) AS run_id"
+)
+_CAPABILITIES = Capabilities(
+    durable=True,
+    multi_process=True,
+    multi_host=True,
+    server_clock=True,
+    watch=True,
+    batched=True,
+    indexed_filters=True,
+    purge_by_age=True,
+    large_history=True,
+)
+#: What every object of this kind declares.
+_INFO = StorageInfo(
+    contract_version=2, name="postgresql", location="", capabilities=_CAPABILITIES, batches=2
+)
 
 
-class PostgresStorageBackend(PostgresReads):
+class PostgresStorageBackend(StorageBackend):
     """A namespace in a schema of a PostgreSQL database (13 or later).
 
     An object belongs to the event loop that first used it; ``clone`` makes one for another. After a
@@ -39,22 +73,110 @@ class PostgresStorageBackend(PostgresReads):
     transaction mode is in between: then nothing is kept in a session, and ``watch`` polls.
     """
 
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        namespace: str = "default",
+        schema: str = "pyworkflow",
+        connections: int = 2,
+        pooled: bool | None = None,
+        timeout: float = 30,
+    ) -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,30}", schema) or schema.startswith("pg_"):
+            raise ConfigurationError(
+                f"not a name for a schema: schema={schema!r}; "
+                "take letters, digits and underscores, at most 31, and not pg_"
+            )
+        if connections < 1:
+            raise ConfigurationError(
+                f"there must be a connection: connections={connections}; 2 is right mostly"
+            )
+        where, port = location(dsn)
+        settings = Settings(
+            dsn,
+            where,
+            connections,
+            # Where poolers usually listen; whoever runs PostgreSQL itself there says so.
+            port in {6432, 6543} if pooled is None else pooled,
+            timeout,
+        )
+        self._namespace = namespace
+        self._base = schema
+        self._store = StoreHandle(
+            self,
+            settings,
+            Schema(schema_name(schema, namespace)),
+            claims=self._send_claims,
+            reads=self._send_reads,
+            unwanted=self._release_all,
+        )
+        self._names = self._store.names
+        self._reader = Reader(self._names)
+
+    def clone(self) -> Self:
+        """Another object on the same schema."""
+        settings = self._store.settings
+        return type(self)(
+            settings.dsn,
+            namespace=self._namespace,
+            schema=self._base,
+            connections=settings.connections,
+            pooled=settings.pooled,
+            timeout=settings.timeout,
+        )
+
+    def info(self) -> StorageInfo:
+        """Name, location and capabilities.
+
+        ``durable`` is what the server said when it was opened: not with ``fsync`` or
+        ``full_page_writes`` off.
+        """
+        store = self._store
+        capabilities = replace(
+            _CAPABILITIES, durable=store.durable, watch=not store.settings.pooled
+        )
+        return replace(
+            _INFO,
+            location=f"postgresql://{store.settings.where}?schema={store.schema.name}",
+            namespace=self._namespace,
+            capabilities=capabilities,
+        )
+
+    async def open(self) -> None:
+        """Connect, and bring the schema forward."""
+        await self._store.use()
+
+    async def close(self) -> None:
+        """Close the connections. Idempotent."""
+        await self._store.close()
+
+    async def migrate(self) -> None:
+        """Bring the schema forward."""
+        await self._store.migrate()
+
+    async def pending_migrations(self) -> list[str]:
+        """Names of the migrations that ``migrate`` would apply; writes nothing."""
+        return await self._store.pending_migrations()
+
+    # --- changes, claims, leases --------------------------------------------------------------
+
     async def shift_clock(self, by: timedelta) -> None:
         """Move the clock of all clients."""
-        await self._call(
-            self._schema.fill("UPDATE {schema}.store SET shift = shift + $1::text::interval"),
+        await self._store.call(
+            "UPDATE {schema}.store SET shift = shift + $1::text::interval",
             span(by),
         )
-        self._news.tell((), work=True)
+        self._store.news.tell((), work=True)
 
     async def commit(self, changes: Sequence[Change]) -> list[Answer]:
         """Each change accepted or refused alone; what cannot be stored refuses all of them."""
-        await self._use()
+        await self._store.use()
         for change in changes:
             check_change(
                 change,
-                max_payload=INFO.max_payload,
-                max_events=INFO.max_events_per_commit,
+                max_payload=_INFO.max_payload,
+                max_events=_INFO.max_events_per_commit,
             )
         answers = await self._send_commits(changes)
         refused: list[Answer] = []
@@ -77,29 +199,29 @@ class PostgresStorageBackend(PostgresReads):
             texts.append(request.change(changes[index]))
             size += len(texts[-1])
             if size > _BATCH_SIZE or place == len(order) - 1:
-                await self._meet(request)
-                rows = await self._call(self._commit_sql, f"[{','.join(texts)}]")
+                await self._store.meet(request.met)
+                rows = await self._store.call(_COMMIT, f"[{','.join(texts)}]")
                 for row in rows:
                     placed: int = row["o_place"]
                     at = order[start + placed]
                     answers[at] = self._reader.answer(changes[at], row)
                 start, size = place + 1, 0
                 texts.clear()
-        self._news.tell_of(changes, answers)
+        self._store.news.tell_of(changes, answers)
         done = [answer for answer in answers if answer is not None]
         assert len(done) == len(changes), "the server left a change out"
         return done
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items."""
-        await self._use()
-        self._news.looked = self._news.number
-        return await self._claims.add(request)
+        link = await self._store.use()
+        link.news.looked = link.news.number
+        return await link.claims.add(request)
 
     async def _send_claims(self, requests: Sequence[ClaimRequest]) -> list[Claimed]:
         request = Request(self._names)
         text = f"[{','.join([request.claim(r) for r in requests])}]"
-        rows = await self._call(self._claim_sql, text)
+        rows = await self._store.call(_CLAIM, text)
         answers: list[Claimed] = [Claimed(claims=[], now=rows[0]["o_now"]) for _ in requests]
         for row in rows:
             place: int = row["o_place"]
@@ -112,8 +234,8 @@ class PostgresStorageBackend(PostgresReads):
                 )
         return answers
 
-    async def _give_back(self, claimed: Claimed) -> None:
-        """Release what was claimed for somebody who had given up."""
+    async def _release_all(self, claimed: Claimed) -> None:
+        """Release what was claimed for a caller that was cancelled."""
         for claim in claimed.claims:
             try:
                 await self.release(claim.ref)
@@ -122,32 +244,32 @@ class PostgresStorageBackend(PostgresReads):
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
         """Extend leases."""
-        kept: list[bool] = await self._ask(
+        kept: list[bool] = await self._store.ask(
             "{schema}.renew($1::jsonb, $2::text::interval)",
             Request(self._names).refs(refs),
             span(lease),
         )
         if lease <= timedelta(0):
-            self._news.tell((), work=True)
+            self._store.news.tell((), work=True)
         return kept
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
-        done: bool = await self._ask(
+        done: bool = await self._store.ask(
             "{schema}.release($1, $2, $3, $4::text::interval)",
-            self._name(ref.run_id),
-            self._name(ref.item_id),
-            self._name(ref.token),
+            self._names.stored(ref.run_id),
+            self._names.stored(ref.item_id),
+            self._names.stored(ref.token),
             None if delay is None else span(delay),
         )
         if done:
-            self._news.tell((), work=True)
+            self._store.news.tell((), work=True)
         return done
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
         """Due, free items that nobody rang for."""
-        rows = await self._call(
-            self._schema.fill("SELECT {schema}.announce($1, $2::text::interval) AS item"),
+        rows = await self._store.call(
+            "SELECT {schema}.announce($1, $2::text::interval) AS item",
             limit,
             span(mute),
         )
@@ -155,25 +277,22 @@ class PostgresStorageBackend(PostgresReads):
 
     async def free(self, owner: str) -> int:
         """End every lease of ``owner``."""
-        freed: int = await self._ask("{schema}.free($1)", escape(owner))
+        freed: int = await self._store.ask("{schema}.free($1)", escape(owner))
         if freed:
-            self._news.tell((), work=True)
+            self._store.news.tell((), work=True)
         return freed
 
     async def recover(self) -> None:
         """Release all items; tokens are random, none is issued twice."""
-        await self._call(
-            self._schema.fill(
-                "UPDATE {schema}.work_items SET owner = NULL, token = NULL, lease_until = NULL, "
-                "rung_at = NULL, claims = greatest(0, claims - 1) WHERE token IS NOT NULL"
-            )
+        await self._store.call(
+            "UPDATE {schema}.work_items SET owner = NULL, token = NULL, lease_until = NULL, "
+            "rung_at = NULL, claims = greatest(0, claims - 1) WHERE token IS NOT NULL"
         )
-        self._news.tell((), work=True)
+        self._store.news.tell((), work=True)
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
         """Wait for news; what came since this object's last ``claim`` counts as news."""
-        await self._use()
-        news = self._news
+        news = (await self._store.use()).news
         late = False
 
         async def changed() -> bool:
@@ -186,7 +305,7 @@ class PostgresStorageBackend(PostgresReads):
                     # Nothing was told in the meantime, which may have been lost: who wrote it
                     # may have died, or the connection that listens.
                     return bool(
-                        await self._ask("{schema}.next_due(NULL, NULL) <= {schema}.instant()")
+                        await self._store.ask("{schema}.next_due(NULL, NULL) <= {schema}.instant()")
                     )
                 late = True
                 return False
@@ -203,7 +322,7 @@ class PostgresStorageBackend(PostgresReads):
         key_retention: timedelta = timedelta(days=30),
     ) -> int:
         """Remove ended runs."""
-        removed: int = await self._ask(
+        removed: int = await self._store.ask(
             "{schema}.purge($1, $2, $3::text::interval)", before, limit, span(key_retention)
         )
         return removed
@@ -212,9 +331,106 @@ class PostgresStorageBackend(PostgresReads):
         """Write effects as they are."""
         request = Request(self._names)
         text = request.delta(delta)
-        await self._meet(request)
+        await self._store.meet(request.met)
         try:
-            await self._ask("{schema}.import_delta($1::jsonb)", text)
+            await self._store.ask("{schema}.import_delta($1::jsonb)", text)
         except EventsMissing as exc:
             raise ValueError(str(exc)) from None
-        self._news.tell((part.run_id for part in delta.parts), work=True)
+        self._store.news.tell((part.run_id for part in delta.parts), work=True)
+
+    # --- reads --------------------------------------------------------------------------------
+
+    async def now(self) -> datetime:
+        """The server's clock, moved by ``shift_clock``."""
+        now: datetime = await self._store.ask("{schema}.instant()")
+        return now
+
+    async def get_run(self, run_id: str) -> Run | None:
+        """The run, or None."""
+        return await (await self._store.use()).reads.add(run_id)
+
+    async def _send_reads(self, run_ids: Sequence[str]) -> list[Run | None]:
+        rows = await self._store.call(_RUNS, [self._names.stored(run_id) for run_id in run_ids])
+        read = self._reader.run
+        return [None if row["run"] is None else read(row["run"]) for row in rows]
+
+    async def find_run(self, idempotency_key: str) -> str | None:
+        """Who has the key."""
+        rows = await self._store.call(
+            "SELECT run_id FROM {schema}.idempotency_keys WHERE key = $1 "
+            "AND (until IS NULL OR until > {schema}.instant())",
+            self._names.stored(idempotency_key),
+        )
+        return self._names.full(rows[0]["run_id"]) if rows else None
+
+    async def get_events(
+        self, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[Event]:
+        """Events in order of seq."""
+        rows = await self._store.call(
+            'SELECT seq, "timestamp", type, class, op, key, v, data FROM {schema}.events '
+            "WHERE run_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+            self._names.stored(run_id),
+            max(0, after),
+            None if limit is None else max(0, limit),
+        )
+        return [self._reader.row(run_id, row) for row in rows]
+
+    async def list_work(self, run_id: str) -> list[WorkItem]:
+        """The run's items."""
+        rows = await self._store.call(
+            "SELECT {schema}.show_item(w)::text AS item FROM {schema}.work_items w "
+            "WHERE w.run_id = $1",
+            self._names.stored(run_id),
+        )
+        items = self._reader.items([row["item"] for row in rows])
+        return sorted(items, key=lambda item: item.item_id)
+
+    async def holders(self) -> list[str]:
+        """Owners of leases that have not ended."""
+        rows = await self._store.call(
+            "SELECT DISTINCT owner FROM {schema}.work_items "
+            "WHERE token IS NOT NULL AND lease_until > (SELECT {schema}.instant())"
+        )
+        return sorted(self._names.full(row["owner"]) for row in rows)
+
+    async def leases(self, owner: str) -> list[ClaimRef]:
+        """The claims of ``owner`` whose leases have not ended."""
+        rows = await self._store.call(
+            "SELECT run_id, item_id, token FROM {schema}.work_items "
+            "WHERE token IS NOT NULL AND lease_until > (SELECT {schema}.instant()) "
+            "AND owner = $1",
+            self._names.stored(owner),
+        )
+        full = self._names.full
+        return [ClaimRef(full(row["run_id"]), full(row["item_id"]), row["token"]) for row in rows]
+
+    async def next_due(
+        self,
+        *,
+        queues: frozenset[str] | None = None,
+        workflows: frozenset[str] | None = None,
+    ) -> datetime | None:
+        """When to look again."""
+        due: datetime | None = await self._store.ask(
+            "{schema}.next_due($1, $2)",
+            None if queues is None else [self._names.stored(name) for name in queues],
+            None if workflows is None else [self._names.stored(name) for name in workflows],
+        )
+        return due
+
+    async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
+        """Runs, newest first."""
+        return await reads.list_runs(self._store, self._reader, query, cursor)
+
+    async def stats(self) -> Mapping[str, int]:
+        """Numbers of runs, per status, of events and of items."""
+        return await reads.stats(self._store)
+
+    async def export_run(self, run_id: str) -> RunDelta | None:
+        """The run without its events."""
+        return await reads.export_run(self._store, self._reader, run_id)
+
+    async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
+        """Idempotency keys and their owners."""
+        return await reads.export_keys(self._store, cursor)

@@ -41,9 +41,6 @@ _WAIT_FOR_DISK = (
     "SELECT pg_catalog.set_config('synchronous_commit', 'on', {local}) "
     "WHERE pg_catalog.current_setting('synchronous_commit') = 'off'"
 )
-#: What a forked child holds of its parent: kept, because collecting it would touch its sockets.
-_inherited: list[object] = []
-
 #: Without its own incomplete annotations.
 _driver: Any = asyncpg
 
@@ -83,7 +80,6 @@ class Connections:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.pid = os.getpid()
         self.plain = not settings.pooled
         """Whether a statement alone is a transaction as it should be: one, or two round trips.
 
@@ -246,10 +242,6 @@ class Connections:
                 await connection.close(timeout=2)
             except Exception:  # noqa: BLE001 - it ends one way or the other
                 _end(connection)
-
-    def leave_to_parent(self) -> None:
-        """In a forked child: forget the parent's connections without touching them."""
-        _inherited.append(self)
 
 
 def _end(connection: Transport) -> None:

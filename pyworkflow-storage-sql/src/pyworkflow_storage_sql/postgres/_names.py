@@ -56,6 +56,10 @@ class Names:
         start = name[:_START].replace("\x00", "").replace("\x01", "")
         return f"{start}{_MARK}{digest}"
 
+    def stored(self, name: str) -> str:
+        """How the name is stored, for what asks for it."""
+        return self.short(name, {})
+
     def full(self, stored: str) -> str:
         """The name that is stored so."""
         if "\x01" not in stored:
