@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import fields
 from dataclasses import replace as replace_fields
 from datetime import timedelta
@@ -30,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyworkflow import _config, _plugins, _serialization, step, workflow
-from pyworkflow._codecs import _chain, sweep_offloaded, writer_for
+from pyworkflow._codecs import _chain, _offload, sweep_offloaded, writer_for
 from pyworkflow._codecs._form import FORM
 from pyworkflow._codecs._offload import OffloadCodec
 from pyworkflow._config import CodecKeys
@@ -1277,6 +1278,49 @@ def test_a_file_that_is_written_again_while_it_is_swept_stays(tmp_path, monkeypa
     assert Path.unlink is real
     assert files(tmp_path) == [file]
     assert decode(stored) == "again"
+
+
+def test_v05_a_file_is_read_while_a_sweep_has_it_out_of_the_way(tmp_path, monkeypatch):
+    use(codecs="offload", codec_offload_dir=tmp_path, codec_offload_threshold=1)
+    stored = wrap('"again"')
+    (file,) = files(tmp_path)
+    os.utime(file, (0, 0))
+    remove, put_back = _offload._remove, _offload._put_back
+    put = []
+
+    def writes_and_removes(*args: Any) -> list[Path]:
+        assert wrap('"again"') == stored  # a worker offloads it after the sweep saw its age
+        return remove(*args)
+
+    def reads_and_puts_back(gone: Path) -> None:
+        assert not file.exists()
+        assert decode(stored) == "again"
+        put_back(gone)
+        put.append(gone)
+
+    monkeypatch.setattr(_offload, "_remove", writes_and_removes)
+    monkeypatch.setattr(_offload, "_put_back", reads_and_puts_back)
+    asyncio.run(swept(tmp_path))
+    assert len(put) == 1
+    assert decode(stored) == "again"
+
+
+def test_v05_a_file_that_a_sweep_puts_back_before_it_is_found_aside_is_read(tmp_path, monkeypatch):
+    use(codecs="offload", codec_offload_dir=tmp_path, codec_offload_threshold=1)
+    stored = wrap('"again"')
+    (file,) = files(tmp_path)
+    gone = file.with_name(f"{file.name}.00ff.gone")
+    file.rename(gone)
+    glob = Path.glob
+
+    def puts_back_and_globs(path: Path, pattern: str) -> Iterator[Path]:
+        if gone.exists():
+            _offload._put_back(gone)
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", puts_back_and_globs)
+    assert decode(stored) == "again"
+    assert file.exists()
 
 
 def test_a_file_that_a_killed_sweep_took_away_comes_back(tmp_path):

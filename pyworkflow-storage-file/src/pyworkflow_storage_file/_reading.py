@@ -40,8 +40,8 @@ class Reader:
         """Up to here it was read."""
         self.number = 1
         """Of the next line."""
-        self._sealed = 0
-        """Bytes in the segments before it."""
+        self._sealed: dict[str, int] = {}
+        """Bytes of the segments before it, by name."""
 
     def close(self) -> None:
         """Close the files. Idempotent."""
@@ -53,7 +53,7 @@ class Reader:
     @property
     def size(self) -> int:
         """Bytes of the packs and segments, as far as they were read."""
-        return self.packs.size + self._sealed + self.offset
+        return self.packs.size + sum(self._sealed.values()) + self.offset
 
     @property
     def length(self) -> int:
@@ -66,10 +66,15 @@ class Reader:
         return self.index == len(self.manifest.segments) - 1
 
     @property
+    def _name(self) -> str:
+        """The segment that is open."""
+        return self.manifest.segments[self.index]
+
+    @property
     def path(self) -> Path:
         """The segment that is open; the directory before one is."""
-        segments = self.manifest.segments
-        return self._files.directory / segments[self.index] if segments else self._files.directory
+        directory = self._files.directory
+        return directory / self._name if self.manifest.segments else directory
 
     def restart(self, manifest: Manifest) -> None:
         """Read the packs into a sink that begins anew, and open the first segment."""
@@ -79,7 +84,8 @@ class Reader:
             os.close(fd)
         self.packs.restart(manifest.packs)
         self.manifest = manifest
-        self.index = self._sealed = 0
+        self.index = 0
+        self._sealed = {}
         self.number = manifest.first
         self._open(self._files.open_segment(manifest.segments[0]))
 
@@ -88,13 +94,15 @@ class Reader:
 
         After an exception only ``restart`` helps.
         """
-        name = self.manifest.segments[self.index]
-        if name not in manifest.segments:
+        if self._name not in manifest.segments:
             return False
-        index = manifest.segments.index(name)
-        self.packs.exchange(manifest.packs, manifest.segments[0])
+        index = manifest.segments.index(self._name)
         before = manifest.segments[:index]
-        self._sealed = sum((self._files.directory / each).stat().st_size for each in before)
+        if not self._sealed.keys() >= set(before):
+            return False
+        self.packs.exchange(manifest.packs, manifest.segments[0])
+        # The files are not asked: a packer may have deleted them since the manifest was read.
+        self._sealed = {name: self._sealed[name] for name in before}
         self.manifest = manifest
         self.index = index
         return True
@@ -102,7 +110,7 @@ class Reader:
     def begin(self, fd: int, manifest: Manifest) -> None:
         """The last segment was sealed: continue in a new, empty one."""
         os.close(self.fd)
-        self._sealed += self.offset
+        self._sealed[self._name] = self.offset
         self.manifest = manifest
         self.index = len(manifest.segments) - 1
         self._open(fd)
@@ -111,17 +119,17 @@ class Reader:
         """Read all segments but the last, and open that one."""
         while not self.is_last:
             self.read(None)
-            self._sealed += self.offset
+            self._sealed[self._name] = self.offset
             fd, self.fd = self.fd, -1
             os.close(fd)
             self.index += 1
-            self._open(self._files.open_segment(self.manifest.segments[self.index]))
+            self._open(self._files.open_segment(self._name))
 
     def _open(self, fd: int) -> None:
         self.fd = fd
         self.inode = inode_of(os.fstat(fd))
         self.offset = 0
-        self._sink.segment = self.manifest.segments[self.index]
+        self._sink.segment = self._name
 
     def read(self, floor: int | None, end: int | None = None) -> _lines.Damage | None:
         """Read the rest of the open segment, up to ``end``; what is torn there, if anything is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -33,6 +34,8 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _PAGE = 100
 #: A file on its way out: ``<name>.<random>.gone``.
 _GONE = ".gone"
+#: So often a file is looked for under both of its names.
+_TRIES = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -94,8 +97,7 @@ class OffloadCodec:
             )
         path = _path(self._directory, name)
         try:
-            with path.open("rb") as file:
-                found = file.read(int(size) + 1)
+            found = _read(path, int(size) + 1)
         except OSError as error:
             raise PayloadUnreadable(
                 "offload",
@@ -111,6 +113,19 @@ class OffloadCodec:
 
 def _path(directory: Path, name: str) -> Path:
     return directory / name[:2] / name
+
+
+def _read(path: Path, length: int) -> bytes:
+    """The first bytes of a file, also while a sweep has it out of the way to see its age."""
+    for _ in range(_TRIES):
+        for each in itertools.chain([path], path.parent.glob(f"{path.name}.*{_GONE}")):
+            try:
+                with each.open("rb") as file:
+                    return file.read(length)
+            except FileNotFoundError:
+                continue  # the sweep may have put it back, or taken it, just now
+    with path.open("rb") as file:
+        return file.read(length)
 
 
 def _write(directory: Path, name: str, data: bytes) -> None:
