@@ -450,6 +450,14 @@ def test_what_cannot_be_stored_is_refused_by_path_and_type(value, path, words):
     assert str(caught.value).partition(" cannot be stored: type=")[1]
 
 
+@pytest.mark.parametrize("make", [list, dict])
+def test_a_value_that_contains_itself_is_called_so_and_not_large(make):
+    value = make()
+    value.append(value) if make is list else value.update(me=value)
+    with pytest.raises(SerializationError, match="it contains itself"):
+        encode(value, limit=100_000)
+
+
 def test_the_deepest_allowed_value_comes_back():
     assert round_trip(nested(190)) == nested(190)
     value: Any = 1
