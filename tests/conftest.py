@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.seconds import pytest_terminal_summary as pytest_terminal_summary
 from tests.signals import children_take_signals
 
 # Imported by the fixtures: environments that run only tests of the tree have no servers.
