@@ -86,7 +86,7 @@ def test_n13_a_rolling_deploy_raises_no_alarm(
     _two_versions(monkeypatch, old, new)
 
     async def main() -> None:
-        async with bench(work=False, sessions=0) as b:
+        async with bench(work=False, sessions=0, version_grace=timedelta(hours=1)) as b:
             first = await _begin(b, old=False)
             run_ids = [await b.start(new) for _ in range(20)]
             for run_id in run_ids:
