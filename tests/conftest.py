@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.interpreters import on_this_python
 from tests.seconds import pytest_terminal_summary as pytest_terminal_summary
 from tests.signals import children_take_signals
 
@@ -26,6 +28,11 @@ settings.register_profile(
 settings.load_profile("deterministic")
 
 children_take_signals()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what runs on the oldest Python alone, where the environment says so."""
+    return None if on_this_python(collection_path) else True
 
 
 @pytest.fixture(scope="session")
