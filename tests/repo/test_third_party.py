@@ -19,6 +19,8 @@ from tests.repo.run_readme import Block, blocks
 GUIDE = ROOT / "docs" / "how-to" / "write-a-backend.md"
 EXAMPLE = ROOT / "examples" / "third_party_backend"
 PACKAGE = "pyworkflow_storage_acme"
+LIMIT = 1800.0
+"""Seconds; reached only when something hangs: the suite takes half a minute on an idle machine."""
 
 
 def found() -> list[Block]:
@@ -74,7 +76,7 @@ def python(folder: Path, *arguments: str, **environment: str) -> str:
         env=kept | {"PYTHONPATH": str(folder / "src")} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
