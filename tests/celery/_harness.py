@@ -109,6 +109,39 @@ class Worker:
             return
 
 
+class _KeptStore:
+    """An open store of the test's own: a connection per question costs more than the question.
+
+    For the shared PostgreSQL, which no test stops; files would be held, and a broker is killed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._runner = asyncio.Runner()
+        self._storage: StorageBackend | None = None
+
+    def ask(self, question: Callable[[StorageBackend], Awaitable[T]]) -> T:
+        """What the store answers."""
+
+        async def main() -> T:
+            if self._storage is None:
+                storage = make_storage(self._url, "default")
+                await storage.open()
+                self._storage = storage
+            return await question(self._storage)
+
+        return self._runner.run(main())
+
+    def close(self) -> None:
+        """Close the store and its loop."""
+        storage, self._storage = self._storage, None
+        try:
+            if storage is not None:
+                self._runner.run(storage.close())
+        finally:
+            self._runner.close()
+
+
 class Fleet:
     """A broker and a store, clients and workers on them."""
 
@@ -125,6 +158,7 @@ class Fleet:
         #: Another way to the broker, for the client alone.
         self.client_broker: str | None = None
         self._client: subprocess.Popen[str] | None = None
+        self._kept = _KeptStore(storage) if storage.startswith("postgresql:") else None
 
     # --- processes ----------------------------------------------------------------------------
 
@@ -195,6 +229,8 @@ class Fleet:
             self._client.communicate()
         for worker in self.workers:
             worker.end()
+        if self._kept is not None:
+            self._kept.close()
 
     def logs(self) -> str:
         """All logs."""
@@ -258,6 +294,8 @@ class Fleet:
 
     def ask(self, question: Callable[[StorageBackend], Awaitable[T]]) -> T:
         """What the store answers."""
+        if self._kept is not None:
+            return self._kept.ask(question)
 
         async def main() -> T:
             async with make_storage(self.storage_url, "default") as storage:
