@@ -45,8 +45,10 @@ def create(run_id):
     )
 
 
-def journal_of(backend):
-    return backend._dispatcher._writer._journal
+def writer_of(backend):
+    """From any thread; None before it is used."""
+    dispatcher = backend._bound._value
+    return None if dispatcher is None else dispatcher._writer
 
 
 class Other:
@@ -64,7 +66,7 @@ class Other:
         self.seal()
 
     def seal(self):
-        writer = self.backend._dispatcher._writer
+        writer = writer_of(self.backend)
         with writer.mutex:
             writer._journal.acquire()
             try:
@@ -74,7 +76,7 @@ class Other:
 
     def pack(self):
         """Pack what is sealed, name the packs, and delete what they replace."""
-        writer = self.backend._dispatcher._writer
+        writer = writer_of(self.backend)
         lock = PackingLock(writer._journal.directory)
         assert lock.try_acquire()
         try:
@@ -128,9 +130,9 @@ class Hook:
         monkeypatch.setattr(owner, name, hooked)
 
     def maybe(self, each, reader, act):
-        dispatcher = reader._dispatcher
-        if self.left and dispatcher is not None:
-            journal = dispatcher._writer._journal
+        writer = writer_of(reader)
+        if self.left and writer is not None:
+            journal = writer._journal
             if each in (journal._files, journal._at) and is_free(journal.directory):
                 self.left -= 1
                 act()
@@ -272,7 +274,7 @@ def test_v05_a_missing_file_is_reported_when_the_manifest_stays(tmp_path, kind):
             await other.fill()
             if kind == "packs":
                 other.pack()
-            manifest = journal_of(two)._files.read_manifest()
+            manifest = writer_of(two)._journal._files.read_manifest()
             named = manifest.packs or manifest.segments[2:]
             path = tmp_path / "default" / named[0]
             path.unlink()
