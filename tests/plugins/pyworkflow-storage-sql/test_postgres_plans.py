@@ -1,4 +1,4 @@
-"""Query plans on PostgreSQL: what a listing reads does not grow with what is stored.
+"""Query plans on PostgreSQL: what a call reads does not grow with what is stored.
 
 The server counts the blocks that a call touches. The store is made of rows by the thousand, since
 a plan that scans is no slower than another in a small one.
@@ -13,23 +13,32 @@ import pytest
 
 from pyworkflow_storage_sql import PostgresStorageBackend
 from tests.servers import GivenServer, PostgresServer
+from tests.statuses import check_listings, make_every_status
 
 FEW, MANY = 2_000, 12_000
 FILL = """
 insert into pyworkflow.runs (run_id, number, workflow, version, final, args, queue, priority, tags,
     attributes, created_at, started_at, updated_at, finished_at, last_seq, last_input, seen_seq,
-    paused, create_key)
-select 'r' || i, nextval('pyworkflow.numbers'), 'busy', '1',
-    case when i % 2 = 0 then 'completed' end, '[]', 'default', 0, '{{}}', '{{}}', now(), now(), now(),
-    case when i % 2 = 0 then now() end, 1, 1, 1, false, 'k'
+    paused, stalled, create_key)
+select 'r' || i, nextval('pyworkflow.numbers'),
+    case when i % 6 < 4 then 'busy' when i % 6 = 4 then 'waiting' else 'stuck' end, '1',
+    case when i % 6 < 2 then 'completed' end, '[]', 'default', 0, '{{}}', '{{}}', now(),
+    case when i % 6 <> 4 then now() end, now(), case when i % 6 < 2 then now() end, 1, 1,
+    case when i % 6 <> 4 then 1 else 0 end, i % 12 = 5,
+    case when i % 12 = 11 then 'no code' end, 'k'
 from generate_series({first}, {last}) i;
 insert into pyworkflow.work_items (run_id, item_id, kind, workflow, queue, priority, due_at, paused,
     payload, claims)
-select run_id, 'turn', 'turn', workflow, queue, 0, now() + interval '10 days', false, '{{}}', 0
+select run_id, 'turn', 'turn', workflow, queue, 0, now() + interval '10 days', paused, '{{}}', 0
 from pyworkflow.runs where final is null on conflict do nothing;
 analyze;
 """
-NO_HIT = [
+"""Of twelve runs four are completed, four suspended, two pending, one stalled, one paused."""
+STATUSES = [
+    None,
+    ["completed"],
+    ["suspended"],
+    ["completed", "suspended"],
     ["failed"],
     ["failed", "cancelled"],
     ["failed", "stalled"],
@@ -38,8 +47,8 @@ NO_HIT = [
     ["pending"],
     ["running"],
     ["pending", "running", "failed"],
+    ["running", "suspended"],
 ]
-"""Statuses that no run of the store has: half of the runs are completed, half suspended."""
 
 
 class Store:
@@ -76,13 +85,36 @@ def listing(statuses: list[str] | None, workflow: str | None, below: int = 2**62
     return f"show_runs({below}, {of}, {names}::text[], 101)"
 
 
+def claim(**filters: list[str]) -> str:
+    """A claim of what fits the filters: nothing is due."""
+    request = {"owner": "w", "lease": "PT60S", "limit": 10, "max_bytes": 1000, "known": {}}
+    return f"claim_many('{json.dumps([request | filters])}')"
+
+
 CALLS = {
     f"{'+'.join(statuses or ['all'])} of {workflow}": listing(statuses, workflow)
-    for statuses in [None, ["completed"], ["suspended"], ["completed", "suspended"], *NO_HIT]
+    for statuses in STATUSES
     for workflow in (None, "busy", "absent")
+}
+CALLS |= {
+    f"{status} of {workflow}": listing([status], workflow)
+    for status in ("suspended", "running")
+    for workflow in ("waiting", "stuck")
 }
 CALLS["a deep page"] = listing(None, None, 150)
 CALLS["a deep page of a workflow"] = listing(["completed"], "busy", 150)
+CALLS["a claim"] = claim()
+CALLS["a claim of another queue"] = claim(queues=["other"])
+CALLS["a claim of another workflow"] = claim(workflows=["other"])
+CALLS["a claim of another kind"] = claim(kinds=["step"])
+CALLS["next_due"] = "next_due(null, null)"
+CALLS["next_due of another queue"] = "next_due(array['other'], null)"
+CALLS["next_due of another workflow"] = "next_due(null, array['other'])"
+CALLS["announce"] = "announce(100, interval '5 s')"
+CALLS["holders"] = "holders()"
+CALLS["leases"] = "leases('w')"
+CALLS["free"] = "free('w')"
+CALLS["a purge that finds nothing"] = "purge(now() - interval '1 day', 1000, interval '1 day')"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +128,7 @@ def counted(postgres: PostgresServer | GivenServer) -> tuple[dict[str, int], Sto
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_found_m03_a_listing_reads_no_more_in_a_larger_store(
+def test_found_m03_a_call_reads_no_more_in_a_larger_store(
     name: str, counted: tuple[dict[str, int], Store]
 ) -> None:
     few, store = counted
@@ -106,11 +138,12 @@ def test_found_m03_a_listing_reads_no_more_in_a_larger_store(
 @pytest.mark.parametrize(
     ("index", "call"),
     [
-        # Without runs_final, PostgreSQL 18 skips through runs_workflow_final; older ones scan.
-        ("runs_stalled", listing(["stalled"], None)),
-        ("runs_paused", listing(["paused"], None)),
-        ("runs_unstarted", listing(["pending"], None)),
-        ("runs_workflow_final", listing(["failed", "completed"], "absent")),
+        ("runs_state", listing(["failed", "stalled"], None)),
+        ("runs_workflow_state", listing(["failed", "completed"], "absent")),
+        ("runs_finished", CALLS["a purge that finds nothing"]),
+        ("work_items_free", CALLS["next_due of another queue"]),
+        ("work_items_held", CALLS["holders"]),
+        ("work_items_tried", listing(["suspended"], "waiting")),
     ],
 )
 def test_found_m03_a_dropped_index_would_be_noticed(
@@ -124,3 +157,33 @@ def test_found_m03_a_dropped_index_would_be_noticed(
         assert store.blocks(call) > 1.5 * before + 50
     finally:
         store.sql(definition)
+
+
+def test_found_m03_open_statuses_are_those_of_the_runs(
+    postgres: PostgresServer | GivenServer,
+) -> None:
+    async def main() -> None:
+        async with PostgresStorageBackend(postgres.database()) as store:
+            await make_every_status(store)
+            await check_listings(store)
+
+    asyncio.run(main())
+
+
+def test_found_m03_where_many_are_awake_the_newest_runs_are_looked_at(
+    postgres: PostgresServer | GivenServer,
+) -> None:
+    url = postgres.database()
+
+    async def main() -> None:
+        async with PostgresStorageBackend(url) as store:
+            await make_every_status(store)
+            text = postgres.sql(
+                "select pg_get_functiondef('pyworkflow.show_runs(bigint, text, text[], int)'::regprocedure)",
+                url=url,
+            )
+            assert "v_most int := 1000;" in text
+            postgres.sql(text.replace("v_most int := 1000;", "v_most int := 2;"), url=url)
+            await check_listings(store)
+
+    asyncio.run(main())

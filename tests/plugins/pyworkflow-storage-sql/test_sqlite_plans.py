@@ -23,8 +23,8 @@ from pyworkflow_storage_sql.sqlite import _reader, _writer
 
 #: Every use of a table with few rows, or whose rows are all wanted.
 MAY_SCAN = {"namespaces", "n", "json_each", "sqlite_master", "p"}
-#: What a listing makes for itself: the clock, queues, priorities, up to 1,001 runs.
-MAY_SCAN |= {"clock", "queues", "awake", "a"}
+#: What a statement makes for itself: the clock, queues, heads of buckets, up to 1,001 runs.
+MAY_SCAN |= {"CONSTANT", "clock", "q", "heads", "h", "awake", "tried", "a"}
 INDEXES = {
     "answers_by_key",
     "answers_by_run",
@@ -33,13 +33,11 @@ INDEXES = {
     "events_by_seq",
     "keys_by_end",
     "runs_by_end",
-    "runs_by_final",
-    "runs_by_workflow",
-    "runs_paused",
-    "runs_stalled",
-    "runs_unstarted",
+    "runs_by_state",
+    "runs_by_workflow_state",
     "work_free",
     "work_held",
+    "work_tried",
 }
 
 

@@ -388,19 +388,13 @@ class PostgresStorageBackend(StorageBackend):
 
     async def holders(self) -> list[str]:
         """Owners of leases that have not ended."""
-        rows = await self._store.call(
-            "SELECT DISTINCT owner FROM {schema}.work_items "
-            "WHERE token IS NOT NULL AND lease_until > (SELECT {schema}.instant())"
-        )
+        rows = await self._store.call("SELECT owner FROM {schema}.holders() AS owner")
         return sorted(self._names.full(row["owner"]) for row in rows)
 
     async def leases(self, owner: str) -> list[ClaimRef]:
         """The claims of ``owner`` whose leases have not ended."""
         rows = await self._store.call(
-            "SELECT run_id, item_id, token FROM {schema}.work_items "
-            "WHERE token IS NOT NULL AND lease_until > (SELECT {schema}.instant()) "
-            "AND owner = $1",
-            self._names.stored(owner),
+            "SELECT run_id, item_id, token FROM {schema}.leases($1)", self._names.stored(owner)
         )
         full = self._names.full
         return [ClaimRef(full(row["run_id"]), full(row["item_id"]), row["token"]) for row in rows]

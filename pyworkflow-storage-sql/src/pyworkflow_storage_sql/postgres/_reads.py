@@ -80,10 +80,11 @@ async def export_run(store: StoreHandle, reader: Reader, run_id: str) -> RunDelt
 async def export_keys(store: StoreHandle, cursor: str | None) -> Page[tuple[str, KeyMark]]:
     """Idempotency keys and their owners."""
     names = store.names
+    after = "key >= $1" if cursor is None else "key > $1"
     rows = await store.call(
-        "SELECT key, run_id, until FROM {schema}.idempotency_keys "
-        "WHERE $1::text IS NULL OR key > $1 ORDER BY key LIMIT 1001",
-        None if cursor is None else names.stored(cursor),
+        "SELECT key, run_id, until FROM {schema}.idempotency_keys "  # noqa: S608 - constant text
+        f"WHERE {after} ORDER BY key LIMIT 1001",
+        "" if cursor is None else names.stored(cursor),
     )
     items = [
         (names.full(row["key"]), KeyMark(names.full(row["run_id"]), row["until"]))

@@ -6,25 +6,29 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from pyworkflow.spi import Event, Page, Run, RunQuery, RunStatus
+from pyworkflow_storage_sql.sqlite._buckets import HEADS
 from pyworkflow_storage_sql.sqlite._reader import NOW, Reader
 from pyworkflow_storage_sql.sqlite._rows import EVENT, RUN, events_in, run_in, whole
 
 __all__ = ["get_events", "list_runs", "stats"]
 
-#: The status of a run that has not ended, as ``derive_status`` has it.
-_STATUS: Final = """
-case
-    when r.stalled is not null then 'stalled'
-    when r.paused then 'paused'
-    when exists (select 1 from work_items i where i.run = r.id and i.lease_until > (select now from clock))
-        then 'running'
-    when r.seen_seq = 0
-        and not exists (select 1 from work_items i where i.run = r.id and i.claims > 0)
-        then 'pending'
-    when exists (select 1 from work_items i
-        where i.run = r.id and i.due_at <= (select now from clock) and i.kind <> 'deliver')
-        then 'running'
-    else 'suspended'
+#: What an index knows of a run's status, in the words of the index.
+_STATE: Final = """coalesce(r.final, case when r.stalled is not null then 'stalled'
+    when r.paused then 'paused' when r.started_at is null then 'unstarted' else 'started' end)"""
+# The rest of the status, as ``derive_status`` has it.
+_LEASED: Final = "exists (select 1 from work_items i where i.run = r.id and i.lease_until > (select now from clock))"
+_CLAIMED: Final = "exists (select 1 from work_items i where i.run = r.id and i.claims > 0)"
+_DUE: Final = (
+    "exists (select 1 from work_items i where i.run = r.id and i.kind <> 'deliver' "
+    "and i.due_at <= (select now from clock))"
+)
+_STATUS: Final = f"""
+case {_STATE}
+    when 'unstarted' then
+        case when {_LEASED} then 'running' when not {_CLAIMED} then 'pending'
+            when {_DUE} then 'running' else 'suspended' end
+    when 'started' then case when {_LEASED} or {_DUE} then 'running' else 'suspended' end
+    else {_STATE}
 end"""
 _COUNTS: Final = ("runs", "events", "items")
 
@@ -32,37 +36,33 @@ _COUNTS: Final = ("runs", "events", "items")
 _CLOCK: Final = f"clock (namespace, now) as (select n.id, {NOW} from namespaces n where n.name = ?)"  # noqa: S608 - constant text
 _NOW: Final = "(select now from clock)"
 _NAMESPACE: Final = "(select namespace from clock)"
-#: Statuses of which an index has just the runs that may have them: the index, and its condition.
-_FEW: Final = {
-    RunStatus.STALLED: ("runs_stalled", "r.stalled is not null"),
-    RunStatus.PAUSED: ("runs_paused", "r.paused <> 0"),
-    RunStatus.PENDING: ("runs_unstarted", "r.started_at is null"),
-}
+#: Statuses that depend on a run's items.
+_BY_ITEMS: Final = (RunStatus.PENDING, RunStatus.RUNNING, RunStatus.SUSPENDED)
 #: So many runs that may be running are looked up; where there are more, the newest runs have them.
 _MOST_AWAKE: Final = 1000
-_FREE: Final = (
-    "work_items indexed by work_free where token is null and parked = 0 "
-    f"and namespace = {_NAMESPACE}"
-)
-#: Runs with a lease or a due item, up to one too many: by the queues and priorities of free items.
+#: Runs with a lease or a due item, up to one too many.
 _AWAKE: Final = f"""
-queues (queue) as (
-    select min(queue) from {_FREE}
-    union all select (select min(queue) from {_FREE} and queue > queues.queue) from queues
-    where queues.queue is not null
-), priorities (queue, priority) as (
-    select queue, (select max(priority) from {_FREE} and queue = queues.queue) from queues
-    where queue is not null
-    union all
-    select p.queue, (select max(priority) from {_FREE} and queue = p.queue and priority < p.priority)
-    from priorities p where p.priority is not null
+heads (id) as (
+    {HEADS.format(namespace=_NAMESPACE)}
 ), awake (run) as (
     select run from work_items indexed by work_held
     where token is not null and namespace = {_NAMESPACE}
     union all
-    select i.run from priorities p cross join work_items i indexed by work_free
-    on i.queue = p.queue and i.priority = p.priority
-    where i.token is null and i.parked = 0 and i.namespace = {_NAMESPACE} and i.due_at <= {_NOW}
+    select i.run from heads h cross join work_items w on w.id = h.id
+    cross join work_items i indexed by work_free
+    on i.queue = w.queue and i.workflow = w.workflow and i.kind = w.kind and i.priority = w.priority
+    where w.due_at <= {_NOW}
+    and i.token is null and i.parked = 0 and i.namespace = {_NAMESPACE} and i.due_at <= {_NOW}
+    limit {_MOST_AWAKE + 1}
+)"""  # noqa: S608 - constant text
+#: Runs of which an item was claimed, that of most unstarted ones never was; up to one too many.
+_TRIED: Final = f"""
+tried (run) as (
+    select run from work_items indexed by work_held
+    where token is not null and namespace = {_NAMESPACE}
+    union all
+    select run from work_items indexed by work_tried
+    where claims > 0 and token is null and namespace = {_NAMESPACE}
     limit {_MOST_AWAKE + 1}
 )"""  # noqa: S608 - constant text
 
@@ -96,7 +96,7 @@ async def list_runs(
     parts.add_asked(frozenset(RunStatus) if query.status is None else query.status)
     if not parts.sql:
         return Page(items=[])
-    clauses = ", ".join([_CLOCK, _AWAKE] if parts.awake else [_CLOCK])
+    clauses = ", ".join([_CLOCK, *parts.clauses])
     rows = await reader.fetch(
         f"with recursive {clauses} select {_NOW}, r.id, {RUN} "  # noqa: S608 - constant text
         f"from (select id from ({' union all '.join(parts.sql)}) order by id desc limit ?) p "
@@ -116,45 +116,57 @@ class _Parts:
     def __init__(self, below: int, workflow: str | None, limit: int) -> None:
         self._where = f"r.namespace = {_NAMESPACE} and r.id < ?"
         self._given: list[object] = [below]
-        self._index = "runs_by_final"
+        self._index = "runs_by_state"
         if workflow is not None:
             self._where += " and r.workflow = ?"
             self._given.append(workflow)
-            self._index = "runs_by_workflow"
+            self._index = "runs_by_workflow_state"
         self._limit = limit
         self.sql: list[str] = []
         self.values: list[object] = []
-        self.awake = False
-        """Whether a part reads ``awake``."""
+        self.clauses: list[str] = []
+        """What the parts read besides."""
 
     def add_asked(self, asked: Collection[RunStatus]) -> None:
-        """A part for each of the statuses; one for all that are open, when all are asked for."""
-        rest = [status for status in RunStatus if status in asked]
-        if all(status.is_terminal or status in asked for status in RunStatus):
-            rest = [status for status in rest if status.is_terminal]
-            self._add("r.final is null")
-        for status in rest:
-            if status.is_terminal:
-                self._add(f"r.final = '{status}'")
-                continue
-            condition = f"r.final is null and {_STATUS} = '{status}'"
-            if status in _FEW:
-                index, few = _FEW[status]
-                self._add(f"{few} and {condition}", source=f"runs r indexed by {index}")
-            elif status is RunStatus.RUNNING:
-                self.awake = True
-                found = "(select distinct run from awake) a cross join runs r on r.id = a.run"
-                self._add(condition, source=found, only=f"<= {_MOST_AWAKE}")
-                self._add(condition, only=f"> {_MOST_AWAKE}")
-            else:
-                self._add(condition)
+        """Parts for the statuses; without conditions where all runs of a state have them."""
+        for status in RunStatus:
+            if status in asked and status not in _BY_ITEMS:
+                self._add(status.value)
+        pending, running, suspended = (status in asked for status in _BY_ITEMS)
+        if running and suspended:
+            self._add("started")
+        elif suspended:
+            self._add("started", f"not {_LEASED} and not {_DUE}")
+        elif running:
+            self._add("started", f"({_LEASED} or {_DUE})", few="awake")
+            self.clauses.append(_AWAKE)
+        if pending and running and suspended:
+            self._add("unstarted")
+            return
+        if pending:
+            self._add("unstarted", f"not {_LEASED} and not {_CLAIMED}")
+        if running:
+            self._add("unstarted", f"({_LEASED} or {_CLAIMED} and {_DUE})", few="tried")
+        if suspended:
+            self._add("unstarted", f"{_CLAIMED} and not {_LEASED} and not {_DUE}", few="tried")
+        if running or suspended:
+            self.clauses.append(_TRIED)
 
-    def _add(self, condition: str, *, source: str | None = None, only: str | None = None) -> None:
-        limit = "?"
-        if only is not None:
-            limit = f"(select case when count(*) {only} then ? else 0 end from awake)"  # noqa: S608 - constant text
+    def _add(self, state: str, condition: str = "true", *, few: str | None = None) -> None:
+        """Runs of a state: if ``few`` has few, those that are in it, else by the index."""
+        condition = f"{_STATE} = '{state}' and {condition}"
+        source = f"runs r indexed by {self._index}"
+        if few is None:
+            self._select(source, condition, "?")
+            return
+        listed = f"(select distinct run from {few}) a cross join runs r on r.id = a.run"  # noqa: S608 - constant text
+        for where, bound in ((listed, f"<= {_MOST_AWAKE}"), (source, f"> {_MOST_AWAKE}")):
+            limit = f"(select case when count(*) {bound} then ? else 0 end from {few})"  # noqa: S608 - constant text
+            self._select(where, condition, limit)
+
+    def _select(self, source: str, condition: str, limit: str) -> None:
         self.sql.append(
-            f"select * from (select r.id as id from {source or f'runs r indexed by {self._index}'} "  # noqa: S608 - constant text
+            f"select * from (select r.id as id from {source} "  # noqa: S608 - constant text
             f"where {self._where} and {condition} order by r.id desc limit {limit})"
         )
         self.values += [*self._given, self._limit]
@@ -163,7 +175,7 @@ class _Parts:
 async def stats(reader: Reader, namespace: str) -> Mapping[str, int]:
     """Numbers of runs, per status, of events and of items."""
     rows = await reader.fetch(
-        f"with {_CLOCK} select coalesce(r.final, {_STATUS}) as status, count(*), sum(r.last_seq), "  # noqa: S608 - constant text
+        f"with {_CLOCK} select {_STATUS} as status, count(*), sum(r.last_seq), "  # noqa: S608 - constant text
         "sum((select count(*) from work_items i where i.run = r.id)) "
         f"from runs r where r.namespace = {_NAMESPACE} group by 1",
         (reader.shown(), namespace),

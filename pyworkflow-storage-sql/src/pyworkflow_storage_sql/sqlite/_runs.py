@@ -262,9 +262,9 @@ def _row(batch: Batch, run: LoadedRun) -> dict[str, object]:
 def export_keys(cursor: str | None, batch: Batch) -> Page[tuple[str, KeyMark]]:
     """Idempotency keys in their order; the cursor is the last one shown."""
     rows = batch.conn.execute(
-        "select key, owner, until from idempotency_keys where namespace = ? "
-        "and (? is null or key > ?) order by key limit ?",
-        (batch.namespace, cursor, cursor, _PAGE + 1),
+        "select key, owner, until from idempotency_keys where namespace = ? "  # noqa: S608 - constant text
+        f"and key {'>=' if cursor is None else '>'} ? order by key limit ?",
+        (batch.namespace, cursor or "", _PAGE + 1),
     ).fetchall()
     return Page(
         items=[

@@ -17,6 +17,7 @@ from pyworkflow.spi import (
     StorageDamaged,
     WorkItem,
 )
+from pyworkflow_storage_sql.sqlite._buckets import HEADS, HEADS_OF_QUEUES
 from pyworkflow_storage_sql.sqlite._rows import (
     CLAIMED_RUN,
     EVENT,
@@ -43,11 +44,18 @@ __all__ = [
 ]
 
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
-#: Of one queue and priority, in the order of the index.
+#: Of one bucket, in the order of the index.
 _FREE: Final = (
     "select i.priority, i.due_at, i.id from work_items i indexed by work_free "
     "where i.token is null and i.parked = 0 and i.namespace = ? and i.queue = ? "
-    "and i.priority = ? and i.due_at <= ?{filters} order by i.due_at, i.id limit ?"
+    "and i.workflow = ? and i.kind = ? and i.priority = ? and i.due_at <= ?{filters} "
+    "order by i.due_at, i.id limit ?"
+)
+#: The heads of all buckets, and of those of some queues, which are given as JSON.
+_HEADS: Final = (
+    "with recursive heads (id) as ({heads}) "
+    "select i.queue, i.workflow, i.kind, i.priority, i.due_at from heads h "
+    "cross join work_items i on i.id = h.id where {where}"
 )
 _HELD: Final = (
     "select i.priority, i.due_at, i.id from work_items i indexed by work_held "
@@ -57,16 +65,6 @@ _HELD_NEXT: Final = (
     "select i.free_at from work_items i indexed by work_held "
     "where i.token is not null and i.parked = 0 and i.namespace = ?{filters}"
 )
-_NEXT_QUEUE: Final = (
-    "select min(queue) from work_items indexed by work_free "
-    "where token is null and parked = 0 and namespace = ? and queue > ?"
-)
-_FIRST_QUEUE: Final = _NEXT_QUEUE.replace(" and queue > ?", "")
-_TOP_PRIORITY: Final = (
-    "select max(priority) from work_items indexed by work_free "
-    "where token is null and parked = 0 and namespace = ? and queue = ?"
-)
-_NEXT_PRIORITY: Final = _TOP_PRIORITY + " and priority < ?"
 _EVENT_BYTES: Final = 96
 
 _Due = tuple[int, int, int]
@@ -78,13 +76,14 @@ class _Filters:
     def __init__(
         self,
         *,
+        queues: frozenset[str] | None = None,
         kinds: frozenset[ItemKind] | None = None,
         workflows: frozenset[str] | None = None,
-        extra: str = "",
-        values: Sequence[object] = (),
     ) -> None:
-        self.sql = extra
-        self.values: list[object] = [*values]
+        self.queues = queues
+        """Asked for by ``heads``, and where ``sql`` is not behind it by the caller."""
+        self.sql = ""
+        self.values: list[object] = []
         if kinds is not None:
             self.sql += f" and i.kind in ({_marks(kinds)})"
             self.values += sorted(str(kind) for kind in kinds)
@@ -92,43 +91,52 @@ class _Filters:
             self.sql += f" and (i.kind = 'deliver' or i.workflow in ({_marks(workflows)}))"
             self.values += sorted(workflows)
 
+    def held(self) -> tuple[str, list[object]]:
+        """For what is not found by bucket: the queues as well."""
+        if self.queues is None:
+            return self.sql, self.values
+        return (
+            f"{self.sql} and i.queue in ({_marks(self.queues)})",
+            [*self.values, *sorted(self.queues)],
+        )
+
 
 def _marks(values: frozenset[Any]) -> str:
     return ", ".join("?" * len(values))
 
 
-def _queues(batch: Batch, asked: frozenset[str] | None) -> list[str]:
-    """The queues that may have something free, those asked for."""
-    if asked is not None and len(asked) <= 16:
-        return sorted(asked)
-    found: list[str] = []
-    row = batch.conn.execute(_FIRST_QUEUE, (batch.namespace,)).fetchone()
-    while row[0] is not None:
-        found.append(row[0])
-        row = batch.conn.execute(_NEXT_QUEUE, (batch.namespace, row[0])).fetchone()
-    return found if asked is None else [queue for queue in found if queue in asked]
+def _heads(batch: Batch, filters: _Filters) -> list[tuple[str, str, str, int, int]]:
+    """Queue, workflow, kind and priority of each bucket that fits; when its first item is due."""
+    if filters.queues is None:
+        heads = HEADS.format(namespace="?")
+        values: list[object] = [batch.namespace, batch.namespace]
+    elif filters.queues:
+        heads = HEADS_OF_QUEUES.format(queues=", ".join(["(?)"] * len(filters.queues)))
+        values = [batch.namespace, *sorted(filters.queues), batch.namespace]
+    else:
+        return []
+    sql = _HEADS.format(heads=heads, where=f"true{filters.sql}")
+    return batch.conn.execute(sql, (*values, *filters.values)).fetchall()
 
 
-def _due(batch: Batch, limit: int, queues: frozenset[str] | None, filters: _Filters) -> list[int]:
-    """Ids of items that can be claimed now: highest priority, then oldest due."""
+def _due(batch: Batch, limit: int, filters: _Filters, rung: int | None = None) -> list[int]:
+    """Ids of items that can be claimed now: highest priority, then oldest due.
+
+    With ``rung``, those alone that were not rung for after that.
+    """
     conn, namespace, now = batch.conn, batch.namespace, batch.micros
+    extra, values = "", []
+    if rung is not None:
+        extra, values = " and (i.rung_at is null or i.rung_at <= ?)", [rung]
+    sql = _FREE.format(filters=extra)
     found: list[_Due] = []
-    for queue in _queues(batch, queues):
-        taken = 0
-        row = conn.execute(_TOP_PRIORITY, (namespace, queue)).fetchone()
-        while row[0] is not None and taken < limit:
-            rows = conn.execute(
-                _FREE.format(filters=filters.sql),
-                (namespace, queue, row[0], now, *filters.values, limit - taken),
-            ).fetchall()
-            found += rows
-            taken += len(rows)
-            row = conn.execute(_NEXT_PRIORITY, (namespace, queue, row[0])).fetchone()
-    sql, values = _HELD.format(filters=filters.sql), [namespace, now, *filters.values]
-    if queues is not None:
-        sql += f" and i.queue in ({_marks(queues)})"
-        values += sorted(queues)
-    found += conn.execute(sql, values).fetchall()
+    for *bucket, due_at in _heads(batch, filters):
+        if due_at <= now:
+            found += conn.execute(sql, (namespace, *bucket, now, *values, limit)).fetchall()
+    held, asked = filters.held()
+    found += conn.execute(
+        _HELD.format(filters=held + extra), (namespace, now, *asked, *values)
+    ).fetchall()
     found.sort(key=lambda row: (-row[0], row[1], row[2]))
     return [row[2] for row in found[:limit]]
 
@@ -156,8 +164,8 @@ def claim(request: ClaimRequest, batch: Batch) -> Claimed:
     if request.limit <= 0:
         ids = []
     elif request.items is None:
-        filters = _Filters(kinds=request.kinds, workflows=request.workflows)
-        ids = _due(batch, request.limit, request.queues, filters)
+        filters = _Filters(queues=request.queues, kinds=request.kinds, workflows=request.workflows)
+        ids = _due(batch, request.limit, filters)
     else:
         ids = _named(batch, request)
     if not ids:
@@ -261,11 +269,8 @@ def announce(limit: int, mute: timedelta, batch: Batch) -> list[WorkItem]:
     """Due, free items that nobody rang for within ``mute``, in the order of claims."""
     if limit <= 0:
         return []
-    filters = _Filters(
-        extra=" and (i.rung_at is null or i.rung_at <= ?)", values=[to_micros(batch.now - mute)]
-    )
     found: list[WorkItem] = []
-    for item in _due(batch, limit, None, filters):
+    for item in _due(batch, limit, _Filters(), to_micros(batch.now - mute)):
         batch.writes()
         batch.conn.execute("update work_items set rung_at = ? where id = ?", (batch.micros, item))
         row = batch.conn.execute(
@@ -325,27 +330,12 @@ def next_due(
     queues: frozenset[str] | None, workflows: frozenset[str] | None, batch: Batch
 ) -> datetime | None:
     """When an item can be claimed next; in the past when one can be claimed now."""
-    conn, namespace = batch.conn, batch.namespace
-    filters = _Filters(workflows=workflows)
-    first: int | None = None
-    for queue in _queues(batch, queues):
-        row = conn.execute(_TOP_PRIORITY, (namespace, queue)).fetchone()
-        while row[0] is not None:
-            due = conn.execute(
-                "select i.due_at from work_items i indexed by work_free "  # noqa: S608 - constant text and marks
-                "where i.token is null and i.parked = 0 and i.namespace = ? and i.queue = ? "
-                f"and i.priority = ?{filters.sql} order by i.due_at limit 1",
-                (namespace, queue, row[0], *filters.values),
-            ).fetchone()
-            if due is not None and (first is None or due[0] < first):
-                first = due[0]
-            row = conn.execute(_NEXT_PRIORITY, (namespace, queue, row[0])).fetchone()
-    sql = _HELD_NEXT.format(filters=filters.sql)
-    values = [namespace, *filters.values]
-    if queues is not None:
-        sql += f" and i.queue in ({_marks(queues)})"
-        values += sorted(queues)
-    held = conn.execute(sql + " order by i.free_at limit 1", values).fetchone()
-    if held is not None and (first is None or held[0] < first):
-        first = held[0]
-    return None if first is None else from_micros(first)
+    filters = _Filters(queues=queues, workflows=workflows)
+    times = [head[4] for head in _heads(batch, filters)]
+    sql, values = filters.held()
+    held = batch.conn.execute(
+        _HELD_NEXT.format(filters=sql) + " order by i.free_at limit 1", (batch.namespace, *values)
+    ).fetchone()
+    if held is not None:
+        times.append(held[0])
+    return from_micros(min(times)) if times else None
