@@ -61,8 +61,7 @@ _LONGEST_WAIT: Final = 5.0
 #: No history is as long: who waits for more than this waits for the end.
 _NO_SEQ: Final = 2**31
 _ENDED: Final = [status.value for status in RunStatus if status.is_terminal]
-#: Open statuses that few runs have: what lists the runs that may have them.
-_FEW: Final = {"stalled": "stalled", "paused": "paused", "pending": "unstarted", "running": "awake"}
+_OPEN: Final = {status.value for status in RunStatus if not status.is_terminal}
 
 
 class RedisStorageBackend(StorageBackend):
@@ -535,10 +534,19 @@ def _name(text: str) -> bytes:
 
 
 def _open_lists(statuses: set[str]) -> list[str]:
-    """Where open runs with these statuses are found."""
-    if "suspended" in statuses:
+    """Where open runs with these statuses are found: lists, and what ``list.lua`` puts together."""
+    if statuses >= _OPEN:
         return ["open"]
-    return [name for status, name in _FEW.items() if status in statuses]
+    found = sorted({"stalled", "paused"} & statuses)
+    if "suspended" in statuses:
+        found.append("started")
+    elif "running" in statuses:
+        found.append("awake")
+    if "pending" in statuses:
+        found.append("unstarted")
+    elif "suspended" in statuses:
+        found.append("tried")
+    return found
 
 
 def _parse_cursor(cursor: str) -> int:

@@ -162,15 +162,15 @@ local function commit_one(h, arg)
     fields = true
     dels[#dels + 1] = name
   end
-  -- Whether it was and is in a list of open runs. Workers of 0.1.0 do not know the short ones: what
-  -- they left out is put in by the next change of the run.
-  local function relist(state, was, is)
-    was, is = exists and not final and was, not final and not h.fin and is
-    if is and (not was or state ~= 'open') then
-      list_run(state, row[1], run_id, workflow)
-    elseif was and not is then
-      unlist_run(state, run_id, workflow)
-    end
+  -- Workers of 0.1.0 do not know the lists per state: what they left out of the short ones is put in
+  -- by the next change of the run.
+  local function relist(old_seen)
+    local was = exists and state_of(final, stalled, paused, old_seen)
+    local is = not h.fin and state_of(final, new_stalled, new_paused, seen)
+    if was and was ~= is then unlist_run(was, run_id, workflow) end
+    if is and (is ~= was or is ~= 'started') then list_run(is, row[1], run_id, workflow) end
+    if is and not was then list_run('open', row[1], run_id, workflow) end
+    if was and not is then unlist_run('open', run_id, workflow) end
   end
   local function end_lease(it)
     it[OWNER], it[TOKEN], it[UNTIL] = false, false, false
@@ -431,10 +431,7 @@ local function commit_one(h, arg)
     end
     if #sets > 0 then in_parts('HSET', row_key, sets) end
     if #dels > 0 then call('HDEL', row_key, unpack(dels)) end
-    relist('open', true, true)
-    relist('unstarted', old_seen == 0, seen == 0)
-    relist('paused', paused, new_paused)
-    relist('stalled', stalled, new_stalled)
+    relist(old_seen)
     if h.fin then
       list_run(h.fin, row[1], run_id, workflow)
       call('ZADD', P .. 'ended', at_text, run_id)

@@ -46,9 +46,8 @@ for _, part in ipairs(delta.runs) do
     end
     local state = old[4] or 'open'
     call('ZREM', P .. 'ended', run_id)
-    for _, list in ipairs({ state, 'stalled', 'paused', 'unstarted' }) do
-      unlist_run(list, run_id, old[2] or '')
-    end
+    unlist_run(state, run_id, old[2] or '')
+    for _, list in ipairs(STATES) do unlist_run(list, run_id, old[2] or '') end
     events_total = events_total - part.length
     arg = arg + #part.items
   else
@@ -84,9 +83,9 @@ for _, part in ipairs(delta.runs) do
       list_run(state, row[1], run_id, workflow)
     end
     if old[2] and old[2] ~= row[2] then
-      for _, list in ipairs({ 'stalled', 'paused', 'unstarted' }) do unlist_run(list, run_id, old[2]) end
+      for _, list in ipairs(STATES) do unlist_run(list, run_id, old[2]) end
     end
-    list_few(row[1], run_id, workflow, row[4], row[6], row[3], row[7])
+    list_state(row[1], run_id, workflow, row[4], row[6], row[3], row[7])
     if row[5] then call('ZADD', P .. 'ended', row[5], run_id) end
     for _, id in ipairs(part.gone) do
       local it = load_item(run_id, id)

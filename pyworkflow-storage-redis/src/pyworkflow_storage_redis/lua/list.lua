@@ -15,21 +15,22 @@ local function fill(head)
   head.list, head.at, head.done = list, 1, #list < 2 * head.chunk
   if #list > 0 then head.below = '(' .. list[#list] end
 end
--- Open runs with a lease or a due item, newest first; nil: so many that the newest runs have them.
-local function awake()
+-- Runs of which an item is in one of the ranges that `each` adds, newest first; nil if there are many.
+local function runs_of(each)
   local runs, count, found = {}, 0, {}
   local function add(key, from, to)
+    if count > q.bound then return end
     for _, member in ipairs(call('ZRANGEBYSCORE', key, from, to, 'LIMIT', 0, q.bound + 1)) do
       local run_id = parse_member(member)
       if not runs[run_id] then runs[run_id], count = true, count + 1 end
     end
   end
-  add(P .. 'aside', '(' .. now_text, '+inf')
   for _, bucket in ipairs(call('SMEMBERS', P .. 'buckets')) do
-    if count > q.bound then return nil end
     add(P .. 'held:' .. bucket, '-inf', '+inf')
-    add(P .. 'due:' .. bucket, '-inf', now_text)
+    each(add, bucket)
   end
+  add(P .. 'aside', '-inf', '+inf')
+  each(add)
   if count > q.bound then return nil end
   for run_id in pairs(runs) do
     local row = call('HMGET', P .. 'run:' .. run_id, 'number', 'workflow')
@@ -46,12 +47,19 @@ local function awake()
   end
   return flat
 end
-for _, state in ipairs(states) do
-  local list
-  if state == 'awake' then
-    list = awake()
-    state = 'open'
-  end
+-- Runs with a lease or a due item: those that may be running. Runs with an item that was claimed: of
+-- the unstarted ones, those that are not pending.
+local function awake()
+  return runs_of(function(add, bucket)
+    if bucket then add(P .. 'due:' .. bucket, '-inf', now_text) end
+  end)
+end
+local function tried()
+  return runs_of(function(add, bucket)
+    if not bucket then add(P .. 'tried', '-inf', '+inf') end
+  end)
+end
+local function add_head(state, list)
   local key = P .. 'runs:' .. state
   if q.workflow then key = key .. ':' .. q.workflow end
   local head = { key = key, below = q.below and '(' .. q.below or '+inf', chunk = math.min(q.limit + 1, 200) }
@@ -61,6 +69,18 @@ for _, state in ipairs(states) do
     fill(head)
   end
   heads[#heads + 1] = head
+end
+for _, state in ipairs(states) do
+  if state == 'tried' then
+    add_head('unstarted', tried())
+  elseif state == 'awake' then
+    local list = awake()
+    add_head('started', list)
+    -- Where many are awake, the newest of these have them.
+    if not list then add_head('unstarted', tried()) end
+  else
+    add_head(state)
+  end
 end
 local more = false
 while true do

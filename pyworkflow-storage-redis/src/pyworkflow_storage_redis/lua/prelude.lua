@@ -103,6 +103,7 @@ end
 -- A bucket is one kind, priority, queue and workflow. due:B has the items that are free, by when
 -- they are due; held:B the leased ones, by when the lease ends. Items of paused runs, and leases
 -- that end before their item is due, are in `aside` alone, so that leases can be found by time.
+-- Free items that were claimed before are in `tried` as well.
 
 local function bucket_of(it, workflow)
   return it[KIND] .. ':' .. it[PRIORITY] .. ':' .. #it[QUEUE] .. ':' .. it[QUEUE] .. workflow
@@ -125,6 +126,8 @@ local function unplace(run_id, item_id, it, workflow)
   if it[TOKEN] then
     call('ZREM', P .. 'held:' .. bucket, member)
     call('ZREM', P .. 'aside', member)
+  elseif it[CLAIMS] > 0 then
+    call('ZREM', P .. 'tried', member)
   end
 end
 
@@ -134,6 +137,8 @@ local function place(run_id, item_id, it, workflow, paused)
   local held = it[TOKEN] and tonumber(it[UNTIL]) > tonumber(it[DUE])
   if it[TOKEN] and (parked or not held) then
     call('ZADD', P .. 'aside', it[UNTIL], member)
+  elseif not it[TOKEN] and it[CLAIMS] > 0 then
+    call('ZADD', P .. 'tried', 0, member)
   end
   if not parked then
     if held then
@@ -259,8 +264,16 @@ end
 
 -- Runs ----------------------------------------------------------------------------------------
 
--- Lists of runs by number, in whole and per workflow: open ones, and those of them that are stalled,
--- paused, or not started, so that a listing of few need not look at all.
+-- Lists of runs by number, in whole and per workflow: of each end, of all that are open, and of the
+-- open ones in each of these states. Started runs are running or suspended, by their items and the
+-- time; nearly all that have not started are pending.
+local STATES = { 'stalled', 'paused', 'unstarted', 'started' }
+
+local function state_of(final, stalled, paused, seen)
+  if final then return nil end
+  return stalled and 'stalled' or paused and 'paused' or tonumber(seen or 0) == 0 and 'unstarted' or 'started'
+end
+
 local function list_run(state, number, run_id, workflow)
   call('ZADD', P .. 'runs:' .. state, number, run_id)
   call('ZADD', P .. 'runs:' .. state .. ':' .. workflow, number, run_id)
@@ -272,10 +285,10 @@ local function unlist_run(state, run_id, workflow)
 end
 
 -- A row of `final`, `stalled`, `paused`, `seen_seq` as it is stored.
-local function list_few(number, run_id, workflow, final, stalled, paused, seen)
-  local few = { stalled = stalled, paused = paused, unstarted = tonumber(seen or 0) == 0 }
-  for _, state in ipairs({ 'stalled', 'paused', 'unstarted' }) do
-    if few[state] and not final then
+local function list_state(number, run_id, workflow, final, stalled, paused, seen)
+  local is = state_of(final, stalled, paused, seen)
+  for _, state in ipairs(STATES) do
+    if state == is then
       list_run(state, number, run_id, workflow)
     else
       unlist_run(state, run_id, workflow)
