@@ -556,7 +556,11 @@ class StorageBackend(ABC):
         return await wait_for_run(self.get_run, run_id, after, timeout)
 
     async def stats(self) -> Mapping[str, int]:
-        """Numbers about the store; at least ``runs`` and one count per status."""
+        """Numbers about the store; at least ``runs`` and one count per status.
+
+        For operators: it may count all runs, and nothing of the engine calls it. The default pages
+        through them.
+        """
         counts: dict[str, int] = {"runs": 0}
         async for run in self._every_run():
             counts["runs"] += 1
