@@ -54,6 +54,7 @@ from pyworkflow.storekit import (
     wakes_at,
 )
 from pyworkflow.storekit.remote import (
+    Calls,
     Loaded,
     Look,
     Poller,
@@ -267,7 +268,7 @@ class Connection:
         self.poller = poller
         self.alone = asyncio.Lock()
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.calls = Calls()
 
 
 class RemoteBackend(StorageBackend):
@@ -299,13 +300,16 @@ class RemoteBackend(StorageBackend):
             found = self._connection = self._bound.put(Connection(Poller(self._look)))
         return found
 
-    async def _run(self, work: Callable[[], Awaitable[T]]) -> T:
-        """``work`` alone on the connection; it is carried out even when the caller goes."""
+    async def _run(
+        self,
+        work: Callable[[], Awaitable[T]],
+        unwanted: Callable[[T], Awaitable[object]] | None = None,
+    ) -> T:
+        """``work`` alone on the connection; it is carried out even when the caller is cancelled."""
         connection = self._use()
-        task = asyncio.ensure_future(self._exclusive(connection, work))
-        connection.tasks.add(task)
-        task.add_done_callback(connection.tasks.discard)
-        return await asyncio.shield(task)
+        return await connection.calls.run(
+            lambda: self._exclusive(connection, work), unwanted=unwanted
+        )
 
     async def _exclusive(self, connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
         async with connection.alone:
@@ -329,7 +333,11 @@ class RemoteBackend(StorageBackend):
     async def _read(self, op: str, *arguments: object) -> Any:
         return await self._run(lambda: self._call(op, *arguments))
 
-    async def _write(self, work: Callable[[], Awaitable[tuple[T, Delta | None]]]) -> T:
+    async def _write(
+        self,
+        work: Callable[[], Awaitable[tuple[T, Delta | None]]],
+        unwanted: Callable[[T], Awaitable[object]] | None = None,
+    ) -> T:
         async def transaction() -> T:
             await self._call("begin")
             try:
@@ -340,7 +348,7 @@ class RemoteBackend(StorageBackend):
                 await self._call("end")
             return answer
 
-        return await self._run(transaction)
+        return await self._run(transaction, unwanted)
 
     async def open(self) -> None:
         await self.now()
@@ -353,7 +361,7 @@ class RemoteBackend(StorageBackend):
         if connection is None:
             return
         await connection.poller.close()
-        await asyncio.gather(*connection.tasks, return_exceptions=True)
+        await connection.calls.close()
         if connection.streams is not None:
             connection.streams[1].close()
             await connection.streams[1].wait_closed()
@@ -392,7 +400,11 @@ class RemoteBackend(StorageBackend):
                 await self._call("write", effects(list(taken.values())))
             return Claimed(claims=await self._claims(list(taken.values()), request), now=now), None
 
-        return await self._write(work)
+        return await self._write(work, self._release_all)
+
+    async def _release_all(self, claimed: Claimed) -> None:
+        for each in claimed.claims:
+            await self.release(each.ref)
 
     async def _claims(self, items: list[WorkItem], request: ClaimRequest) -> list[Claim]:
         budget = request.max_bytes

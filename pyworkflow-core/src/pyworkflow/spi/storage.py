@@ -329,7 +329,8 @@ class StorageBackend(ABC):
 
     Names differ when one byte of them differs. Those that users give (run id, idempotency key,
     workflow, step, queue, tag) have up to 255 bytes of UTF-8 and no NUL, those that the engine makes
-    (event keys, item ids, change keys) up to 512.
+    (event keys, item ids, change keys) up to 512. The engine enforces this for what is new; stores of
+    0.1 hold longer ones, and a backend stores each name that it is given.
 
     Refusals of ``commit``, in this order, with nothing written: ``RunExists`` (a create whose change key is
     the standing create's is a duplicate, hence success) or ``RunNotFound``; a duplicate is answered

@@ -9,12 +9,13 @@ the backend: it locks, reads, writes the delta and commits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Generic, TypeVar, overload
 
-from pyworkflow.errors import Refusal, RunClosed, RunNotFound
+from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import RunStatus, WorkItem
 from pyworkflow.spi._delta import Delta, KeyMark, Record, RunDelta
@@ -38,6 +39,8 @@ __all__ = [
     # the events of claims
     "history_after",
     "within",
+    # cancelled callers
+    "Calls",
     # one poller per object
     "Look",
     "Poller",
@@ -433,6 +436,67 @@ def within(events: Sequence[Event], budget: int) -> tuple[Sequence[Event], int]:
             return events[:place], total
         total += size
     return events, total
+
+
+class Calls:
+    """The calls of one storage object. Each is carried out, even when its caller is cancelled.
+
+    A call that begins after one was cancelled waits until that one has ended: a late claim cannot
+    be granted behind a later ``free``.
+    """
+
+    def __init__(self) -> None:
+        self._tasks = set[asyncio.Task[object]]()
+        self._cancelled = set[asyncio.Task[object]]()
+
+    async def run(
+        self,
+        work: Callable[[], Awaitable[T]],
+        *,
+        unwanted: Callable[[T], Awaitable[object]] | None = None,
+    ) -> T:
+        """The answer of ``work``, which runs in a task of its own.
+
+        Args:
+            work: A transaction from its begin to its commit, or a read.
+            unwanted: Called with the answer when its caller was cancelled. A claim passes a
+                function that releases what was claimed. It may call ``run``.
+        """
+        while self._cancelled:
+            await asyncio.wait(self._cancelled)
+        task = self._start(work())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._cancelled.add(task)
+            self._start(self._end(task, unwanted))
+            raise
+
+    def _start(self, work: Awaitable[T]) -> asyncio.Task[T]:
+        async def awaited() -> T:
+            return await work
+
+        task = asyncio.get_running_loop().create_task(awaited())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _end(
+        self, task: asyncio.Task[T], unwanted: Callable[[T], Awaitable[object]] | None
+    ) -> None:
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._cancelled.discard(task)
+        if unwanted is None or task.cancelled() or task.exception() is not None:
+            return
+        with contextlib.suppress(StorageError):  # what was claimed is due when its lease ends
+            await unwanted(task.result())
+
+    async def close(self) -> None:
+        """Return when all calls have ended. No further call may begin."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
