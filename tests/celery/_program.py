@@ -113,6 +113,19 @@ def gated(tag: str) -> str:
     return "gated"
 
 
+@step(dispatch="queue", retry_delay=0.05)
+async def clogging(tag: str, how: str) -> str:
+    """Blocks the event loop until the gate opens, as an async step should not."""
+    note(tag, "clogging")
+    end = time.monotonic() + PATIENCE
+    while not (GATES / tag).exists() and time.monotonic() < end:
+        if how == "sleeps":
+            time.sleep(0.05)  # noqa: ASYNC251 - as above
+        else:
+            sum(range(200_000))
+    return "clogged"
+
+
 @step(dispatch="queue")
 def spinning(tag: str) -> str:
     """Uses its thread's share of the interpreter until the gate opens."""
@@ -235,6 +248,12 @@ async def retrying(tag: str) -> str:
 async def waiting(tag: str) -> str:
     """A step that blocks."""
     return await gated(tag)
+
+
+@workflow
+async def clogged(tag: str, how: str) -> str:
+    """A step that blocks the event loop."""
+    return await clogging(tag, how)
 
 
 @workflow

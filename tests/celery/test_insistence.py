@@ -51,6 +51,39 @@ def test_who_insists_waits_for_no_step(fleet: Fleet, pool: str, number: int) -> 
     fleet.check(run_id)
 
 
+@pytest.mark.parametrize(
+    ("pool", "how", "number"),
+    [
+        ("prefork", "sleeps", INT),
+        ("threads", "sleeps", INT),
+        ("solo", "computes", INT),
+        pytest.param("prefork", "computes", TERM, marks=pytest.mark.long),
+        pytest.param("threads", "computes", TERM, marks=pytest.mark.long),
+        pytest.param("solo", "sleeps", TERM, marks=pytest.mark.long),
+    ],
+)
+def test_o01_the_second_signal_ends_a_worker_whose_event_loop_is_blocked(
+    fleet: Fleet, pool: str, how: str, number: int
+) -> None:
+    worker = fleet.worker(pool=pool, **LONG)
+    tag = new_tag()
+    run_id = fleet.start(_program.clogged, how, tag=tag)
+    fleet.begun(tag, "clogging")
+    children = worker.children()
+    worker.signal(number)
+    fleet.eventually(lambda: "another signal ends it" in worker.log, "it has heard")
+    heard = monotonic()
+    fleet.eventually(lambda: monotonic() - heard > AS_ONE * 2, "time passes")
+    worker.signal(number)
+    worker.wait()
+    assert all(map(gone, children))
+    # What it held is free since it is gone: the lease is five minutes.
+    fleet.worker(pool="threads", **LONG)
+    fleet.begun(tag, "clogging", 2)
+    fleet.open_gate(tag)
+    assert fleet.result(run_id) == "clogged"
+
+
 def test_an_interrupt_that_comes_twice_at_once_is_one(fleet: Fleet) -> None:
     worker = fleet.worker(**LONG)
     tag = new_tag()

@@ -41,6 +41,17 @@ def wait_for_a_file(path: str) -> int:
     return os.getpid()
 
 
+@step()
+async def block_the_loop(path: str) -> None:
+    open(path, "w").close()
+    time.sleep(120)
+
+
+@workflow()
+async def block(path: str) -> None:
+    await block_the_loop(path)
+
+
 @workflow()
 async def ask() -> int:
     return await where()
@@ -65,12 +76,12 @@ def project(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def dev(project: Path, *options: str) -> Iterator[Program]:
+def dev(project: Path, *options: str, drain: str = "5s") -> Iterator[Program]:
     """The command with all up; what it leaves in temporary folders is seen in one of its own."""
     temporary = project.parent / "temporary"
     temporary.mkdir(exist_ok=True)
     command = [str(BIN / "pyworkflow"), "dev", "flows.py", "--workers", "1", *options]
-    env = environment(TMPDIR=str(temporary), PYWORKFLOW_DRAIN="5s")
+    env = environment(TMPDIR=str(temporary), PYWORKFLOW_DRAIN=drain)
     with Program(command, env=env, cwd=project, log=project.parent / "log") as program:
         program.wait_for(UP)
         program.wait_for("export PYWORKFLOW_BROKER_URL")
@@ -114,7 +125,9 @@ def test_another_terminal_works_through_it_and_ctrl_c_leaves_the_store_alone(pro
         assert program.end(signal.SIGINT, timeout=30) == 0
         assert_nothing_is_left(project, stack)
         said = program.said()
-    assert re.search(r"^worker1 \| .*the worker has workflows: ask, wait$", said, re.MULTILINE)
+    assert re.search(
+        r"^worker1 \| .*the worker has workflows: ask, block, wait$", said, re.MULTILINE
+    )
     assert re.search(r"^worker1 \| .*Task ask\[.*\] received$", said, re.MULTILINE)
     assert "\033" not in said  # it is no terminal
     assert "WARNING" not in said  # of what is as it should be on a laptop
@@ -122,6 +135,24 @@ def test_another_terminal_works_through_it_and_ctrl_c_leaves_the_store_alone(pro
     assert said.index("Warm shutdown") < said.index("broker  | ", said.index("Warm shutdown"))
     shown = run(BIN / "pyworkflow", "runs", "list", env=environment(), cwd=project)
     assert "completed" in shown.stdout
+
+
+def test_o01_the_second_ctrl_c_ends_it_although_a_step_blocks_the_loop(project: Path) -> None:
+    with dev(project, drain="300s") as program:
+        begun = project / "begun"
+        code = f"import flows; flows.start(flows.block, {str(begun)!r})"
+        done = run(sys.executable, "-c", code, env=of_another_terminal(program), cwd=project)
+        assert done.returncode == 0, done.stderr + program.said()
+        until(begun.exists, "the step begins")
+        stack = descendants(program)
+        program.send(signal.SIGINT)
+        program.wait_for("ending: workers finish")
+        assert program.status is None
+        assert program.end(signal.SIGINT, timeout=60) == 0
+    until(lambda: not any(map(runs, stack)), "processes of the stack still run")
+    left = (project.parent / "temporary").iterdir()
+    # A folder of multiprocessing's, whose process had no time to remove it.
+    assert [path for path in left if not path.name.startswith("pymp-")] == []
 
 
 def test_a_worker_that_dies_is_started_again_and_a_broker_too(project: Path) -> None:
