@@ -11,7 +11,7 @@ import pytest
 
 from pyworkflow import step, workflow
 from pyworkflow._engine import outages as outages_module
-from pyworkflow._engine.outages import Backoff, Outages
+from pyworkflow._engine.outages import Backoff, OutageLog, Outages
 from pyworkflow.errors import StorageFull, StorageUnavailable
 from pyworkflow.spi import Claimed, ClaimRef, ClaimRequest
 from pyworkflow.storage.memory import MemoryStorageBackend
@@ -82,6 +82,54 @@ def test_found_m02_an_outage_is_logged_once_then_once_a_minute_then_at_its_end(
     outages.worked("claim")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "works again: operation=claim failures=700 seconds=4200" in line
+
+
+def test_found_m02_what_fails_and_works_in_turn_is_one_warning_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(outages_module, "monotonic", lambda: now)
+    caplog.set_level(logging.INFO, "test.outages")
+    log = OutageLog("the broker", logging.getLogger("test.outages"))
+    for _ in range(10):  # ten times twelve seconds
+        for _ in range(100):
+            log.failed("send", "nothing is sent", AWAY)
+            log.worked("send")
+        now += 12
+    shown = [record.getMessage() for record in caplog.records]
+    assert len(shown) == 4
+    assert shown[0] == "nothing is sent: the server cannot be reached"
+    assert shown[1].startswith("the broker works again: operation=send failures=1 seconds=0")
+    assert shown[2].startswith("nothing is sent: still failing: failures=501 seconds=60")
+    assert shown[3].startswith("the broker works again: operation=send failures=501 seconds=60")
+    # After a quiet minute an outage is a new one.
+    now += 120
+    caplog.clear()
+    log.failed("send", "nothing is sent", AWAY)
+    assert [r.getMessage() for r in caplog.records] == [shown[0]]
+
+
+def test_found_m02_a_server_that_stood_still_ends_the_pauses_when_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outages_module, "PROBE_EVERY_S", 0.01)
+
+    async def main() -> None:
+        asked, answers = asyncio.Event(), asyncio.Event()
+
+        async def probe() -> None:
+            asked.set()
+            await answers.wait()
+
+        outages = Outages(probe, "me")
+        pause = asyncio.create_task(outages.pause(600.0))
+        await asked.wait()
+        await asyncio.sleep(0.02)
+        answers.set()
+        await asyncio.wait_for(pause, 60)
+        outages.close()
+
+    asyncio.run(main())
 
 
 def test_found_m02_pauses_double_to_five_seconds_with_jitter() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from pyworkflow import Client, step, workflow
+from pyworkflow._config import Settings
 from pyworkflow._engine import keeper as keeper_module
 from pyworkflow._engine import leases, pipeline
 from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.pipeline import DIVISIBLE, Pipeline, StorageClock
-from pyworkflow._engine.waits import answered
 from pyworkflow.errors import StorageError, StorageUnavailable
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind
@@ -400,7 +400,7 @@ def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
         nonlocal keeper
         storage = Asked()
         keeper = keeper_module.LeaseKeeper(
-            storage, LEASE, LEASE / 3, print, outages=Outages(storage.now, "me")
+            storage, Settings(lease=LEASE), print, outages=Outages(storage.now, "me")
         )
         keeper.add(early)
         await keeper.after_pause(storage)
@@ -425,6 +425,7 @@ def test_a_read_is_asked_again_while_the_storage_is_unavailable() -> None:
                 raise StorageUnavailable("not now; try again")
             return number
 
+        answered = Outages(MemoryStorageBackend().now, "me").answered
         assert await answered(timedelta(seconds=60), answer, 7, fails=2) == 7
         assert asked == [7, 7, 7]
         with pytest.raises(StorageUnavailable):

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from pyworkflow.spi import Doorbell, Outcome, Runtime
+from pyworkflow.worker import Outages
 from pyworkflow_celery._refusals import Refusals
 
 __all__ = ["Host", "end_host", "host", "standing_host"]
@@ -45,6 +46,8 @@ class Host:
         self.draining_since: float | None = None
         self.busy = 0
         """Doorbells that are being handled."""
+        self.outages = Outages(self._ask_store, f"{os.getpid()}-{id(self)}", _log)
+        """What the log says of the store, and the sweeper's pauses."""
         self._refusals = Refusals()
         self._count = threading.Lock()
         self._opening = asyncio.Lock()
@@ -100,6 +103,9 @@ class Host:
                 await self._made.open()
                 self._runtime = self._made
             return self._runtime
+
+    async def _ask_store(self) -> None:
+        await (await self.runtime()).next_due()
 
     def handle(self, bell: Doorbell) -> Outcome:
         """See a doorbell through."""
@@ -190,6 +196,7 @@ class Host:
             self.loop.close()
 
     async def _close(self, last: bool) -> None:
+        self.outages.close()
         for task in list(self._tasks):
             task.cancel()
         if self._runtime is None:

@@ -13,11 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from time import monotonic
 from typing import Any
 
 from pyworkflow.spi import Doorbell
 from pyworkflow.storekit import failpoints
+from pyworkflow.worker import Backoff, OutageLog
 from pyworkflow_celery._config import is_redis, priority_of, queue_of
 
 __all__ = ["HANDLE", "Publisher", "flush_all", "publisher_for"]
@@ -39,9 +41,8 @@ _MOST = 10_000
 _TIMEOUT = 3.0
 """Seconds for one answer of the broker."""
 _CONNECT = 1.0
-_PAUSES = (0.5, 1.0, 2.0, 5.0)
-"""Seconds between attempts while the broker is down."""
-_TELL_EVERY = 60.0
+_SOON = 1.0
+"""Seconds after which a new message ends the pause before the next attempt."""
 _FLUSH = 1.5
 """Seconds that the end of a process waits for what is not sent yet."""
 
@@ -61,7 +62,8 @@ class _State:
     broken: bool = False
     closed: bool = False
     dropped: int = 0
-    failures: int = 0
+    put: int = 0
+    """Messages that were ever put in."""
 
 
 class Publisher:
@@ -74,7 +76,8 @@ class Publisher:
         self._thread: threading.Thread | None = None
         self._connection: Any = None
         self._producer: Any = None
-        self._told = 0.0
+        self._outages = OutageLog("the broker", _log, (Exception,))
+        self._backoff = Backoff(Random())
         self.between = threading.Lock()
         """Held while a message is on its way: a fork waits for it."""
 
@@ -92,6 +95,7 @@ class Publisher:
             if state.closed:
                 return
             state.queue.extend(messages)
+            state.put += len(messages)
             while len(state.queue) > _MOST:
                 state.queue.popleft()
                 state.dropped += 1
@@ -142,10 +146,18 @@ class Publisher:
             with self._news:
                 pause = self._settle(message, problem)
                 self._news.notify_all()
-                end = monotonic() + pause
-                while not self._state.closed and (left := end - monotonic()) > 0:
-                    self._news.wait(left)
+                self._wait(pause)
         self._disconnect()
+
+    def _wait(self, pause: float) -> None:
+        """Before the next attempt: a new message ends the pause after a second."""
+        state, began = self._state, monotonic()
+        put = state.put
+        while not state.closed:
+            end = began + (pause if state.put == put else min(pause, _SOON))
+            if (left := end - monotonic()) <= 0:
+                return
+            self._news.wait(left)
 
     def _next(self) -> _Message | None:
         """The next message, when there is one; None at the end."""
@@ -163,17 +175,19 @@ class Publisher:
         state = self._state
         state.sending = 0
         if problem is None or not self._may_pass(problem):
-            state.failures, state.broken = 0, False
-            if problem is not None:
+            state.broken = False
+            self._backoff.reset()
+            if problem is None:
+                self._outages.worked("send")
+            else:
                 # Such as one for a queue that the application refuses: the next may be sent.
                 state.dropped += 1
                 self._tell(problem, len(state.queue))
             return 0.0
         state.queue.appendleft(message)
         state.broken = True
-        state.failures += 1
         self._tell(problem, len(state.queue))
-        return _PAUSES[min(state.failures, len(_PAUSES)) - 1]
+        return self._backoff.seconds()
 
     def _try(self, message: _Message) -> Exception | None:
         problem: Exception | None = None
@@ -276,17 +290,11 @@ class Publisher:
                 _log.debug("a connection to the broker could not be closed", exc_info=True)
 
     def _tell(self, problem: Exception, waiting: int) -> None:
-        now = monotonic()
-        if self._told and now - self._told < _TELL_EVERY:
-            return
-        self._told = now
-        _log.warning(
-            "the broker does not take messages: broker=%s waiting=%d dropped=%d: %s: %s; nothing "
-            "is lost: runs go on when it answers, or when a sweep rings",
-            self._place(),
-            waiting,
-            self._state.dropped,
-            type(problem).__name__,
+        self._outages.failed(
+            "send",
+            f"the broker does not take messages: broker={self._place()} waiting={waiting} "
+            f"dropped={self._state.dropped}; nothing is lost: runs go on when it answers, or when "
+            "a sweep rings",
             problem,
         )
 

@@ -10,12 +10,11 @@ import logging
 import random
 from time import monotonic
 
-from pyworkflow.errors import ConfigurationError, StorageError
+from pyworkflow.errors import ConfigurationError
+from pyworkflow.worker import Backoff
 from pyworkflow_celery._process import Host
 
 __all__ = ["sweep_for_ever"]
-
-_log = logging.getLogger("pyworkflow.celery")
 
 _SWEEP = 100
 """Items of one sweep."""
@@ -31,37 +30,28 @@ _ASKED = 4
 """Every how many such looks the store is asked whether something still waits."""
 _GONE = 2.0
 """Seconds between looks for processes of this machine that are gone and held something."""
-_PAUSES = (0.25, 1.0, 2.0, 5.0)
-_TELL_EVERY = 60.0
 
 
 async def sweep_for_ever(standing: Host) -> None:
     """Sweep until the host drains."""
-    failures, told, looks, looked = 0, 0.0, 0, monotonic()
+    outages = standing.outages
+    backoff = Backoff(outages.jitter)
+    looks, looked = 0, monotonic()
     while not standing.draining:
         try:
             if monotonic() - looked > _GONE:
                 looked = monotonic()
                 await (await standing.runtime()).free_gone()
             looks = await _sweep_once(standing, looks)
-        except StorageError as exc:
-            pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
-            failures += 1
-            if not told or monotonic() - told > _TELL_EVERY:
-                told = monotonic()
-                _log.warning("no sweep, the storage does not answer: %s", exc)
-            # Not all sweepers come back to the store in the same moment.
-            await asyncio.sleep(pause * random.uniform(0.75, 1.0))
         except ConfigurationError as exc:
-            if not told or monotonic() - told > _TELL_EVERY:
-                told = monotonic()
-                _log.error("no sweep, this worker cannot work: %s", exc)
-            await asyncio.sleep(_PAUSES[-1])
-        except Exception:  # noqa: BLE001 - a backend's own bug must not end the sweeper
-            _log.exception("no sweep: the storage failed in an unexpected way")
-            await asyncio.sleep(_PAUSES[-1])
+            outages.failed("sweep", "no sweep, this worker cannot work", exc, level=logging.ERROR)
+            await outages.pause(backoff.seconds(exc))
+        except Exception as exc:  # noqa: BLE001 - a backend's own bug must not end the sweeper
+            outages.failed("sweep", "no sweep, the storage does not answer", exc)
+            await outages.pause(backoff.seconds(exc))
         else:
-            failures, told = 0, 0.0
+            backoff.reset()
+            outages.worked("sweep")
 
 
 async def _sweep_once(standing: Host, looks: int) -> int:

@@ -98,6 +98,7 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
         if failpoints.active:
             failpoints.hit("celery.after_receive")
         outcome = Outcome.BUSY if standing.draining else standing.handle(bell)
+        standing.outages.worked("doorbell")
     except (ConfigurationError, PluginNotFound, SchemaTooNew) as exc:
         _log.error("this worker cannot work: %s", exc)
         hops = getattr(request, "pyworkflow_hops", 0)
@@ -108,7 +109,10 @@ def _handle(app: Any, request: Any, bell: Doorbell) -> str:
         sleep(_CANNOT)
         return "misconfigured"
     except StorageError as exc:
-        _log.warning("a doorbell was dropped, a sweep rings again: %s run_id=%s", exc, bell.run_id)
+        process_host(app).outages.failed(
+            "doorbell", "doorbells are dropped, sweeps ring again", exc
+        )
+        _log.debug("a doorbell was dropped: %s run_id=%s", exc, bell.run_id)
         return "storage unavailable"
     if outcome is Outcome.BUSY and standing.draining:
         # This process is about to end, and the item may be free.
@@ -157,9 +161,11 @@ def _sweep(app: Any) -> int:
 
     try:
         standing = process_host(app)
-        return 0 if standing.draining else standing.sweep()
+        rang = 0 if standing.draining else standing.sweep()
+        standing.outages.worked("sweep by message")
+        return rang
     except StorageError as exc:
-        _log.warning("no sweep: %s", exc)
+        process_host(app).outages.failed("sweep by message", "no sweep", exc)
     except (ConfigurationError, PluginNotFound) as exc:
         _log.error("this worker cannot work: %s", exc)
     return 0

@@ -13,6 +13,7 @@ from typing import cast
 from pyworkflow import _plugins
 from pyworkflow._config import Settings, provisional_settings, settings
 from pyworkflow._definitions import workflow_names
+from pyworkflow._engine.outages import Backoff, OutageLog, Outages
 from pyworkflow._engine.serve import serve_here
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import configured_storage
@@ -24,6 +25,9 @@ from pyworkflow.spi.executor import Doorbell, Runtime
 from pyworkflow.spi.storage import StorageBackend
 
 __all__ = [
+    "Backoff",
+    "OutageLog",
+    "Outages",
     "Settings",
     "create_runtime",
     "import_modules",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import socket
+import threading
+import time
+from itertools import pairwise
 
 import pytest
 from celery import Celery
@@ -130,6 +134,44 @@ def test_what_could_not_be_sent_is_sent_when_the_broker_answers(broker, publishe
         lambda: [body_of(m)[1]["item_id"] for m in messages(broker)][-1:] == ["second"],
         "the second doorbell",
     )
+
+
+def test_found_m02_a_brokers_outage_is_backed_off_from_and_logged_once(broker, caplog):
+    caplog.set_level(logging.INFO, "pyworkflow.celery")
+    publisher = Publisher(app_on(broker.url))
+    tries, pauses, send, wait = [], [], publisher._try, publisher._wait
+    publisher._try = lambda message: tries.append(message) or send(message)
+    publisher._wait = lambda pause: pauses.append(pause) or wait(min(pause, 0.01))
+    broker.kill()
+    publisher.notify([Doorbell("r", "only")])
+    until(lambda: len(pauses) >= 9, "nine attempts")
+    assert 0 < pauses[0] <= 0.05
+    assert all(earlier < later for earlier, later in pairwise(pauses[:6]))
+    assert all(3.75 <= pause <= 5.0 for pause in pauses[7:9])
+    broker.start()
+    until(lambda: publisher.flush(1), "the message is sent")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("the broker does not take messages")
+    assert lines[1].startswith(f"the broker works again: operation=send failures={len(tries) - 1}")
+    publisher.close()
+
+
+def test_found_m02_a_new_message_ends_a_long_pause_after_a_second():
+    publisher = Publisher(app_on(closed_port()))
+    began = time.monotonic()
+
+    def put():
+        with publisher._news:
+            publisher._state.put += 1
+            publisher._news.notify()
+
+    timer = threading.Timer(0.1, put)
+    timer.start()
+    with publisher._news:
+        publisher._wait(600.0)
+    timer.join()
+    assert 1.0 <= time.monotonic() - began < 60
 
 
 def test_a_broker_that_does_not_answer_is_given_up_within_seconds(broker, make_proxy, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from celery import Celery
 from pyworkflow._config import Settings
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.spi import Doorbell, Outcome
+from pyworkflow.worker import Outages
 from pyworkflow_celery import _process, _shutdown, _sweeper, _worker
 from pyworkflow_celery._attach import equip
 from pyworkflow_celery._process import Host
@@ -237,13 +239,25 @@ def test_a_sweeper_outlives_a_store_that_does_not_answer(caplog):
         return runtime
 
     host.runtime = opened
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_sweeper, "_PAUSES", (0.001,))
-        asyncio.run(_sweeper.sweep_for_ever(host))
+    host.outages = Outages(opened, "me", logging.getLogger("pyworkflow.celery"))
+    caplog.set_level(logging.INFO, "pyworkflow.celery")
+    asyncio.run(_sweeper.sweep_for_ever(host))
     assert runtime.swept == 1
-    assert [r.getMessage() for r in caplog.records] == [
-        "no sweep, the storage does not answer: away"
-    ]
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first == "no sweep, the storage does not answer: away"
+    assert last.startswith("the storage works again: operation=sweep failures=2 ")
+
+
+def test_found_m02_doorbells_dropped_in_an_outage_are_one_line(host_on, monkeypatch, caplog):
+    host = host_on(Runtime(opens=False))
+    monkeypatch.setattr(_worker, "process_host", lambda app: host)
+    app = Celery("x", set_as_current=False)
+    equip(app)
+    task = app.tasks["pyworkflow.handle"]
+    answers = {task(run_id=f"r{number}", item_id="turn") for number in range(50)}
+    assert answers == {f"turn of r{number}: storage unavailable" for number in range(50)}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "doorbells are dropped, sweeps ring again: away"
 
 
 # --- checks before the pool starts --------------------------------------------------------------

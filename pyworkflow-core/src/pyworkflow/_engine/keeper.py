@@ -15,10 +15,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from time import monotonic
 
-from pyworkflow._engine.outages import Outages
+from pyworkflow._config import Settings
+from pyworkflow._engine.outages import Backoff, Outages
 from pyworkflow._engine.renewals import RenewalProcess
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.spi.storage import ClaimRef, StorageBackend
@@ -43,7 +44,6 @@ _QUIET = 10
 """Leases without such a delay after which the process beside the worker ends."""
 _STARTS = 3
 """How often a process beside the worker is started, should it end by itself."""
-_FIRST_PAUSE_S = 0.1
 _NO_CLAIM = ClaimRef("-", "-", "-")
 
 
@@ -52,22 +52,21 @@ class LeaseKeeper:
 
     Args:
         storage: The worker's; the thread uses a clone of it.
-        start_process: Starts a process that renews beside the worker; None when there can be none.
+        settings: With the times of leases, and the URL for a process that renews beside the worker.
+        on_lost: Called in the worker's loop with each claim that another worker has.
     """
 
     def __init__(
         self,
         storage: StorageBackend,
-        lease: timedelta,
-        renew_every: timedelta,
+        settings: Settings,
         on_lost: Callable[[ClaimRef], None],
         *,
         outages: Outages,
-        start_process: Callable[[], RenewalProcess | None] | None = None,
     ) -> None:
         self._storage = storage
-        self._lease = lease
-        self._every = renew_every.total_seconds()
+        self._lease = settings.lease
+        self._every = settings.renew_every.total_seconds()
         self._tick = min(self._every / 2, LONGEST_TICK_S)
         self._on_lost = on_lost
         self._outages = outages
@@ -88,8 +87,13 @@ class LeaseKeeper:
         """Renews in place of the thread, when none can start."""
         self._ready: asyncio.Future[None] | None = None
         self._is_open = False
-        self._failures = 0
-        self._start_process = start_process
+        self._backoff = Backoff(outages.jitter)
+        self._retry_s: float | None = None
+        """Seconds until the next try, after one that failed."""
+        self._start_process: Callable[[], RenewalProcess | None] | None = partial(
+            RenewalProcess.start, settings, storage
+        )
+        """None when there can be none."""
         self._starts = 0
         self._late_at = 0.0
         self._process: RenewalProcess | None = None
@@ -246,9 +250,7 @@ class LeaseKeeper:
 
     def _pause(self) -> float:
         """Seconds between renewals: half of ``renew_every``, less while they fail."""
-        if not self._failures:
-            return self._every / 2
-        return min(self._every / 2, _FIRST_PAUSE_S * (1 << min(self._failures, 10)))
+        return self._every / 2 if self._retry_s is None else min(self._every / 2, self._retry_s)
 
     async def _opened(self) -> StorageBackend | None:
         """Open the connection, and send one statement over it: later ones are prepared then."""
@@ -284,10 +286,12 @@ class LeaseKeeper:
             kept = await storage.renew(refs, self._lease)
             lost = [ref for ref, ok in zip(refs, kept, strict=True) if not ok]
         except Exception as exc:  # noqa: BLE001 - a backend's bug must not end renewal
-            self._failures += 1
             self._outages.failed("renew", "leases cannot be renewed", exc)
+            self._retry_s = self._backoff.seconds(exc)
             return storage
-        self._failures = 0
+        if self._retry_s is not None:
+            self._retry_s = None
+            self._backoff.reset()
         self._outages.worked("renew")
         with self._lock:
             if self._process is not None:

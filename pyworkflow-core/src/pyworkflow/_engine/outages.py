@@ -1,8 +1,8 @@
-"""Outages of the store: how long each loop of a worker pauses, and what the log says.
+"""Outages of the store or broker: how long each loop pauses, and what the log says.
 
-Every loop backs off exponentially to 5 s. Meanwhile one cheap call a second or so asks for the
-store's clock: when it is answered again, all loops try at once. The log has the first failure of
-each operation, then one line a minute with a count, and one line at recovery.
+Every loop backs off exponentially to 5 s. Meanwhile one cheap call a second or so asks the store:
+when it is answered again, all loops try at once. The log has the first failure of each operation,
+then one line a minute with a count, and one line at recovery.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from math import inf
 from random import Random
 from time import monotonic
+from typing import ParamSpec, TypeVar
 
-from pyworkflow.errors import StorageError, StorageUnavailable
+from pyworkflow.errors import (
+    ConfigurationError,
+    StorageError,
+    StorageUnavailable,
+    WorkflowError,
+)
 
-__all__ = ["Backoff", "Outages"]
+__all__ = ["Backoff", "OutageLog", "Outages"]
 
-_log = logging.getLogger("pyworkflow.engine")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
@@ -34,64 +43,115 @@ _PROBE_TIMEOUT_S = 5.0
 class _Outage:
     since: float
     logged: float
+    failed: float = 0.0
     failures: int = 0
+    is_over: bool = False
+    is_shown: bool = False
+    """It was logged since the last line about recovery."""
 
 
-class Outages:
-    """The failures of one worker's store. ``failed`` and ``worked`` may be called by any thread.
+class OutageLog:
+    """What the log says of failures. Its methods may be called by any thread.
+
+    An operation has at most one warning a minute, also when it fails and works in turn.
+
+    Args:
+        subject: What fails, for the line at recovery.
+        log: The logger.
+        expected: Errors without a traceback in the log.
+    """
+
+    def __init__(
+        self,
+        subject: str,
+        log: logging.Logger,
+        expected: tuple[type[Exception], ...] = (StorageError, ConfigurationError),
+    ) -> None:
+        self._subject = subject
+        self._log = log
+        self._expected = expected
+        self._lock = threading.Lock()
+        self._outages: dict[str, _Outage] = {}
+        self._failing = 0
+        """Operations whose outage is not over."""
+
+    def failed(
+        self,
+        operation: str,
+        message: str,
+        problem: BaseException,
+        *,
+        level: int = logging.WARNING,
+    ) -> None:
+        """An operation failed. ``message`` is logged unless it was within the last minute."""
+        now = monotonic()
+        with self._lock:
+            outage = self._outages.get(operation)
+            if outage is None or outage.is_over:
+                self._failing += 1
+            if outage is None or (outage.is_over and now - outage.failed > LOG_EVERY_S):
+                outage = self._outages[operation] = _Outage(now, -inf)
+            outage.failed, outage.is_over = now, False
+            outage.failures += 1
+            if now - outage.logged < LOG_EVERY_S:
+                return
+            outage.logged, outage.is_shown = now, True
+            failures, seconds = outage.failures, now - outage.since
+        text = _text(problem)
+        traceback = None if isinstance(problem, self._expected) else problem
+        if failures == 1:
+            self._log.log(level, "%s: %s", message, text, exc_info=traceback)
+        else:
+            self._log.log(
+                level,
+                "%s: still failing: failures=%d seconds=%.0f: %s",
+                message,
+                failures,
+                seconds,
+                text,
+                exc_info=traceback,
+            )
+
+    def worked(self, operation: str) -> None:
+        """An operation succeeded: its outage, if there was one, is over."""
+        if not self._failing:
+            return
+        with self._lock:
+            outage = self._outages.get(operation)
+            if outage is None or outage.is_over:
+                return
+            self._failing -= 1
+            outage.is_over = True
+            shown, outage.is_shown = outage.is_shown, False
+        if shown:
+            self._log.info(
+                "%s works again: operation=%s failures=%d seconds=%.1f",
+                self._subject,
+                operation,
+                outage.failures,
+                monotonic() - outage.since,
+            )
+
+
+class Outages(OutageLog):
+    """The failures of one worker's store, and the pauses of its loops.
 
     Args:
         probe: A cheap read of the store, called in the loop that ``pause`` is awaited in.
         seed: Of the jitter; workers have different ones.
     """
 
-    def __init__(self, probe: Callable[[], Awaitable[object]], seed: str) -> None:
+    def __init__(
+        self,
+        probe: Callable[[], Awaitable[object]],
+        seed: str,
+        log: logging.Logger = logging.getLogger("pyworkflow.engine"),  # noqa: B008 - one for all
+    ) -> None:
+        super().__init__("the storage", log)
         self._probe = probe
         self.jitter = Random(seed)
-        self._lock = threading.Lock()
-        self._outages: dict[str, _Outage] = {}
         self._waiting: set[asyncio.Future[None]] = set()
         self._prober: asyncio.Task[None] | None = None
-
-    def failed(self, operation: str, message: str, problem: BaseException) -> None:
-        """An operation failed. ``message`` is logged unless it was within the last minute."""
-        now = monotonic()
-        with self._lock:
-            outage = self._outages.get(operation)
-            if outage is None:
-                outage = self._outages[operation] = _Outage(now, now)
-            elif now - outage.logged < LOG_EVERY_S:
-                outage.failures += 1
-                return
-            outage.logged = now
-            outage.failures += 1
-            failures, seconds = outage.failures, now - outage.since
-        unexpected = None if isinstance(problem, StorageError) else problem
-        if failures == 1:
-            _log.warning("%s: %s", message, _text(problem), exc_info=unexpected)
-        else:
-            _log.warning(
-                "%s: still failing: failures=%d seconds=%.0f: %s",
-                message,
-                failures,
-                seconds,
-                _text(problem),
-                exc_info=unexpected,
-            )
-
-    def worked(self, operation: str) -> None:
-        """An operation succeeded: its outage, if there was one, is over."""
-        if not self._outages:
-            return
-        with self._lock:
-            outage = self._outages.pop(operation, None)
-        if outage is not None:
-            _log.info(
-                "the storage works again: operation=%s failures=%d seconds=%.1f",
-                operation,
-                outage.failures,
-                monotonic() - outage.since,
-            )
 
     async def pause(self, seconds: float) -> None:
         """Wait for so long, or until a probe is answered after one that was not."""
@@ -106,6 +166,33 @@ class Outages:
             self._waiting.discard(back)
             back.cancel()
 
+    async def answered(
+        self,
+        patience: timedelta,
+        ask: Callable[P, Awaitable[T]],
+        *args: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        """The storage's answer; while it is unavailable it is asked again, for so long.
+
+        A claim whose worker gives up runs out only when its lease does.
+        """
+        end = monotonic() + patience.total_seconds()
+        backoff: Backoff | None = None
+        while True:
+            try:
+                answer = await ask(*args, **named)
+            except StorageUnavailable as exc:
+                self.failed("read", "a run cannot be read", exc)
+                backoff = backoff or Backoff(self.jitter)
+                pause = backoff.seconds(exc)
+                if monotonic() + pause > end:
+                    raise
+            else:
+                self.worked("read")
+                return answer
+            await self.pause(pause)
+
     async def _probe_while_waiting(self) -> None:
         was_down = False
         idle_since: float | None = None
@@ -115,13 +202,15 @@ class Outages:
             idle_since = None if self._waiting else idle_since or monotonic()
             if not self._waiting:
                 continue
+            asked = monotonic()
             try:
                 async with asyncio.timeout(_PROBE_TIMEOUT_S):
                     await self._probe()
             except Exception:  # noqa: BLE001 - whatever it is, the store is not back
                 was_down = True
                 continue
-            if was_down:
+            # A server that stood still answers late what it was asked meanwhile.
+            if was_down or monotonic() - asked > PROBE_EVERY_S:
                 was_down = False
                 self.hurry()
 
@@ -160,4 +249,6 @@ class Backoff:
 
 
 def _text(problem: BaseException) -> str:
-    return str(problem) if isinstance(problem, StorageError) else repr(problem)
+    if isinstance(problem, WorkflowError):
+        return str(problem)
+    return f"{type(problem).__name__}: {problem}".removesuffix(": ")

@@ -17,10 +17,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from random import Random
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow._engine.lease_table import LeaseTable, shared_memory
+from pyworkflow._engine.outages import Backoff
 from pyworkflow.storekit.failpoints import VARIABLE
 
 if TYPE_CHECKING:
@@ -149,15 +151,20 @@ async def _renew_until_end(given: Mapping[str, Any]) -> None:
     table = LeaseTable(given["table"])
     lease = timedelta(seconds=given["lease"])
     tick = min(given["every"] / 2, LONGEST_TICK_S)
+    backoff = Backoff(Random())
     try:
         while not ended.is_set() and os.getppid() == given["parent"]:
+            pause = tick
             try:
                 await storage.open()
                 await _renew_if_late(storage, table, lease, given["every"])
             except Exception as exc:  # noqa: BLE001 - it tries again, and the worker reports outages
                 _log.debug("leases could not be renewed from outside: %r", exc)
+                pause = max(tick, backoff.seconds(exc))
+            else:
+                backoff.reset()
             try:
-                async with asyncio.timeout(tick):
+                async with asyncio.timeout(pause):
                     await ended.wait()
             except TimeoutError:
                 continue

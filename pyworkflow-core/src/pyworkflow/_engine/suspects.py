@@ -15,7 +15,6 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from pyworkflow._engine.waits import answered
 from pyworkflow.errors import StorageError
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ItemKind, WorkItem
@@ -149,9 +148,9 @@ async def is_poison(worker: Worker, claim: Claim) -> bool:
     run = claim.run
     if claim.item.claims <= POISON or run.stalled is not None:
         return False
-    ask = worker.storage.get_events
+    lease, ask = worker.settings.lease, worker.storage.get_events
     idle = 0
-    for event in reversed(await answered(worker.settings.lease, ask, run.run_id)):
+    for event in reversed(await worker.outages.answered(lease, ask, run.run_id)):
         if event.klass != EventClass.OBSERVATION:
             break
         idle += event.type == EventType.WORKFLOW_SUSPENDED

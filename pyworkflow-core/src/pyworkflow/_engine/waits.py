@@ -1,19 +1,10 @@
-"""How long a worker waits: for what is due next, and for a storage that does not answer."""
+"""How long a worker waits for what is due next."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
-from time import monotonic
-from typing import ParamSpec, TypeVar
+from datetime import datetime
 
-from pyworkflow.errors import StorageUnavailable
-
-__all__ = ["Awaited", "answered"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+__all__ = ["Awaited"]
 
 _SOON = 0.01
 _LONGEST = 1.0
@@ -42,22 +33,3 @@ class Awaited:
         self._last = due, left
         self._vain = min(self._vain + 1, _DOUBLINGS) if left < _SOON or stands else 0
         return min(max(left, _SHORTEST * (1 << self._vain)), _LONGEST)
-
-
-async def answered(
-    patience: timedelta, ask: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
-) -> T:
-    """The storage's answer; while it is unavailable it is asked again, for so long.
-
-    A claim whose worker gives up runs out only when its lease does.
-    """
-    end = monotonic() + patience.total_seconds()
-    pause = 0.05
-    while True:
-        try:
-            return await ask(*args, **named)
-        except StorageUnavailable:
-            if monotonic() + pause > end:
-                raise
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, 1.0)

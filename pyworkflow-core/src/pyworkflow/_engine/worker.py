@@ -35,14 +35,12 @@ from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.owner import free_gone, free_process, new_owner
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.recovery import Recovery
-from pyworkflow._engine.renewals import RenewalProcess
 from pyworkflow._engine.serving import Serving
 from pyworkflow._engine.session import Session
 from pyworkflow._engine.steps import StepEnd, StepRunner, StepTry
 from pyworkflow._engine.straight import Roads
 from pyworkflow._engine.suspects import POISONED, Suspects, is_poison
 from pyworkflow._engine.unfit import UnfitRuns
-from pyworkflow._engine.waits import answered
 from pyworkflow._portable import import_listed, note_imports
 from pyworkflow._replay._cpython import Batch, prepare
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound, StorageDamaged, StorageError
@@ -124,14 +122,7 @@ class Worker:
         )
         self.runner.worker = self
         self.end_process = end_process
-        self.leases = LeaseKeeper(
-            storage,
-            settings.lease,
-            settings.renew_every,
-            self._lost,
-            outages=self.outages,
-            start_process=lambda: RenewalProcess.start(settings, storage),
-        )
+        self.leases = LeaseKeeper(storage, settings, self._lost, outages=self.outages)
         self.suspects = Suspects(self)
         self.recovery = Recovery(self)
         self.roads = Roads()
@@ -499,7 +490,8 @@ class Worker:
         if claim.cut or live.replay.fed < claim.after:
             try:
                 fed, ask = live.replay.fed, self.storage.get_events
-                events = await answered(self.settings.lease, ask, run.run_id, after=fed)
+                lease = self.settings.lease
+                events = await self.outages.answered(lease, ask, run.run_id, after=fed)
             except StorageDamaged as damage:
                 await session.stall_for(damage)
                 return False
@@ -519,7 +511,7 @@ class Worker:
     async def continue_turn(self, item: WorkItem, answer: Committed, own: Sequence[Event]) -> None:
         """Drive the turn that came with the answer to a step's result."""
         patience = self.settings.lease / 2  # nobody renews the claim yet
-        run = await answered(patience, self.storage.get_run, item.run_id)
+        run = await self.outages.answered(patience, self.storage.get_run, item.run_id)
         if run is None:
             return
         live = self.kept.runs.get(item.run_id)
@@ -527,7 +519,8 @@ class Worker:
         events: Sequence[Event] = sorted([*own, *answer.unseen_events], key=lambda e: e.seq)
         if live is None or live.replay.fed < after:
             after = 0 if live is None else live.replay.fed
-            events = await answered(patience, self.storage.get_events, item.run_id, after=after)
+            read = self.storage.get_events
+            events = await self.outages.answered(patience, read, item.run_id, after=after)
         claim = Claim(item=item, run=run, events=events, after=after)
         self.begin_turn(claim, resumed=False)
 

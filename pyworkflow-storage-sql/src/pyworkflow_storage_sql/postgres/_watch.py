@@ -173,6 +173,7 @@ class News:
             connection = await self._connections.connect()
             try:
                 await connection.add_listener(self._channel, self._heard)
+                connection.add_termination_listener(self._lost)
                 if self._closed:
                     raise StorageUnavailable(
                         f"the storage is closing: storage={self._connections.settings.where}"
@@ -182,6 +183,11 @@ class News:
                 raise
             self._listener = connection
             self._wake(None, work=True)  # what was told before it stood
+
+    def _lost(self, connection: object) -> None:
+        # Workers notice an outage at once, and so its end: whoever waits on would not.
+        if connection is self._listener:
+            self._wake({}, work=True)
 
     def _heard(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         seqs: _Seqs | None
