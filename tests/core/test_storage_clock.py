@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sqlite3
@@ -10,11 +11,19 @@ import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import time_machine
 
+from pyworkflow._config import Settings
 from pyworkflow._engine import pipeline
+from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.pipeline import StorageClock
+from pyworkflow._engine.suspects import POISON, is_poison
+from pyworkflow.events import Event, EventClass, EventType
+from pyworkflow.storage.memory import MemoryStorageBackend
 from tests.devops.processes import environment
 
 TWO_DAYS = timedelta(days=2)
@@ -109,3 +118,75 @@ def test_found_h05_a_worker_says_so_when_it_starts_and_once_an_hour(
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2  # at the start, and once in the 119 minutes after it
     assert all("ahead=-172800s" in line and "set-clock --to-now" in line for line in lines)
+
+
+def test_o03_a_frozen_clock_of_this_machine_is_reported_as_such(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = datetime.now(UTC)
+    with time_machine.travel("2020-01-01", tick=False):
+        StorageClock().begin(before)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the clock of this machine stands still: now=2020-01-01T00:00:00+00:00")
+    assert "set-clock" not in line
+
+
+def test_o03_a_clock_that_freezes_while_a_worker_works_is_reported_within_minutes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [1000.0]
+    monkeypatch.setattr(pipeline, "monotonic", lambda: passed[0])
+    clock = StorageClock()
+    with time_machine.travel("2020-01-01", tick=False):
+        now = datetime.now(UTC)
+        clock.begin(now)
+        assert not caplog.records
+        for seconds in range(180):
+            passed[0] += 1
+            clock.update(now + timedelta(seconds=seconds))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the clock of this machine stands still: now=2020-01-01T00:00:00+00:00")
+
+
+def test_o03_a_frozen_clock_of_the_store_is_reported_as_such(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [1000.0]
+    monkeypatch.setattr(pipeline, "monotonic", lambda: passed[0])
+    clock = StorageClock()
+    began = datetime.now(UTC)
+    clock.begin(began)
+    for seconds in range(180):
+        passed[0] += 1
+        with time_machine.travel(began + timedelta(seconds=seconds), tick=True):
+            clock.update(began)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the clock of the store stands still: now=")
+    assert "for=61s" in line
+
+
+@pytest.mark.parametrize(("turns", "poisonous"), [(0, True), (1, True), (2, False), (12, False)])
+def test_o03_turns_that_end_with_nothing_to_do_are_not_called_poison(
+    turns: int, poisonous: bool
+) -> None:
+    """Under a frozen clock a turn may be due whose timer is not."""
+    idle = Event(EventType.WORKFLOW_SUSPENDED, EventClass.OBSERVATION, {})
+    started = Event("workflow.started", EventClass.INPUT, {}, None, "started")
+
+    async def get_events(run_id: str) -> list[Event]:
+        return [started] + [idle] * turns
+
+    async def main() -> bool:
+        store = MemoryStorageBackend()
+        worker = SimpleNamespace(
+            storage=SimpleNamespace(get_events=get_events),
+            settings=Settings(),
+            outages=Outages(store.now, "me"),
+        )
+        item = SimpleNamespace(claims=POISON + 1)
+        run = SimpleNamespace(run_id="r", stalled=None)
+        return await is_poison(
+            cast("Any", worker), cast("Any", SimpleNamespace(item=item, run=run))
+        )
+
+    assert asyncio.run(main()) is poisonous

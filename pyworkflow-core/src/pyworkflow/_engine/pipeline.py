@@ -24,7 +24,7 @@ from math import inf
 from time import monotonic
 
 from pyworkflow import _plugins
-from pyworkflow._clock import AHEAD, to_micros, utcnow
+from pyworkflow._clock import AHEAD, ticks, to_micros, utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._engine.leases import ref_of, still_held
 from pyworkflow._engine.outages import Backoff, Outages
@@ -54,13 +54,24 @@ failpoints.register(
     },
 )
 
-_FAR = 60.0
+_FAR_S = 60.0
 """Seconds between two clocks that are worth a word."""
-_COMPARE_EVERY_S = 3600.0
+_COMPARE_EVERY_S = 60.0
+_WARN_EVERY_S = 3600.0
+_STANDS_S = 0.02
+"""A clock that shows the same for so long stands still."""
 BATCH = 500
 _BEHIND = (
     "leases and timers follow the store, the times in this log do not; set the clock of this "
     "machine, or that of the store's server"
+)
+_FROZEN = (
+    "a library for tests has frozen it, or it is broken; runs continue by the store's clock, and "
+    "what reads this machine's clock is wrong: let it run"
+)
+_STORE_FROZEN = (
+    "sleeps, retries and ends of leases wait until it runs again; repair the clock of the store's "
+    "server"
 )
 DIVISIBLE = 32
 """With fewer changes one batch costs less than several."""
@@ -76,6 +87,9 @@ class StorageClock:
         self._micros = 0
         self._at = 0.0
         self._compare_at = inf
+        self._warn_at = -inf
+        self._compared: tuple[int, float] | None = None
+        """What was shown at the last comparison, and when that was."""
 
     def begin(self, now: datetime) -> None:
         """The first answer; warns, and again each hour, when this machine's clock is far from it."""
@@ -84,8 +98,23 @@ class StorageClock:
 
     def _compare(self, now: datetime) -> None:
         self._compare_at = self._at + _COMPARE_EVERY_S
+        before, self._compared = self._compared, (self._micros, self._at)
         ahead = (utcnow() - now).total_seconds()
-        if abs(ahead) > _FAR:
+        if abs(ahead) <= _FAR_S or self._at < self._warn_at:
+            return
+        self._warn_at = self._at + _WARN_EVERY_S
+        if ahead < 0 and _machine_stands_still():
+            _log.warning(
+                "the clock of this machine stands still: now=%s; %s", utcnow().isoformat(), _FROZEN
+            )
+        elif before is not None and before[0] == self._micros and before[1] < self._at:
+            _log.warning(
+                "the clock of the store stands still: now=%s for=%.0fs; %s",
+                now.isoformat(),
+                self._at - before[1],
+                _STORE_FROZEN,
+            )
+        else:
             _log.warning(
                 "the clock of this machine is not the store's: ahead=%+.0fs; %s",
                 ahead,
@@ -108,6 +137,14 @@ class StorageClock:
     def micros(self) -> int:
         """µs since the epoch."""
         return self._micros + int((monotonic() - self._at) * 1_000_000)
+
+
+def _machine_stands_still() -> bool:
+    shown, end = utcnow(), ticks() + _STANDS_S * 1_000_000
+    while ticks() < end:
+        if utcnow() != shown:
+            return False
+    return True
 
 
 class Pipeline:
