@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from redis.exceptions import DataError
 
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.spi import Outcome
+from pyworkflow.worker import OutageLog
 from pyworkflow_celery import _arrival, _tasks, _worker
 from pyworkflow_celery._arrival import DoorbellRequest, doorbell_strategy
 
@@ -245,6 +247,7 @@ class Host:
         self.draining = False
         self.handled = []
         self.waited = []
+        self.outages = OutageLog("the storage", logging.getLogger("pyworkflow.celery"))
 
     def handle(self, bell):
         self.handled.append(bell)
@@ -351,7 +354,7 @@ def test_a_process_that_ends_passes_doorbells_on_at_once(ring):
 def test_a_store_that_does_not_answer_fails_no_task(ring, caplog):
     done = ring(StorageUnavailable("away"))
     assert done.answer == "storage unavailable"
-    assert "a sweep rings again" in caplog.text
+    assert "sweeps ring again: away" in caplog.text
 
 
 @pytest.mark.parametrize(("sent", "again"), [(None, 1), (2, 3), (3, None)])
