@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pyworkflow import Client, step, workflow
-from pyworkflow._config import Settings
 from pyworkflow._engine import keeper as keeper_module
 from pyworkflow._engine import leases, pipeline
 from pyworkflow._engine.outages import Outages
@@ -400,7 +399,7 @@ def test_after_a_pause_what_is_taken_up_while_it_asks_is_renewed_too(
         nonlocal keeper
         storage = Asked()
         keeper = keeper_module.LeaseKeeper(
-            storage, Settings(lease=LEASE), print, outages=Outages(storage.now, "me")
+            storage, LEASE, LEASE / 3, print, outages=Outages(storage.now, "me")
         )
         keeper.add(early)
         await keeper.after_pause(storage)

@@ -15,8 +15,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from time import monotonic
+from typing import Self
 
 from pyworkflow._config import Settings
 from pyworkflow._engine.outages import Backoff, Outages
@@ -52,21 +54,23 @@ class LeaseKeeper:
 
     Args:
         storage: The worker's; the thread uses a clone of it.
-        settings: With the times of leases, and the URL for a process that renews beside the worker.
         on_lost: Called in the worker's loop with each claim that another worker has.
+        start_process: Starts a process that renews beside the worker; None when there can be none.
     """
 
     def __init__(
         self,
         storage: StorageBackend,
-        settings: Settings,
+        lease: timedelta,
+        renew_every: timedelta,
         on_lost: Callable[[ClaimRef], None],
         *,
         outages: Outages,
+        start_process: Callable[[], RenewalProcess | None] | None = None,
     ) -> None:
         self._storage = storage
-        self._lease = settings.lease
-        self._every = settings.renew_every.total_seconds()
+        self._lease = lease
+        self._every = renew_every.total_seconds()
         self._tick = min(self._every / 2, LONGEST_TICK_S)
         self._on_lost = on_lost
         self._outages = outages
@@ -90,14 +94,24 @@ class LeaseKeeper:
         self._backoff = Backoff(outages.jitter)
         self._retry_s: float | None = None
         """Seconds until the next try, after one that failed."""
-        self._start_process: Callable[[], RenewalProcess | None] | None = partial(
-            RenewalProcess.start, settings, storage
-        )
-        """None when there can be none."""
+        self._start_process = start_process
         self._starts = 0
         self._late_at = 0.0
         self._process: RenewalProcess | None = None
         _keepers.add(self)
+
+    @classmethod
+    def of(
+        cls,
+        storage: StorageBackend,
+        settings: Settings,
+        on_lost: Callable[[ClaimRef], None],
+        outages: Outages,
+    ) -> Self:
+        """The keeper of a worker with these settings."""
+        start = partial(RenewalProcess.start, settings, storage)
+        lease, every = settings.lease, settings.renew_every
+        return cls(storage, lease, every, on_lost, outages=outages, start_process=start)
 
     async def ready(self) -> None:
         """Wait until the thread has a connection; for a store within this process it needs none."""

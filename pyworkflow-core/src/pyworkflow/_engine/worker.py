@@ -122,7 +122,7 @@ class Worker:
         )
         self.runner.worker = self
         self.end_process = end_process
-        self.leases = LeaseKeeper(storage, settings, self._lost, outages=self.outages)
+        self.leases = LeaseKeeper.of(storage, settings, self._lost, self.outages)
         self.suspects = Suspects(self)
         self.recovery = Recovery(self)
         self.roads = Roads()
