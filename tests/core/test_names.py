@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
 import pytest
 
-from pyworkflow import Client, step, workflow
+from pyworkflow import Client, sleep, step, workflow
 from pyworkflow._definitions import RunOptions
+from pyworkflow._engine.worker import Worker
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow._names import LONGEST_DERIVED, check_limit, derived_name, is_name
 from pyworkflow.errors import ArgumentError
 from pyworkflow.spi import Change, NewRun
-from tests.core._driving import bench
+from tests.core._driving import Bench, bench, eventually
 
 LONG = "é" * 128  # 256 bytes
 
@@ -129,3 +132,128 @@ def test_longer_derived_names_keep_the_short_parts_and_differ_in_the_last_byte()
     assert len(both.encode()) <= LONGEST_DERIVED
     shorter = "y" * 300
     assert derived_name("deliver", one, shorter) == f"deliver:{digest}:{shorter}"
+
+
+# --- ops of deeply nested tasks -------------------------------------------------------------------
+
+DEPTH = 300  # an op of about 610 bytes
+
+
+async def nm_nested(depth: int, inner: Callable[[], Awaitable[str]]) -> str:
+    """``inner`` in a task in a task in a task: its op has the path of all of them."""
+    if depth == 0:
+        return await inner()
+    return await asyncio.ensure_future(nm_nested(depth - 1, inner))
+
+
+@step(queue="nm_elsewhere")
+async def nm_elsewhere() -> str:
+    return "done"
+
+
+@step(max_retries=0)
+async def nm_fails() -> str:
+    raise LookupError("no")
+
+
+@workflow
+async def nm_deep() -> str:
+    async def both() -> str:
+        await sleep(60)
+        with suppress(LookupError):
+            await nm_fails()
+        return await nm_elsewhere() + await nm_step()
+
+    return await nm_nested(DEPTH, both)
+
+
+@workflow
+async def nm_race() -> str:
+    loser = asyncio.ensure_future(nm_nested(DEPTH, nm_elsewhere))
+    await sleep(60)
+    loser.cancel()
+    await sleep(60)
+    return "over"
+
+
+def is_derived(name: str, kind: str) -> bool:
+    return len(name) == len(kind) + 33 and name.startswith(f"{kind}:")
+
+
+async def work(b: Bench, *queues: str) -> None:
+    """A worker of these queues takes over, with nothing but the history."""
+    await b.rest()
+    b.worker = Worker(b.storage, b.settings, queues=queues or None)
+    await b.worker.open()
+    b.worker.serve()
+
+
+async def step_of(b: Bench, run_id: str) -> str:
+    """The item of the run's one dispatched step, once it is there."""
+    (found,) = await eventually(lambda: steps_of(b, run_id))
+    return found
+
+
+async def steps_of(b: Bench, run_id: str) -> list[str]:
+    return [item_id for item_id in await b.items(run_id) if item_id.startswith("step:")]
+
+
+def test_the_names_of_deep_ops_are_short_and_the_run_ends() -> None:
+    async def main() -> None:
+        async with bench(work=False) as b:
+            await work(b, "default")
+            run_id = await b.start(nm_deep)
+            await b.asleep(run_id)
+            await b.pass_time("1m")
+            assert is_derived(await step_of(b, run_id), "step")
+            await work(b)
+            assert await b.result(run_id) == "donedone"
+            keys = {e.type: e.key for e in await b.events(run_id) if e.op and "#" in e.op and e.key}
+            assert keys.keys() >= {"sleep.completed", "step.failed", "step.completed"}
+            assert all(is_derived(k, "step") or is_derived(k, "timer") for k in keys.values())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["of 0.1.0", "of today"])
+def test_a_step_with_a_deep_op_that_was_dispatched_before_ends(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    async def main() -> None:
+        async with bench(work=False) as b:
+            with monkeypatch.context() as patch:
+                if before:
+                    patch.setattr("pyworkflow._names.LONGEST_DERIVED", 10**6)
+                await work(b, "default")
+                run_id = await b.start(nm_deep)
+                await b.asleep(run_id)
+                await b.pass_time("1m")
+                assert (len(await step_of(b, run_id)) > LONGEST_DERIVED) is before
+                await b.rest()
+            await work(b)
+            assert await b.result(run_id) == "donedone"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["of 0.1.0", "of today"])
+def test_a_cancelled_step_with_a_deep_op_leaves_no_item(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    async def main() -> None:
+        async with bench(work=False) as b:
+            with monkeypatch.context() as patch:
+                if before:
+                    patch.setattr("pyworkflow._names.LONGEST_DERIVED", 10**6)
+                await work(b, "default")
+                run_id = await b.start(nm_race)
+                assert (len(await step_of(b, run_id)) > LONGEST_DERIVED) is before
+                await b.rest()
+            await work(b, "default")
+            await b.pass_time("1m")
+            await b.has(run_id, "step.cancelled")
+            assert await steps_of(b, run_id) == []
+            await b.pass_time("1m")
+            assert await b.result(run_id) == "over"
+
+    asyncio.run(main())

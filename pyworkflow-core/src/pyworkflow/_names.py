@@ -10,7 +10,15 @@ from hashlib import blake2b
 
 from pyworkflow.errors import ArgumentError
 
-__all__ = ["LONGEST_DERIVED", "LONGEST_NAME", "check_limit", "derived_name", "is_name"]
+__all__ = [
+    "LONGEST_DERIVED",
+    "LONGEST_NAME",
+    "check_limit",
+    "derived_name",
+    "is_name",
+    "step_name",
+    "step_names",
+]
 
 LONGEST_NAME = 255
 """Bytes of UTF-8 in a run id, an idempotency key, a workflow, step, queue or tag."""
@@ -57,6 +65,20 @@ def derived_name(*parts: str) -> str:
         if _size(":".join(short)) <= LONGEST_DERIVED:
             break
     return ":".join(short)
+
+
+def step_name(op: str) -> str:
+    """The work item of a step, and the key of the event that ends it.
+
+    An op has the path of the task that made it: it is long where tasks are nested deeply.
+    """
+    return derived_name("step", op)
+
+
+def step_names(op: str) -> tuple[str, ...]:
+    """All that a work item of the step may be called: 0.1.0 shortened no name."""
+    name, plain = step_name(op), f"step:{op}"
+    return (name,) if name == plain else (name, plain)
 
 
 def _size(text: str) -> int:

@@ -18,6 +18,7 @@ from pyworkflow._engine.session import FLUSH
 from pyworkflow._engine.steps import StepEnd, StepTry, took_too_long
 from pyworkflow._engine.suspects import KILLS
 from pyworkflow._failures import encode_error
+from pyworkflow._names import step_name, step_names
 from pyworkflow._retry import RetryPolicy
 from pyworkflow.errors import (
     PayloadTooLarge,
@@ -145,6 +146,11 @@ class DispatchedSteps:
         """What works on a (run, item) here."""
         found = self._running.get(ref)
         return None if found is None else found[1]
+
+    def waiting(self) -> set[asyncio.Task[Any] | None]:
+        """What works on steps that wait for other runs."""
+        waiting = self._worker.runner.waiting
+        return {self.task_of((run, name)) for run, op in waiting for name in step_names(op)}
 
     def works_for(self, run_id: str) -> bool:
         """Whether a step of the run is in progress here."""
@@ -315,7 +321,7 @@ class DispatchedSteps:
             "error": encode_error(end.error),
             "kind": end.kind,
         }
-        key = f"step:{what.op}"
+        key = step_name(what.op)
         await self._result(
             item, [Event(EventType.STEP_FAILED, EventClass.INPUT, data, what.op, key)]
         )

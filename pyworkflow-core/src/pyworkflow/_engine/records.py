@@ -10,6 +10,7 @@ from pyworkflow._clock import EPOCH, from_micros
 from pyworkflow._context import MAX_LINES, MAX_LINES_SIZE, StepLines, lines_of
 from pyworkflow._engine.steps import StepEnd, StepTry
 from pyworkflow._failures import encode_error
+from pyworkflow._names import step_name
 from pyworkflow._replay.commands import CancelRun, CompleteRun, FailRun, Outcome
 from pyworkflow._serialization import payload_size
 from pyworkflow.errors import PayloadTooLarge
@@ -171,7 +172,7 @@ def end_events(
     if end.error is None:
         data["digest"] = what.digest
         data["result"] = end.result
-        key = f"step:{what.op}"
+        key = step_name(what.op)
         events.append(_event(_COMPLETED, INPUT, data, what.op, key))
         return events, None
     now = worker.clock.micros()
@@ -185,5 +186,5 @@ def end_events(
         return events, now + max(delay, timedelta(0)) // timedelta(microseconds=1)
     data["digest"] = what.digest
     data["kind"] = end.kind
-    events.append(Event(EventType.STEP_FAILED, INPUT, data, what.op, f"step:{what.op}"))
+    events.append(Event(EventType.STEP_FAILED, INPUT, data, what.op, step_name(what.op)))
     return events, None

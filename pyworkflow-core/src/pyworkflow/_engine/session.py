@@ -30,6 +30,7 @@ from pyworkflow._engine.records import (
 from pyworkflow._engine.steps import StepTry
 from pyworkflow._engine.straight import Straight
 from pyworkflow._failures import encode_error
+from pyworkflow._names import derived_name, step_names
 from pyworkflow._replay.commands import (
     CancelStep,
     Command,
@@ -281,7 +282,7 @@ class Session(Straight):
         op = self._replay.op(command.op)
         if op.recorded and not op.cancel_recorded:
             self._events.append(cancelled_event(command.op, command.name))
-            self._drops.append(f"step:{command.op}")
+            self._drops += step_names(command.op)
         elif place is not None and place.what.began is not None and not op.recorded:
             # It ran in place: nothing is to be dropped, and people see what became of it.
             self._events += ended_by_cancel(self._worker, place.what)
@@ -316,7 +317,7 @@ class Session(Straight):
             }
             if op == DEADLINE_OP:
                 data = {"deadline": data["until"]}
-            self._events.append(Event(type, INPUT, data, op, f"timer:{op}"))
+            self._events.append(Event(type, INPUT, data, op, derived_name("timer", op)))
         if self._over:
             self._events.append(self._limit_event())
         handing, held = self._hand_off(several), self._worker.held()
@@ -377,8 +378,8 @@ class Session(Straight):
         except (PayloadTooLarge, SerializationError) as exc:
             self._abandon(exc)
             return None
-        for op in dispatched:
-            self._worker.cancel_step(self._run.run_id, f"step:{op}")
+        for item_id in (name for op in dispatched for name in step_names(op)):
+            self._worker.cancel_step(self._run.run_id, item_id)
         if ending.error is not None and self._replay.context is not None:
             join_stacks(ending.error, self._replay.context.step_errors)
             self._worker.raised.note(self._run.run_id, None, ending.error)

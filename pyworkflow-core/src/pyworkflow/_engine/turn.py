@@ -26,6 +26,7 @@ from pyworkflow._engine.records import (
     started_event,
 )
 from pyworkflow._engine.steps import StepTry
+from pyworkflow._names import step_name, step_names
 from pyworkflow._replay.commands import RunStep
 from pyworkflow._replay.ends import LIMIT_OP, RESERVE_OP
 from pyworkflow._replay.replay import Replay
@@ -138,7 +139,7 @@ class Turn:
         claimed: LeaseFor | None = None,
     ) -> Put:
         return Put(
-            item_id=f"step:{what.op}",
+            item_id=step_name(what.op),
             kind=ItemKind.STEP,
             due_at=None if due_us is None else from_micros(due_us),
             queue=what.step.queue or self._queue,
@@ -246,7 +247,7 @@ class Turn:
         Without ``seen``: what the delivered inputs produced is not complete yet.
         """
         part, events = self._events[:number], self._events[number:]
-        items = {f"step:{event.op}" for event in part}
+        items = {name for event in part if event.op for name in step_names(event.op)}
         puts = [p for p in self._puts if p.item_id not in items]
         drops = [d for d in self._drops if d not in items]
         self._puts = [p for p in self._puts if p.item_id in items]
@@ -342,7 +343,7 @@ class Turn:
     def _take_over(self, handing: list[InPlace], answer: Committed) -> None:
         """Steps that were handed off go on under a claim of their own."""
         for place in handing:
-            item_id = f"step:{place.what.op}"
+            item_id = step_name(place.what.op)
             item = next((i for i in answer.claims if i.item_id == item_id), None)
             self._running.pop(place.what.op, None)
             self._ended = [p for p in self._ended if p is not place]

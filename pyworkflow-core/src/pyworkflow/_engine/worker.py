@@ -258,8 +258,7 @@ class Worker:
     @property
     def is_busy(self) -> bool:
         """Whether a turn or step of this worker is in progress, and does more than to wait."""
-        waiting = {self._steps.task_of((run, f"step:{op}")) for run, op in self.runner.waiting}
-        return not self._busy() <= waiting
+        return not self._busy() <= self._steps.waiting()
 
     async def settle_down(self) -> None:
         """Wait until nothing is in progress here."""
