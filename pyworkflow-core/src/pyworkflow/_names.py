@@ -72,7 +72,8 @@ def step_name(op: str) -> str:
 
     An op has the path of the task that made it: it is long where tasks are nested deeply.
     """
-    return derived_name("step", op)
+    name = f"step:{op}"
+    return name if len(name) * 4 <= LONGEST_DERIVED else derived_name("step", op)
 
 
 def step_names(op: str) -> tuple[str, ...]:

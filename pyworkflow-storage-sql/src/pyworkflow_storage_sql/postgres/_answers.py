@@ -30,7 +30,7 @@ from pyworkflow.spi import (
 )
 from pyworkflow_storage_sql.postgres._names import Names, unescape
 
-__all__ = ["Reader", "parse_cursor"]
+__all__ = ["Decoder", "parse_cursor"]
 
 _load = json.loads
 _NONE = frozenset[int]()
@@ -48,12 +48,11 @@ def _text(text: str | None) -> str | None:
     return None if text is None else unescape(text)
 
 
-class Reader:
-    """Builds values; long names must have been learned."""
+class Decoder:
+    """Builds the contract's values."""
 
     def __init__(self, names: Names) -> None:
-        self._names = names
-        self.name = names.full
+        self.name = names.text
 
     def maybe(self, name: str | None) -> str | None:
         """A name that may be absent."""

@@ -33,11 +33,10 @@ from pyworkflow.spi import (
 )
 from pyworkflow.storekit import check_change
 from pyworkflow_storage_sql.postgres import _reads as reads
-from pyworkflow_storage_sql.postgres._answers import Reader
-from pyworkflow_storage_sql.postgres._changes import Request, span
+from pyworkflow_storage_sql.postgres._changes import span
 from pyworkflow_storage_sql.postgres._connections import EventsMissing, Settings, location
 from pyworkflow_storage_sql.postgres._handle import StoreHandle
-from pyworkflow_storage_sql.postgres._names import escape
+from pyworkflow_storage_sql.postgres._names import escape, unescape
 from pyworkflow_storage_sql.postgres._schema import Schema, schema_name
 
 __all__ = ["PostgresStorageBackend"]
@@ -111,8 +110,7 @@ class PostgresStorageBackend(StorageBackend):
             reads=self._send_reads,
             unwanted=self._release_all,
         )
-        self._names = self._store.names
-        self._reader = Reader(self._names)
+        self._decoder = self._store.decoder
 
     def clone(self) -> Self:
         """Another object on the same schema."""
@@ -187,7 +185,7 @@ class PostgresStorageBackend(StorageBackend):
         return refused
 
     async def _send_commits(self, changes: Sequence[Change]) -> list[Answer | ValueError]:
-        request = Request(self._names)
+        encoder = await self._store.encoder()
         order = list(range(len(changes)))
         if len(changes) > 1:
             # Everybody locks runs in this order.
@@ -196,15 +194,14 @@ class PostgresStorageBackend(StorageBackend):
         texts: list[str] = []
         size = start = 0
         for place, index in enumerate(order):
-            texts.append(request.change(changes[index]))
+            texts.append(encoder.change(changes[index]))
             size += len(texts[-1])
             if size > _BATCH_SIZE or place == len(order) - 1:
-                await self._store.meet(request.met)
                 rows = await self._store.call(_COMMIT, f"[{','.join(texts)}]")
                 for row in rows:
                     placed: int = row["o_place"]
                     at = order[start + placed]
-                    answers[at] = self._reader.answer(changes[at], row)
+                    answers[at] = self._decoder.answer(changes[at], row)
                 start, size = place + 1, 0
                 texts.clear()
         self._store.news.tell_of(changes, answers)
@@ -219,8 +216,8 @@ class PostgresStorageBackend(StorageBackend):
         return await link.claims.add(request)
 
     async def _send_claims(self, requests: Sequence[ClaimRequest]) -> list[Claimed]:
-        request = Request(self._names)
-        text = f"[{','.join([request.claim(r) for r in requests])}]"
+        encoder = await self._store.encoder()
+        text = f"[{','.join([encoder.claim(r) for r in requests])}]"
         rows = await self._store.call(_CLAIM, text)
         answers: list[Claimed] = [Claimed(claims=[], now=rows[0]["o_now"]) for _ in requests]
         for row in rows:
@@ -230,7 +227,7 @@ class PostgresStorageBackend(StorageBackend):
                 answers[place] = replace(answer, now=row["o_now"])
             else:
                 answers[place] = Claimed(
-                    claims=[*answer.claims, self._reader.claim(row)], now=row["o_now"]
+                    claims=[*answer.claims, self._decoder.claim(row)], now=row["o_now"]
                 )
         return answers
 
@@ -244,10 +241,9 @@ class PostgresStorageBackend(StorageBackend):
 
     async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
         """Extend leases."""
+        encoder = await self._store.encoder()
         kept: list[bool] = await self._store.ask(
-            "{schema}.renew($1::jsonb, $2::text::interval)",
-            Request(self._names).refs(refs),
-            span(lease),
+            "{schema}.renew($1::jsonb, $2::text::interval)", encoder.refs(refs), span(lease)
         )
         if lease <= timedelta(0):
             self._store.news.tell((), work=True)
@@ -255,11 +251,12 @@ class PostgresStorageBackend(StorageBackend):
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
+        name = (await self._store.encoder()).name
         done: bool = await self._store.ask(
             "{schema}.release($1, $2, $3, $4::text::interval)",
-            self._names.stored(ref.run_id),
-            self._names.stored(ref.item_id),
-            self._names.stored(ref.token),
+            name(ref.run_id),
+            name(ref.item_id),
+            name(ref.token),
             None if delay is None else span(delay),
         )
         if done:
@@ -273,7 +270,7 @@ class PostgresStorageBackend(StorageBackend):
             limit,
             span(mute),
         )
-        return self._reader.items([row["item"] for row in rows])
+        return self._decoder.items([row["item"] for row in rows])
 
     async def free(self, owner: str) -> int:
         """End every lease of ``owner``."""
@@ -329,9 +326,7 @@ class PostgresStorageBackend(StorageBackend):
 
     async def import_delta(self, delta: Delta) -> None:
         """Write effects as they are."""
-        request = Request(self._names)
-        text = request.delta(delta)
-        await self._store.meet(request.met)
+        text = (await self._store.encoder()).delta(delta)
         try:
             await self._store.ask("{schema}.import_delta($1::jsonb)", text)
         except EventsMissing as exc:
@@ -350,54 +345,58 @@ class PostgresStorageBackend(StorageBackend):
         return await (await self._store.use()).reads.add(run_id)
 
     async def _send_reads(self, run_ids: Sequence[str]) -> list[Run | None]:
-        rows = await self._store.call(_RUNS, [self._names.stored(run_id) for run_id in run_ids])
-        read = self._reader.run
+        name = (await self._store.encoder()).name
+        rows = await self._store.call(_RUNS, [name(run_id) for run_id in run_ids])
+        read = self._decoder.run
         return [None if row["run"] is None else read(row["run"]) for row in rows]
 
     async def find_run(self, idempotency_key: str) -> str | None:
         """Who has the key."""
+        name = (await self._store.encoder()).name
         rows = await self._store.call(
             "SELECT run_id FROM {schema}.idempotency_keys WHERE key = $1 "
             "AND (until IS NULL OR until > {schema}.instant())",
-            self._names.stored(idempotency_key),
+            name(idempotency_key),
         )
-        return self._names.full(rows[0]["run_id"]) if rows else None
+        return self._decoder.name(rows[0]["run_id"]) if rows else None
 
     async def get_events(
         self, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
         """Events in order of seq."""
+        name = (await self._store.encoder()).name
         rows = await self._store.call(
             'SELECT seq, "timestamp", type, class, op, key, v, data FROM {schema}.events '
             "WHERE run_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
-            self._names.stored(run_id),
+            name(run_id),
             max(0, after),
             None if limit is None else max(0, limit),
         )
-        return [self._reader.row(run_id, row) for row in rows]
+        return [self._decoder.row(run_id, row) for row in rows]
 
     async def list_work(self, run_id: str) -> list[WorkItem]:
         """The run's items."""
+        name = (await self._store.encoder()).name
         rows = await self._store.call(
             "SELECT {schema}.show_item(w)::text AS item FROM {schema}.work_items w "
             "WHERE w.run_id = $1",
-            self._names.stored(run_id),
+            name(run_id),
         )
-        items = self._reader.items([row["item"] for row in rows])
+        items = self._decoder.items([row["item"] for row in rows])
         return sorted(items, key=lambda item: item.item_id)
 
     async def holders(self) -> list[str]:
         """Owners of leases that have not ended."""
         rows = await self._store.call("SELECT owner FROM {schema}.holders() AS owner")
-        return sorted(self._names.full(row["owner"]) for row in rows)
+        return sorted(unescape(row["owner"]) for row in rows)
 
     async def leases(self, owner: str) -> list[ClaimRef]:
         """The claims of ``owner`` whose leases have not ended."""
         rows = await self._store.call(
-            "SELECT run_id, item_id, token FROM {schema}.leases($1)", self._names.stored(owner)
+            "SELECT run_id, item_id, token FROM {schema}.leases($1)", escape(owner)
         )
-        full = self._names.full
-        return [ClaimRef(full(row["run_id"]), full(row["item_id"]), row["token"]) for row in rows]
+        name = self._decoder.name
+        return [ClaimRef(name(row["run_id"]), name(row["item_id"]), row["token"]) for row in rows]
 
     async def next_due(
         self,
@@ -406,16 +405,17 @@ class PostgresStorageBackend(StorageBackend):
         workflows: frozenset[str] | None = None,
     ) -> datetime | None:
         """When to look again."""
+        name = (await self._store.encoder()).name
         due: datetime | None = await self._store.ask(
             "{schema}.next_due($1, $2)",
-            None if queues is None else [self._names.stored(name) for name in queues],
-            None if workflows is None else [self._names.stored(name) for name in workflows],
+            None if queues is None else [name(queue) for queue in queues],
+            None if workflows is None else [name(workflow) for workflow in workflows],
         )
         return due
 
     async def list_runs(self, query: RunQuery, cursor: str | None = None) -> Page[Run]:
         """Runs, newest first."""
-        return await reads.list_runs(self._store, self._reader, query, cursor)
+        return await reads.list_runs(self._store, query, cursor)
 
     async def stats(self) -> Mapping[str, int]:
         """Numbers of runs, per status, of events and of items."""
@@ -423,7 +423,7 @@ class PostgresStorageBackend(StorageBackend):
 
     async def export_run(self, run_id: str) -> RunDelta | None:
         """The run without its events."""
-        return await reads.export_run(self._store, self._reader, run_id)
+        return await reads.export_run(self._store, run_id)
 
     async def export_keys(self, cursor: str | None = None) -> Page[tuple[str, KeyMark]]:
         """Idempotency keys and their owners."""

@@ -22,6 +22,7 @@ from pyworkflow.spi import (
     Json,
     NewRun,
     ParentRef,
+    PayloadTooLarge,
     Put,
     Record,
     RunDelta,
@@ -31,7 +32,10 @@ from pyworkflow.spi import (
 )
 from pyworkflow_storage_sql.postgres._names import Names, escape
 
-__all__ = ["Request", "span"]
+__all__ = ["Encoder", "span"]
+
+#: Bytes of a run id that comes in by a copy: with a key of 512 it fits into an entry of an index.
+LONGEST_RUN_ID = 2000
 
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _quote = encode_basestring
@@ -59,26 +63,17 @@ def _text(text: str | None) -> str | None:
     return None if text is None else escape(text)
 
 
-class Request:
-    """One call's arguments, and the long names in them."""
+class Encoder:
+    """Writes the arguments of the server's functions."""
 
     def __init__(self, names: Names) -> None:
-        self._names = names
-        self.met: dict[str, str] = {}
-
-    def name(self, name: str) -> str:
-        """A name as it is stored."""
-        return self._names.short(name, self.met)
+        self.name = names.column
 
     def maybe(self, name: str | None) -> str | None:
         """A name that may be absent."""
-        return None if name is None else self._names.short(name, self.met)
+        return None if name is None else self.name(name)
 
     # --- changes ------------------------------------------------------------------------------
-
-    def changes(self, changes: Iterable[Change]) -> str:
-        """The argument of ``commit_many``."""
-        return f"[{','.join([self.change(c) for c in changes])}]"
 
     def change(self, change: Change) -> str:
         """One change: written by hand, as this is most of what a commit costs here."""
@@ -233,8 +228,12 @@ class Request:
         )
 
     def _part(self, part: RunDelta) -> dict[str, Any]:
+        run_id = self.name(part.run_id)
+        size = len(run_id.encode())
+        if size > LONGEST_RUN_ID:
+            raise PayloadTooLarge("a run id", size, LONGEST_RUN_ID, "store")
         out: dict[str, Any] = {
-            "id": self.name(part.run_id),
+            "id": run_id,
             "set": {name: self._field(name, value) for name, value in part.fields.items()},
             "events": [
                 [

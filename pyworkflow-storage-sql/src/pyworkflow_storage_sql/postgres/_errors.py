@@ -6,6 +6,7 @@ the connection string are not passed on.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from typing import Any
@@ -45,6 +46,7 @@ _INSTALL = {
 }
 _FULL = frozenset({"53100"})
 _TOO_LARGE = frozenset({"54000", "54001", "22023", "XX000"})
+_INDEX_ROW = re.compile(r"index row size (\d+) exceeds \D*4 maximum (\d+)")
 _SCHEMA = frozenset({"42P01", "42883", "3F000", "42703"})
 
 
@@ -105,6 +107,9 @@ def _server(exc: Any, where: str) -> Exception:
         )
     if state.startswith("22"):
         return SerializationError(f"the server cannot hold a value: storage={where} reason={exc}")
+    too_long = _INDEX_ROW.match(str(exc)) if state == "54000" else None
+    if too_long is not None:
+        return PayloadTooLarge("a name", int(too_long[1]), int(too_long[2]), "store")
     if state in _TOO_LARGE and "exceed" in str(exc):
         return PayloadTooLarge("a change", 256 * 1024 * 1024, 256 * 1024 * 1024, "store")
     if state in {"XX001", "XX002"}:

@@ -10,7 +10,9 @@ from typing import Any
 
 from pyworkflow.spi import Claimed, ClaimRequest, Run, StorageBackend
 from pyworkflow.storekit import LoopBound
+from pyworkflow_storage_sql.postgres._answers import Decoder
 from pyworkflow_storage_sql.postgres._batches import Batches
+from pyworkflow_storage_sql.postgres._changes import Encoder
 from pyworkflow_storage_sql.postgres._connections import Connections, Settings
 from pyworkflow_storage_sql.postgres._names import Names
 from pyworkflow_storage_sql.postgres._schema import Schema, migrations
@@ -55,7 +57,10 @@ class StoreHandle:
     ) -> None:
         self.settings = settings
         self.schema = schema
-        self.names = Names()
+        self._names = Names()
+        self._encoder = Encoder(self._names)
+        self.decoder = Decoder(self._names)
+        """Reads what the server's functions answer."""
         self._bound = LoopBound[Link](storage)
         self._claims, self._reads, self._unwanted = claims, reads, unwanted
         self._link: Link | None = None
@@ -85,6 +90,8 @@ class StoreHandle:
             if not link.opened:
                 try:
                     await self.schema.migrate(link.connections)
+                    names = self.schema.fill("SELECT short, name FROM {schema}.names")
+                    self._names.learn(await link.connections.call(names))
                 except BaseException:
                     # A caller that cannot open the store has nothing to close.
                     await link.connections.let_go()
@@ -121,31 +128,17 @@ class StoreHandle:
         version = await self.schema.version(link.connections)
         return [name for number, name, _ in migrations() if number > version]
 
+    async def encoder(self) -> Encoder:
+        """Writes arguments; the store is open, so that its names are known."""
+        await self.use()
+        return self._encoder
+
     async def call(self, query: str, *args: object) -> list[Any]:
         """The rows of one statement; ``{schema}`` stands for the namespace's."""
         link = await self.use()
-        rows = await link.connections.call(self.schema.fill(query), *args)
-        unknown = self.names.unknown(value for row in rows for value in row.values())
-        if unknown:
-            found = await link.connections.call(
-                self.schema.fill("SELECT short, name FROM {schema}.names WHERE short = ANY ($1)"),
-                list(unknown),
-            )
-            self.names.learn({row["short"]: row["name"] for row in found})
-        return rows
+        return await link.connections.call(self.schema.fill(query), *args)
 
     async def ask(self, expression: str, *args: object) -> Any:
         """The single value of a function or expression."""
         rows = await self.call(f"SELECT {expression} AS v", *args)
         return rows[0]["v"]
-
-    async def meet(self, names: dict[str, str]) -> None:
-        """Long names are there before anything that uses them: they name the same for ever."""
-        if names:
-            await self.call(
-                "INSERT INTO {schema}.names (short, name) SELECT * "
-                "FROM unnest($1::text[], $2::text[]) ORDER BY 1 ON CONFLICT DO NOTHING",
-                list(names),
-                list(names.values()),
-            )
-            self.names.learn(names)

@@ -1,24 +1,16 @@
 """Texts and names as PostgreSQL can hold them: without NUL, and short enough for an index.
 
-``escape`` keeps the order of code points and is exact. A name beyond ``LONGEST`` bytes stands as
-its start and a digest; what the digest means goes to the table ``names`` in the same transaction.
+``escape`` is exact and keeps the order of code points, but for U+0000 and U+0001.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from hashlib import sha256
+from collections.abc import Iterable
 
 __all__ = ["Names", "escape", "unescape"]
 
-LONGEST = 600
 _START = 64
-_KEPT = 10_000
-#: Never part of an escaped text: there, \x01 is always followed by \x01 or \x02.
-_MARK = "\x01\x03"
-#: As a column shows it, and as JSON does.
-_FOUND = re.compile(r"(?:\x01\x03|\\u0001\\u0003)([0-9a-f]{64})")
 
 
 def escape(text: str) -> str:
@@ -37,48 +29,32 @@ def unescape(text: str) -> str:
 
 
 class Names:
-    """The long names that this process has met, by their digest."""
+    """Names as columns hold them: escaped, but for a few that 0.1.0 wrote.
+
+    It stored a long name as its start and a digest. Migration 11 brought those back that an index
+    can have; the table ``names`` has the others, and no new ones.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[str, str] = {}
+        self._columns: dict[str, str] = {}
+        self._texts: dict[str, str] = {}
 
-    def short(self, name: str, met: dict[str, str]) -> str:
-        """How the name is stored; a long one is put into ``met``."""
-        if len(name) <= LONGEST // 4 and "\x00" not in name and "\x01" not in name:
-            return name
-        text = escape(name)
-        data = text.encode()
-        if len(data) <= LONGEST:
-            return text
-        digest = sha256(data).hexdigest()
-        met[digest] = text
-        # The start is for people, and must not end in half an escape.
-        start = name[:_START].replace("\x00", "").replace("\x01", "")
-        return f"{start}{_MARK}{digest}"
+    def learn(self, found: Iterable[tuple[str, str]]) -> None:
+        """Digests and the escaped names that they stand for."""
+        for digest, escaped in found:
+            text = unescape(escaped)
+            start = text[:_START].replace("\x00", "").replace("\x01", "")
+            column = f"{start}\x01\x03{digest}"
+            self._columns[text], self._texts[column] = column, text
 
-    def stored(self, name: str) -> str:
-        """How the name is stored, for what asks for it."""
-        return self.short(name, {})
+    def column(self, name: str) -> str:
+        """How the name is stored."""
+        if self._columns and name in self._columns:
+            return self._columns[name]
+        return escape(name)
 
-    def full(self, stored: str) -> str:
+    def text(self, column: str) -> str:
         """The name that is stored so."""
-        if "\x01" not in stored:
-            return stored
-        start, mark, digest = stored.rpartition(_MARK)
-        return unescape(self._known[digest] if mark else start + digest)
-
-    def unknown(self, texts: Iterable[object]) -> set[str]:
-        """Digests in these of names that were not met yet."""
-        if len(self._known) > _KEPT:
-            self._known.clear()
-        return {
-            digest
-            for text in texts
-            if isinstance(text, str) and ("\x01\x03" in text or "\\u0001\\u0003" in text)
-            for digest in _FOUND.findall(text)
-            if digest not in self._known
-        }
-
-    def learn(self, met: Mapping[str, str]) -> None:
-        """Keep what these stand for."""
-        self._known.update(met)
+        if "\x01" not in column:
+            return column
+        return self._texts.get(column) or unescape(column)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pyworkflow.spi import KeyMark, Page, Run, RunDelta, RunQuery, RunStatus
-from pyworkflow_storage_sql.postgres._answers import Reader, parse_cursor
+from pyworkflow_storage_sql.postgres._answers import parse_cursor
 from pyworkflow_storage_sql.postgres._handle import StoreHandle
 
 __all__ = ["export_keys", "export_run", "list_runs", "stats"]
@@ -13,25 +13,24 @@ __all__ = ["export_keys", "export_run", "list_runs", "stats"]
 _STATUSES = [status.value for status in RunStatus]
 
 
-async def list_runs(
-    store: StoreHandle, reader: Reader, query: RunQuery, cursor: str | None
-) -> Page[Run]:
+async def list_runs(store: StoreHandle, query: RunQuery, cursor: str | None) -> Page[Run]:
     """Runs, newest first."""
     if not 1 <= query.limit <= 1000:
         raise ValueError(f"the limit is 1 to 1000: limit={query.limit}")
     below = 2**62 if cursor is None else parse_cursor(cursor)
+    name, decoder = (await store.encoder()).maybe, store.decoder
     rows = await store.call(
         "SELECT {schema}.show_runs($1, $2, $3, $4) AS run",
         below,
-        None if query.workflow is None else store.names.stored(query.workflow),
+        name(query.workflow),
         None if query.status is None else [status.value for status in query.status],
         query.limit + 1,
     )
     texts = [row["run"] for row in rows]
-    items = [reader.run(text) for text in texts[: query.limit]]
+    items = [decoder.run(text) for text in texts[: query.limit]]
     if len(texts) <= query.limit:
         return Page(items=items)
-    return Page(items=items, cursor=f"run-{reader.number(texts[query.limit - 1])}")
+    return Page(items=items, cursor=f"run-{decoder.number(texts[query.limit - 1])}")
 
 
 async def stats(store: StoreHandle) -> Mapping[str, int]:
@@ -48,8 +47,9 @@ async def stats(store: StoreHandle) -> Mapping[str, int]:
     return {"runs": sum(counts[status] for status in _STATUSES), **counts}
 
 
-async def export_run(store: StoreHandle, reader: Reader, run_id: str) -> RunDelta | None:
+async def export_run(store: StoreHandle, run_id: str) -> RunDelta | None:
     """The run without its events."""
+    name, decoder = (await store.encoder()).name, store.decoder
     rows = await store.call(
         "SELECT 1 AS kind, {schema}.show_run($1, {schema}.instant()) AS a, "
         "NULL AS b, NULL AS c, 0 AS n UNION ALL "
@@ -61,17 +61,17 @@ async def export_run(store: StoreHandle, reader: Reader, run_id: str) -> RunDelt
         "SELECT 4, 't', answer_token, answer_key || E'\\x04' || answer, 0 "
         "FROM {schema}.runs WHERE run_id = $1 AND answer_token IS NOT NULL "
         "ORDER BY 1, 5",
-        store.names.stored(run_id),
+        name(run_id),
     )
     if rows[0]["a"] is None:
         return None
-    items = reader.items([row["a"] for row in rows if row["kind"] == 2])
+    items = decoder.items([row["a"] for row in rows if row["kind"] == 2])
     records = [
-        reader.record(row["b"], *row["c"].rsplit("\x04", 1)) for row in rows if row["kind"] > 2
+        decoder.record(row["b"], *row["c"].rsplit("\x04", 1)) for row in rows if row["kind"] > 2
     ]
     return RunDelta(
         run_id,
-        reader.fields(rows[0]["a"]),
+        decoder.fields(rows[0]["a"]),
         items=sorted(items, key=lambda item: item.item_id),
         records=records,
     )
@@ -79,15 +79,12 @@ async def export_run(store: StoreHandle, reader: Reader, run_id: str) -> RunDelt
 
 async def export_keys(store: StoreHandle, cursor: str | None) -> Page[tuple[str, KeyMark]]:
     """Idempotency keys and their owners."""
-    names = store.names
+    encoder, name = await store.encoder(), store.decoder.name
     after = "key >= $1" if cursor is None else "key > $1"
     rows = await store.call(
         "SELECT key, run_id, until FROM {schema}.idempotency_keys "  # noqa: S608 - constant text
         f"WHERE {after} ORDER BY key LIMIT 1001",
-        "" if cursor is None else names.stored(cursor),
+        "" if cursor is None else encoder.name(cursor),
     )
-    items = [
-        (names.full(row["key"]), KeyMark(names.full(row["run_id"]), row["until"]))
-        for row in rows[:1000]
-    ]
+    items = [(name(row["key"]), KeyMark(name(row["run_id"]), row["until"])) for row in rows[:1000]]
     return Page(items=items, cursor=items[-1][0] if len(rows) > 1000 else None)
