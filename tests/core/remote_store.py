@@ -307,9 +307,8 @@ class RemoteBackend(StorageBackend):
     ) -> T:
         """``work`` alone on the connection; it is carried out even when the caller is cancelled."""
         connection = self._use()
-        return await connection.calls.run(
-            lambda: self._exclusive(connection, work), unwanted=unwanted
-        )
+        calls = connection.calls
+        return await calls.run(lambda: self._exclusive(connection, work), unwanted=unwanted)
 
     async def _exclusive(self, connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
         async with connection.alone:
