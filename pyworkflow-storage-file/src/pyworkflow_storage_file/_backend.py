@@ -264,7 +264,7 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
     # --- the files ----------------------------------------------------------------------------
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Dispatcher[Batch]:
-        writer = Writer(self._make_journal, calls=self._calls, lock_timeout=self._lock_timeout)
+        writer = Writer(self._make_journal, lock_timeout=self._lock_timeout)
         return Dispatcher(
             writer,
             loop,

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeGuard
 
 from pyworkflow.spi import StorageDamaged, StorageError, StorageUnavailable
 from pyworkflow.storekit import SteadyClock, failpoints
@@ -31,13 +31,12 @@ from pyworkflow_storage_file._lock import (
     StoreLock,
     boot_id,
     elsewhere,
-    is_in_place,
 )
 from pyworkflow_storage_file._packs import Pack
 from pyworkflow_storage_file._reading import Reader
 from pyworkflow_storage_file._records import Record, Sink
 
-__all__ = ["SEGMENT_BYTES", "Journal", "Record", "Sink"]
+__all__ = ["SEGMENT_BYTES", "Clocks", "Journal", "Record", "Sink"]
 
 _log = logging.getLogger("pyworkflow.storage.file")
 
@@ -61,6 +60,10 @@ _LITTLE: Final = 256 * 1024
 _TRIES: Final = 5
 
 
+#: Wall clock and time since boot, ns.
+Clocks = tuple[int, int]
+
+
 class Journal:
     """The files of one namespace in ``directory``, whose records go to ``sink``."""
 
@@ -79,6 +82,8 @@ class Journal:
         self.pace = Pace()
         self.clock = SteadyClock()
         """Shows ns, without the offset that the store adds."""
+        self._clocks: Clocks = 0, 0
+        """As they were read last."""
         self._sink = sink
         self._calls = calls if calls is not None else Calls()
         self._files = Files(directory, namespace=namespace, sync=sync, calls=self._calls)
@@ -88,6 +93,8 @@ class Journal:
         self._loaded = False
         self._synced = 0
         self._cuts = 0
+        self._mine: Marker | None = None
+        """The last one that this object left, while all of it is so here."""
         self.last_marker: Marker | None = None
         """What the previous holder left, if it lived in this boot; set by ``acquire``."""
 
@@ -155,6 +162,11 @@ class Journal:
 
     # --- the lock -----------------------------------------------------------------------------
 
+    def read_clocks(self) -> Clocks:
+        """Read the machine's clocks. The next marker says what they were."""
+        self._clocks = clocks = self._calls.clocks()
+        return clocks
+
     def is_current(self) -> bool:
         """Whether the state holds every record that anybody was told is written.
 
@@ -163,18 +175,21 @@ class Journal:
         marker = self.lock.read()
         if marker is None or marker.state != CLEAN or not self._is_here(marker):
             return False
-        self.clock.resume(marker.wall - marker.boottime)
-        return self._at.length == self._at.offset and self.lock.is_in_place()
+        if marker is not self._mine:
+            self.clock.resume(marker.wall - marker.boottime)
+        return self._at.place.length() == self._at.offset
 
     def check_place(self) -> None:
-        """With the lock held: what was written lies where others look for it.
+        """With the lock held, after a write: others take the same lock.
+
+        That they read the same segment was seen when the lock was taken. So one look before a
+        write and one after it tell that it is where others look for it.
 
         Raises:
             StorageError: the store was deleted, moved or replaced.
         """
-        path = self._at.path
-        if not self.lock.is_in_place() or not is_in_place(path, self._at.inode):
-            raise elsewhere(path)
+        if self.lock.place.length() is None:
+            raise elsewhere(self.lock.path, written=True)
 
     def acquire(self) -> None:
         """Take the lock and bring the state level with the files.
@@ -186,12 +201,16 @@ class Journal:
         self.lock.acquire()
         try:
             marker = self.lock.read()
+            self.read_clocks()
             self.last_marker = marker if marker is not None and marker.boot == self._boot else None
             self._resume_clock(marker)
-            if marker is not None and self._is_level(marker):
+            if self._is_level(marker):
                 self._synced = marker.synced
             else:
                 self._catch_up(marker)
+                if self._at.place.length() is None:
+                    self._loaded = False
+                    raise elsewhere(self._at.path)
         except OSError as error:
             self.lock.release()
             raise storage_error("cannot read the journal", self.directory, error) from error
@@ -202,6 +221,8 @@ class Journal:
     def try_acquire(self) -> bool:
         """Take the lock if it is free, nothing is to be read, and the next append is a mere append.
 
+        Then ``make_room`` has nothing to do.
+
         Raises:
             StorageError: and the lock is not held.
         """
@@ -209,10 +230,11 @@ class Journal:
             return False
         try:
             marker = self.lock.read()
-            if marker is not None and self._is_level(marker):
+            if self._is_level(marker):
+                if marker is not self._mine:
+                    self._synced = marker.synced
+                    self._resume_clock(marker)
                 self.last_marker = marker
-                self._synced = marker.synced
-                self._resume_clock(marker)
                 return True
         except OSError as error:
             self.lock.release()
@@ -266,7 +288,8 @@ class Journal:
             StorageFull: no room; nothing of them is in the journal, nor will be.
             StorageError: likewise, or nobody can know and the store refuses everybody from now on.
         """
-        self.make_room()
+        if self._at.offset >= self._segment_bytes:
+            self._roll()
         number, synced, start = self._at.number, self._synced, self._at.offset
         data = b"".join(
             [
@@ -345,11 +368,13 @@ class Journal:
         if marker is not None and marker.boot == self._boot:
             self.clock.resume(marker.wall - marker.boottime)
         elif marker is not None:
-            self.clock.resume(marker.wall - self._calls.clocks()[1])
+            self.clock.resume(marker.wall - self._clocks[1])
 
     # --- reading ------------------------------------------------------------------------------
 
     def _is_here(self, marker: Marker) -> bool:
+        if marker is self._mine:
+            return self._loaded
         return (
             self._loaded
             and marker.boot == self._boot
@@ -358,13 +383,13 @@ class Journal:
             and marker.cuts == self._cuts
         )
 
-    def _is_level(self, marker: Marker | None) -> bool:
+    def _is_level(self, marker: Marker | None) -> TypeGuard[Marker]:
         """Whether the state holds all that there is, whoever had the lock before."""
         return (
             marker is not None
             and marker.state == CLEAN
             and self._is_here(marker)
-            and self._at.length == self._at.offset == marker.end
+            and self._at.place.length() == self._at.offset == marker.end
         )
 
     def _catch_up(self, marker: Marker | None) -> None:
@@ -378,6 +403,7 @@ class Journal:
         cuts = marker.cuts if alive and marker is not None else 0
         here = clean and marker is not None and self._is_here(marker)
         loaded, self._loaded = self._loaded, False  # until everything was read
+        self._mine = None
         if not here:
             manifest = self._files.read_manifest()
             # After another boot, and without a marker, the last segment may have been cut off.
@@ -407,7 +433,7 @@ class Journal:
         self._synced = self._at.offset
         self._loaded = True
         if marker is None and self._sink.latest:  # the clock's latest reading is lost with it
-            self.clock.resume(self._sink.latest - self._calls.clocks()[1])
+            self.clock.resume(self._sink.latest - self._clocks[1])
         self._mark(CLEAN)
 
     def read_ahead(self) -> None:
@@ -415,7 +441,7 @@ class Journal:
 
         What is left, ``acquire`` reads with the lock held.
         """
-        if self._loaded and not self.lock.is_in_place():
+        if self._loaded and self.lock.place.length() is None:
             return  # to be reported with the lock
         try:
             for _ in range(_TRIES):
@@ -441,7 +467,7 @@ class Journal:
 
     def _read_unchanging(self, marker: Marker | None, manifest: Manifest) -> None:
         cuts = 0 if marker is None else marker.cuts
-        loaded, self._loaded = self._loaded, False
+        loaded, self._loaded, self._mine = self._loaded, False, None
         if not loaded or cuts != self._cuts or not self._at.adopt(manifest):
             self._at.restart(manifest)
         self._cuts = cuts
@@ -533,23 +559,24 @@ class Journal:
 
     def _mark(self, state: int, manifest: Manifest | None = None) -> None:
         """Leave the marker; with a manifest when it is not the one that was read."""
-        wall, boottime = self._calls.clocks()
-        generation = self._at.manifest.generation if manifest is None else manifest.generation
-        segments = self._at.manifest.segments if manifest is None else manifest.segments
-        self.lock.write(
-            Marker(
-                state,
-                self._boot,
-                generation,
-                len(segments),
-                self._cuts,
-                self._at.offset,
-                self._synced,
-                os.getpid(),
-                self.clock.read(wall, boottime),
-                boottime,
-            )
+        self._mine = None
+        wall, boottime = self._clocks
+        generation, segments, *_ = self._at.manifest if manifest is None else manifest
+        marker = Marker(
+            state,
+            self._boot,
+            generation,
+            len(segments),
+            self._cuts,
+            self._at.offset,
+            self._synced,
+            os.getpid(),
+            self.clock.read(wall, boottime),
+            boottime,
         )
+        self.lock.write(marker)
+        if manifest is None and state == CLEAN:
+            self._mine = marker
 
     # --- when writing fails -------------------------------------------------------------------
 

@@ -30,11 +30,10 @@ __all__ = [
     "DIRTY",
     "POISONED",
     "Marker",
+    "Place",
     "StoreLock",
     "boot_id",
     "elsewhere",
-    "inode_of",
-    "is_in_place",
 ]
 
 CLEAN, DIRTY, POISONED = 0, 1, 2
@@ -93,8 +92,7 @@ class StoreLock:
         self.path = directory / "lock"
         self._gate = -1
         self._fd = -1
-        self._inode = 0, 0
-        """Device and number of the file ``lock`` that is open."""
+        self.place = Place(self.path)
         self._known: tuple[bytes, Marker | None] = b"", None
         """What was read or written last, and what it means."""
         self.waiting_since: float | None = None
@@ -104,7 +102,7 @@ class StoreLock:
         """Open the files. The directory exists."""
         self._gate = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._inode = inode_of(os.fstat(self._fd))
+        self.place = Place(self.path, self._fd)
 
     def close(self) -> None:
         """Close the files, which also gives the lock up. Idempotent."""
@@ -114,7 +112,11 @@ class StoreLock:
                 os.close(each)
 
     def acquire(self) -> None:
-        """Wait until nobody else has the lock."""
+        """Wait until nobody else has the lock.
+
+        Raises:
+            StorageError: the path names another file, or none; the lock is not held.
+        """
         self.waiting_since = time.monotonic()
         flock(self._gate, LOCK_EX)
         try:
@@ -122,10 +124,12 @@ class StoreLock:
         finally:
             flock(self._gate, LOCK_UN)
             self.waiting_since = None
-        self._refuse_elsewhere()
+        if self.place.length() is None:
+            self.release()
+            raise elsewhere(self.path)
 
     def try_acquire(self) -> bool:
-        """Take the lock if nobody has it or waits for it."""
+        """Take the lock if nobody has it or waits for it. Whether it is in place is not asked."""
         try:
             flock(self._gate, LOCK_EX | LOCK_NB)
         except BlockingIOError:
@@ -136,17 +140,7 @@ class StoreLock:
             return False
         finally:
             flock(self._gate, LOCK_UN)
-        self._refuse_elsewhere()
         return True
-
-    def _refuse_elsewhere(self) -> None:
-        if not self.is_in_place():
-            self.release()
-            raise elsewhere(self.path)
-
-    def is_in_place(self) -> bool:
-        """Whether the path of the lock still names the file that is open."""
-        return is_in_place(self.path, self._inode)
 
     def release(self) -> None:
         """Let the next one have it."""
@@ -177,23 +171,40 @@ class StoreLock:
         self._known = data, marker
 
 
-def inode_of(status: os.stat_result) -> tuple[int, int]:
-    """What tells one file from another: device and number."""
-    return status.st_dev, status.st_ino
+class Place:
+    """The path of a file that is open, and whether it still names that file."""
+
+    __slots__ = ("_device", "_name", "_number", "path")
+
+    def __init__(self, path: Path, fd: int = -1) -> None:
+        """Take the file behind ``fd`` for the one at the path. With -1 there is none yet."""
+        self.path = path
+        self._name = os.fspath(path)
+        status = os.fstat(fd) if fd >= 0 else None
+        self._device, self._number = (status.st_dev, status.st_ino) if status else (0, 0)
+
+    def length(self) -> int | None:
+        """Bytes of the file that is open; None when the path does not name it any more."""
+        try:
+            status = os.stat(self._name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if status.st_ino != self._number or status.st_dev != self._device:
+            return None
+        return status.st_size
 
 
-def is_in_place(path: Path, inode: tuple[int, int]) -> bool:
-    """Whether a path names the file with this device and number."""
-    try:
-        return inode_of(os.stat(path)) == inode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+def elsewhere(path: Path, *, written: bool = False) -> StorageError:
+    """The error for a file that another process deleted, moved or replaced.
 
-
-def elsewhere(path: Path) -> StorageError:
-    """The error for a file that another process deleted, moved or replaced."""
+    ``written``: it was noticed after a change was written.
+    """
+    where = (
+        "the change may be in the files that were there before"
+        if written
+        else "nothing was written to what the path names now"
+    )
     return StorageError(
-        f"the store was deleted, moved or replaced while in use: path={path}; nothing was written "
-        "to what the path names now. Put it back in place, or restart this process to use what "
-        "the path names"
+        f"the store was deleted, moved or replaced while in use: path={path}; {where}. "
+        "Put it back in place, or restart this process to use what the path names"
     )

@@ -12,7 +12,7 @@ from typing import Final
 from pyworkflow.spi import SchemaTooNew, StorageDamaged
 from pyworkflow_storage_file import _lines
 from pyworkflow_storage_file._files import Files, Manifest, read_all
-from pyworkflow_storage_file._lock import inode_of
+from pyworkflow_storage_file._lock import Place
 from pyworkflow_storage_file._open_packs import OpenPacks
 from pyworkflow_storage_file._records import Sink
 
@@ -32,8 +32,8 @@ class Reader:
         """The one by which was read."""
         self.fd = -1
         """The segment that is open."""
-        self.inode = 0, 0
-        """Its device and number."""
+        self.place = Place(files.directory)
+        """Where it lies; the directory before one is open."""
         self.index: int = 0
         """Its place among the segments."""
         self.offset = 0
@@ -42,6 +42,8 @@ class Reader:
         """Of the next line."""
         self._sealed: dict[str, int] = {}
         """Bytes of the segments before it, by name."""
+        self._before = 0
+        """Bytes of these and of the packs."""
 
     def close(self) -> None:
         """Close the files. Idempotent."""
@@ -53,7 +55,7 @@ class Reader:
     @property
     def size(self) -> int:
         """Bytes of the packs and segments, as far as they were read."""
-        return self.packs.size + sum(self._sealed.values()) + self.offset
+        return self._before + self.offset
 
     @property
     def length(self) -> int:
@@ -73,8 +75,7 @@ class Reader:
     @property
     def path(self) -> Path:
         """The segment that is open; the directory before one is."""
-        directory = self._files.directory
-        return directory / self._name if self.manifest.segments else directory
+        return self.place.path
 
     def restart(self, manifest: Manifest) -> None:
         """Read the packs into a sink that begins anew, and open the first segment."""
@@ -103,6 +104,7 @@ class Reader:
         self.packs.exchange(manifest.packs, manifest.segments[0])
         # The files are not asked: a packer may have deleted them since the manifest was read.
         self._sealed = {name: self._sealed[name] for name in before}
+        self._before = self.packs.size + sum(self._sealed.values())
         self.manifest = manifest
         self.index = index
         return True
@@ -127,7 +129,8 @@ class Reader:
 
     def _open(self, fd: int) -> None:
         self.fd = fd
-        self.inode = inode_of(os.fstat(fd))
+        self._before = self.packs.size + sum(self._sealed.values())
+        self.place = Place(self._files.directory / self._name, fd)
         self.offset = 0
         self._sink.segment = self._name
 

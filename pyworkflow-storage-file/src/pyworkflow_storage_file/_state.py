@@ -38,16 +38,13 @@ class State:
         """A free item came or changed since ``take_news``."""
         self.segment = ""
         """The segment of the records that come."""
+        self.garbage = 0
+        """Bytes of records in segments that nothing needs any more."""
         self._garbage: dict[str, int] = {}
-        """By segment: bytes of claims, and of runs that were removed."""
+        """The same by segment: bytes of claims, and of runs that were removed."""
         self._tail: dict[str, tuple[str, int]] = {}
         """Of runs that segments have: the last segment, and the bytes in all of them."""
         self._latest: datetime | None = None
-
-    @property
-    def garbage(self) -> int:
-        """Bytes of records in segments that nothing needs any more."""
-        return sum(self._garbage.values())
 
     @property
     def latest(self) -> int:
@@ -60,7 +57,7 @@ class State:
         """Forget everything but the news."""
         self.store = ReferenceStore()
         self.shift = timedelta(0)
-        self._garbage, self._tail = {}, {}
+        self.garbage, self._garbage, self._tail = 0, {}, {}
 
     def load(self, kind: bytes, body: bytes) -> None:
         """Apply a record of a segment."""
@@ -101,6 +98,7 @@ class State:
         if not needed:
             garbage += size
         if garbage:
+            self.garbage += garbage
             self._garbage[segment] = self._garbage.get(segment, 0) + garbage
 
     def take_news(self) -> tuple[dict[str, tuple[int, bool]], bool]:
@@ -190,6 +188,7 @@ class State:
             if segment >= first
         }
         self._garbage = {s: size for s, size in self._garbage.items() if s >= first}
+        self.garbage = sum(self._garbage.values())
 
     def _move(
         self, run_id: str, places: list[tuple[Any, ...]], home: PackedRun | None, first: str

@@ -32,11 +32,10 @@ from pyworkflow.storekit.embedded import (
     add_forkable,
     copy_error,
 )
-from pyworkflow_storage_file._calls import Calls
 from pyworkflow_storage_file._codec import encode
 from pyworkflow_storage_file._compact import Plan, Stopped
 from pyworkflow_storage_file._files import storage_error
-from pyworkflow_storage_file._journal import Journal
+from pyworkflow_storage_file._journal import Clocks, Journal
 from pyworkflow_storage_file._merge import DELTA
 from pyworkflow_storage_file._packing import Packer, prepare
 from pyworkflow_storage_file._records import Record
@@ -92,16 +91,10 @@ class Batch:
         self.durable = self.durable or durable
 
 
-#: Wall clock and time since boot, ns.
-Clocks = tuple[int, int]
-
-
 class Writer(Forkable):
     """A journal and the state it amounts to. Everything here blocks."""
 
-    def __init__(
-        self, make_journal: Callable[[State], Journal], *, calls: Calls, lock_timeout: float
-    ) -> None:
+    def __init__(self, make_journal: Callable[[State], Journal], *, lock_timeout: float) -> None:
         self.mutex = threading.Lock()
         """Held by whoever calls ``take``, ``take_news``, ``upkeep``, ``recover`` or ``close``."""
         self.is_open = False
@@ -113,7 +106,6 @@ class Writer(Forkable):
         self.pace = self._journal.pace
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
-        self._calls = calls
         self._packer = Packer(self._journal.make_files, self)
         self._work = 0
         """Counts the news for workers."""
@@ -129,8 +121,9 @@ class Writer(Forkable):
             if not self.is_open:
                 self._journal.open(self._prepare)
                 self.is_open = True
-            if any(operation.writes for operation in waiting):
-                return self._write(waiting, answers, wait)
+            for operation in waiting:
+                if operation.writes:
+                    return self._write(waiting, answers, wait)
             return self._read(waiting, answers, wait)
         except Exception as error:  # noqa: BLE001  whoever waits must hear of it
             if isinstance(error, OSError):
@@ -176,13 +169,13 @@ class Writer(Forkable):
 
     def _read(self, waiting: list[Operation[Batch]], answers: Answers[Batch], wait: bool) -> bool:
         is_current = self._journal.is_current()
-        clocks = self._calls.clocks()
+        clocks = self._journal.read_clocks()
         if not is_current or self._jump(clocks) > _JUMP:
             if not wait:
                 return False
             self._acquire(wait)
             self._journal.release()
-            clocks = self._calls.clocks()
+            clocks = self._journal.read_clocks()
         batch = Batch(self._state, self._instant(clocks), self._token)
         for operation in waiting:
             if not operation.future.done():
@@ -198,8 +191,9 @@ class Writer(Forkable):
         if clocks is None:
             return False
         try:
+            if wait:
+                journal.make_room()
             # From here on the state may be ahead of the files, whatever is thrown.
-            journal.make_room()
             journal.invalidate()
             batch = Batch(state, self._instant(clocks), self._token)
             taken = 0
@@ -246,7 +240,7 @@ class Writer(Forkable):
         elif not journal.try_acquire():
             return None
         try:
-            clocks = self._calls.clocks()
+            clocks = journal.read_clocks()
             jump = self._jump(clocks)
             if jump > _JUMP and journal.last_marker is not None:
                 if not wait:
@@ -296,9 +290,11 @@ class Writer(Forkable):
 
     @property
     def _is_garbage(self) -> bool:
-        journal = self._journal
-        garbage = self._state.garbage + sum(pack.dead for pack in journal.packs)
-        return garbage * 2 > journal.size > _GARBAGE_BYTES
+        size = self._journal.size
+        if size <= _GARBAGE_BYTES:
+            return False  # as after most batches
+        garbage = self._state.garbage + sum(pack.dead for pack in self._journal.packs)
+        return garbage * 2 > size
 
     def upkeep(self) -> None:
         """Begin to pack, in another thread."""

@@ -1,6 +1,7 @@
 """A store whose files are deleted, moved or replaced while it is in use."""
 
 import asyncio
+import os
 import shutil
 from datetime import timedelta
 
@@ -65,7 +66,21 @@ def delete_segment(root):
     segment.unlink()
 
 
-HAPPENINGS = [delete, move, replace_all, replace_namespace, replace_segment, delete_segment]
+def move_segment(root):
+    (segment,) = (root / "default").glob("*.jsonl")
+    segment.rename(root / "moved")
+    shutil.copy(root / "moved", segment)
+
+
+HAPPENINGS = [
+    delete,
+    move,
+    replace_all,
+    replace_namespace,
+    replace_segment,
+    delete_segment,
+    move_segment,
+]
 
 
 @pytest.mark.parametrize("happens", HAPPENINGS)
@@ -85,7 +100,7 @@ def test_found_h04_a_store_that_is_elsewhere_is_noticed_at_the_next_write(tmp_pa
                 "renew": lambda: backend.renew([claim.ref], timedelta(minutes=1)),
             }
             # After the first error, the journal is read anew, from what the manifest names then.
-            whole = happens not in {replace_segment, delete_segment}
+            whole = happens not in {replace_segment, delete_segment, move_segment}
             for _ in range(3 if whole else 1):
                 with pytest.raises(StorageError, match=MESSAGE) as caught:
                     await calls[call]()
@@ -94,11 +109,80 @@ def test_found_h04_a_store_that_is_elsewhere_is_noticed_at_the_next_write(tmp_pa
             if happens is delete_segment:
                 with pytest.raises(StorageDamaged, match="missing"):
                     await calls[call]()
-        if happens in {replace_all, replace_namespace, replace_segment}:
+        if happens in {replace_all, replace_namespace, replace_segment, move_segment}:
             async with FileStorageBackend(root) as again:
                 assert await again.get_run("after") is None
                 await again.commit_one(create("after"))
                 assert await again.get_run("before") is not None
+
+    asyncio.run(main())
+
+
+def delete_lock(root):
+    (root / "default" / "lock").unlink()
+
+
+def move_lock(root):
+    (root / "default" / "lock").rename(root / "moved")
+
+
+def replace_lock(root):
+    copy = root / "copy"
+    shutil.copy(root / "default" / "lock", copy)
+    copy.rename(root / "default" / "lock")
+
+
+@pytest.mark.parametrize("happens", [delete_lock, move_lock, replace_lock])
+def test_found_h04_a_lock_that_others_do_not_take_is_noticed_at_the_next_write(tmp_path, happens):
+    async def main():
+        async with FileStorageBackend(tmp_path) as backend:
+            await backend.commit_one(create("before"))
+            happens(tmp_path)
+            for _ in range(3):
+                with pytest.raises(StorageError, match=MESSAGE):
+                    await backend.commit_one(create("after"))
+        async with FileStorageBackend(tmp_path) as again:
+            await again.commit_one(create("after"))
+            assert await again.get_run("before") is not None
+
+    asyncio.run(main())
+
+
+def test_a_lone_commit_asks_for_its_files_twice_and_for_the_clocks_once(tmp_path, monkeypatch):
+    class Counting(Calls):
+        clocks_read = 0
+
+        def clocks(self):
+            self.clocks_read += 1
+            return super().clocks()
+
+    asked = []
+
+    def count(name):
+        original = getattr(os, name)
+
+        def counted(*args, **options):
+            asked.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(os, name, counted)
+
+    async def main():
+        backend = FileStorageBackend(tmp_path, fsync=False)
+        backend._calls = calls = Counting()
+        async with backend:
+            for number in range(3):  # until the loop writes by itself
+                await backend.commit_one(create(f"r{number}"))
+                await asyncio.sleep(0)
+            for name in ("stat", "fstat", "lstat"):
+                count(name)
+            calls.clocks_read = 0
+            await backend.commit_one(create("lone"))
+            assert asked == ["stat", "stat"]
+            assert calls.clocks_read == 1
+            await asyncio.sleep(0)
+            assert await backend.get_run("lone") is not None
+            assert asked == ["stat"] * 3
 
     asyncio.run(main())
 

@@ -205,7 +205,8 @@ class Dispatcher(Generic[B]):
                     )
                 raise
         self._answer(answers, news)
-        self._tell_neighbours(news)
+        if self._place is not None:
+            self._tell_neighbours(news, self._place)
         if self._upkeep is not None and self._upkeep.wants_upkeep:
             self._hand_over(Operation(nothing, self._loop.create_future(), False, None))
         return True
@@ -217,13 +218,15 @@ class Dispatcher(Generic[B]):
     def _next_turn(self) -> None:
         self._turn_is_used = False
         gathered = self._gathered
+        if not gathered:
+            return
         if len(gathered) == 1 and not self._handed_over and self._may_do(gathered[0]):
             self._crowded = False
             self._gathered = []
             if self._do(gathered[0]):
                 return
             self._gathered = gathered
-        elif gathered:
+        else:
             self._crowded = len(gathered) > 1
         self._hand_over_gathered()
 
@@ -318,13 +321,12 @@ class Dispatcher(Generic[B]):
             self._loop.call_soon_threadsafe(self._taken, count, answers, news)
         except RuntimeError:
             pass  # the loop was closed: nobody waits any more
-        self._tell_neighbours(news)
+        if self._place is not None:
+            self._tell_neighbours(news, self._place)
 
-    def _tell_neighbours(self, news: News) -> None:
+    def _tell_neighbours(self, news: News, place: Hashable) -> None:
         """Objects of this process on the same store learn at once what others poll for."""
-        if self._place is None:
-            return
-        for other in listeners_of(self._place):
+        for other in listeners_of(place):
             if other is not self:
                 other.notify(news)
 
