@@ -32,14 +32,19 @@ OPEN = [status for status in RunStatus if not status.is_terminal]
 
 
 def created(
-    run_id: str, *, claimed: bool = False, workflow: str = "flow", due_at: datetime | None = None
+    run_id: str,
+    *,
+    claimed: bool = False,
+    workflow: str = "flow",
+    due_at: datetime | None = None,
+    idempotency_key: str | None = None,
 ) -> Change:
     """A run that has not started; its turn is due at once, and claimed when asked for."""
     held = LeaseFor(owner="w", lease=MINUTE) if claimed else None
     return Change(
         run_id=run_id,
         key="start",
-        create=NewRun(workflow=workflow, version="1", args="[]"),
+        create=NewRun(workflow=workflow, version="1", args="[]", idempotency_key=idempotency_key),
         # An input would be due at once.
         events=[Event("workflow.started", "I" if due_at is None else "O", {"workflow": workflow})],
         put=[Put(item_id="turn", kind=ItemKind.TURN, due_at=due_at, claimed=held)],

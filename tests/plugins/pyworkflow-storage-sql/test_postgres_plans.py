@@ -31,6 +31,9 @@ insert into pyworkflow.work_items (run_id, item_id, kind, workflow, queue, prior
     payload, claims)
 select run_id, 'turn', 'turn', workflow, queue, 0, now() + interval '10 days', paused, '{{}}', 0
 from pyworkflow.runs where final is null on conflict do nothing;
+insert into pyworkflow.idempotency_keys (key, run_id, until)
+select 'k' || i, 'r' || i, case when i % 2 = 0 then now() + interval '10 days' end
+from generate_series({first}, {last}) i;
 analyze;
 """
 """Of twelve runs four are completed, four suspended, two pending, one stalled, one paused."""
@@ -54,21 +57,27 @@ STATUSES = [
 class Store:
     def __init__(self, server: PostgresServer | GivenServer) -> None:
         self._server = server
-        self._url = server.database()
+        self.url = server.database()
 
         async def make() -> None:
-            async with PostgresStorageBackend(self._url):
+            async with PostgresStorageBackend(self.url):
                 pass
 
         asyncio.run(make())
         self._runs = 0
 
     def sql(self, statement: str) -> str:
-        return self._server.sql(statement, url=self._url)
+        return self._server.sql(statement, url=self.url)
 
     def grow(self, runs: int) -> None:
         self.sql(FILL.format(first=self._runs + 1, last=runs))
         self._runs = runs
+
+    def patch(self, function: str, old: str, new: str) -> None:
+        """Replace a part of a function."""
+        text = self.sql(f"select pg_get_functiondef('pyworkflow.{function}'::regprocedure)")
+        assert text.count(old) == 1
+        self.sql(text.replace(old, new))
 
     def blocks(self, call: str) -> int:
         """Blocks that a call of a function touches, after others that load the catalogue."""
@@ -141,6 +150,7 @@ def test_found_m03_a_call_reads_no_more_in_a_larger_store(
         ("runs_state", listing(["failed", "stalled"], None)),
         ("runs_workflow_state", listing(["failed", "completed"], "absent")),
         ("runs_finished", CALLS["a purge that finds nothing"]),
+        ("idempotency_keys_until", CALLS["a purge that finds nothing"]),
         ("work_items_free", CALLS["next_due of another queue"]),
         ("work_items_held", CALLS["holders"]),
         ("work_items_tried", listing(["suspended"], "waiting")),
@@ -159,6 +169,22 @@ def test_found_m03_a_dropped_index_would_be_noticed(
         store.sql(definition)
 
 
+def test_announcing_looks_at_so_many_items_that_were_rung_for(
+    postgres: PostgresServer | GivenServer,
+) -> None:
+    store = Store(postgres)
+    store.patch("pick_due(timestamptz, int, text[], text[], text[], timestamptz)", "2000", "20")
+    found = []
+    for runs in (1_000, 4_000):
+        store.grow(runs)
+        store.sql(
+            "update pyworkflow.work_items set due_at = now() - interval '1 day', rung_at = now()"
+        )
+        store.sql("vacuum pyworkflow.work_items")
+        found.append(store.blocks("announce(100, interval '1 hour')"))
+    assert found[1] <= 1.5 * found[0] + 50
+
+
 def test_found_m03_open_statuses_are_those_of_the_runs(
     postgres: PostgresServer | GivenServer,
 ) -> None:
@@ -173,17 +199,12 @@ def test_found_m03_open_statuses_are_those_of_the_runs(
 def test_found_m03_where_many_are_awake_the_newest_runs_are_looked_at(
     postgres: PostgresServer | GivenServer,
 ) -> None:
-    url = postgres.database()
+    stored = Store(postgres)
+    stored.patch("show_runs(bigint, text, text[], int)", "v_most int := 1000;", "v_most int := 2;")
 
     async def main() -> None:
-        async with PostgresStorageBackend(url) as store:
+        async with PostgresStorageBackend(stored.url) as store:
             await make_every_status(store)
-            text = postgres.sql(
-                "select pg_get_functiondef('pyworkflow.show_runs(bigint, text, text[], int)'::regprocedure)",
-                url=url,
-            )
-            assert "v_most int := 1000;" in text
-            postgres.sql(text.replace("v_most int := 1000;", "v_most int := 2;"), url=url)
             await check_listings(store)
 
     asyncio.run(main())

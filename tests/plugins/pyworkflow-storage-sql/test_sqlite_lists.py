@@ -14,7 +14,7 @@ import pytest
 from pyworkflow import RunStatus
 from pyworkflow.spi import ClaimRequest, ItemKind, RunQuery
 from pyworkflow_storage_sql import SQLiteStorageBackend
-from pyworkflow_storage_sql.sqlite import _reader, _reads, _writer
+from pyworkflow_storage_sql.sqlite import _reader, _reads, _work, _writer
 from tests.statuses import MINUTE, check_listings, created, make_every_status, sleepers
 
 
@@ -84,8 +84,9 @@ def test_found_m03_a_page_of_an_open_status_reads_no_more_in_a_larger_store(
 
 
 def test_found_m04_a_look_for_work_reads_nothing_of_what_waits_for_others(
-    tmp_path: Path, instructions: Callable[[], int]
+    tmp_path: Path, instructions: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_work, "_MOST_RUNG", 50)
     queues, workflows = frozenset({"other"}), frozenset({"other"})
     due = [
         ClaimRequest(owner="w", lease=MINUTE, limit=10, queues=queues),
@@ -106,6 +107,7 @@ def test_found_m04_a_look_for_work_reads_nothing_of_what_waits_for_others(
             for size in (100, 2000):
                 await sleepers(store, [f"r{size}-{n}" for n in range(size)])
                 await store.commit([created(f"p{size}-{n}") for n in range(size)])
+                await store.announce(5000, MINUTE)
                 found.append(
                     [
                         *[
@@ -115,6 +117,7 @@ def test_found_m04_a_look_for_work_reads_nothing_of_what_waits_for_others(
                         await cost(store.next_due),
                         await cost(lambda: store.next_due(queues=queues)),
                         await cost(lambda: store.next_due(workflows=workflows)),
+                        await cost(lambda: store.announce(10, MINUTE)),
                         await cost(store.holders),
                         await cost(lambda: store.leases("w")),
                     ]
@@ -122,6 +125,24 @@ def test_found_m04_a_look_for_work_reads_nothing_of_what_waits_for_others(
             assert [many for _, many in zip(*found, strict=True)] == [
                 pytest.approx(few, rel=0.5, abs=10) for few in found[0]
             ]
+
+    asyncio.run(main())
+
+
+def test_found_h01_a_deep_page_of_keys_reads_none_before_it(
+    tmp_path: Path, instructions: Callable[[], int]
+) -> None:
+    async def main() -> None:
+        async with SQLiteStorageBackend(tmp_path / "store.db") as store:
+            await store.commit([created(f"r{n}", idempotency_key=f"k{n}") for n in range(3001)])
+            costs, cursor = [], None
+            for _ in range(3):
+                before = instructions()
+                page = await store.export_keys(cursor)
+                assert len(page.items) == 1000
+                costs.append(instructions() - before)
+                cursor = page.cursor
+            assert max(costs) <= 1.1 * costs[0] + 10
 
     asyncio.run(main())
 

@@ -46,19 +46,22 @@ __all__ = [
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
 #: Of one bucket, in the order of the index.
 _FREE: Final = (
-    "select i.priority, i.due_at, i.id from work_items i indexed by work_free "
+    "select i.priority, i.due_at, i.id, i.rung_at from work_items i indexed by work_free "
     "where i.token is null and i.parked = 0 and i.namespace = ? and i.queue = ? "
-    "and i.workflow = ? and i.kind = ? and i.priority = ? and i.due_at <= ?{filters} "
+    "and i.workflow = ? and i.kind = ? and i.priority = ? and i.due_at <= ? "
     "order by i.due_at, i.id limit ?"
 )
-#: The heads of all buckets, and of those of some queues, which are given as JSON.
+#: So many items of a bucket are looked at for some that were not rung for: those behind them have
+#: their turn when these are claimed.
+_MOST_RUNG: Final = 2000
+#: The heads of all buckets, or of those of some queues.
 _HEADS: Final = (
     "with recursive heads (id) as ({heads}) "
     "select i.queue, i.workflow, i.kind, i.priority, i.due_at from heads h "
     "cross join work_items i on i.id = h.id where {where}"
 )
 _HELD: Final = (
-    "select i.priority, i.due_at, i.id from work_items i indexed by work_held "
+    "select i.priority, i.due_at, i.id, i.rung_at from work_items i indexed by work_held "
     "where i.token is not null and i.parked = 0 and i.namespace = ? and i.free_at <= ?{filters}"
 )
 _HELD_NEXT: Final = (
@@ -67,7 +70,7 @@ _HELD_NEXT: Final = (
 )
 _EVENT_BYTES: Final = 96
 
-_Due = tuple[int, int, int]
+_Due = tuple[int, int, int, int | None]
 
 
 class _Filters:
@@ -124,19 +127,17 @@ def _due(batch: Batch, limit: int, filters: _Filters, rung: int | None = None) -
 
     With ``rung``, those alone that were not rung for after that.
     """
-    conn, namespace, now = batch.conn, batch.namespace, batch.micros
-    extra, values = "", []
-    if rung is not None:
-        extra, values = " and (i.rung_at is null or i.rung_at <= ?)", [rung]
-    sql = _FREE.format(filters=extra)
+    most = limit if rung is None else _MOST_RUNG
     found: list[_Due] = []
     for *bucket, due_at in _heads(batch, filters):
-        if due_at <= now:
-            found += conn.execute(sql, (namespace, *bucket, now, *values, limit)).fetchall()
-    held, asked = filters.held()
-    found += conn.execute(
-        _HELD.format(filters=held + extra), (namespace, now, *asked, *values)
-    ).fetchall()
+        if due_at <= batch.micros:
+            found += batch.conn.execute(_FREE, (batch.namespace, *bucket, batch.micros, most))
+    held, values = filters.held()
+    found += batch.conn.execute(
+        _HELD.format(filters=held), (batch.namespace, batch.micros, *values)
+    )
+    if rung is not None:
+        found = [row for row in found if row[3] is None or row[3] <= rung]
     found.sort(key=lambda row: (-row[0], row[1], row[2]))
     return [row[2] for row in found[:limit]]
 

@@ -72,13 +72,12 @@ BEGIN
             d := b;
         END IF;
     END LOOP;
-    IF v_due <= 1 AND cardinality(v_held) = 0 THEN
+    IF v_due <= 1 AND cardinality(v_held) = 0 AND p_rung_before IS NULL THEN
         IF v_due = 0 OR v_left <= 0 THEN RETURN; END IF;
         RETURN QUERY SELECT * FROM {schema}.work_items w
             WHERE NOT w.paused AND w.token IS NULL AND w.queue = d.o_queue
                 AND w.workflow = d.o_workflow AND w.kind = d.o_kind AND w.priority = d.o_priority
                 AND w.due_at <= p_now
-                AND (p_rung_before IS NULL OR w.rung_at IS NULL OR w.rung_at <= p_rung_before)
             ORDER BY w.due_at, w.number LIMIT v_left FOR UPDATE SKIP LOCKED;
         RETURN;
     END IF;
@@ -89,11 +88,17 @@ BEGIN
             CONTINUE WHEN b.o_due_at > p_now;
             v_some := ARRAY(
                 SELECT ROW(w.priority, w.due_at, w.number, w.run_id, w.item_id)::{schema}.candidate
-                FROM {schema}.work_items w
-                WHERE NOT w.paused AND w.token IS NULL AND w.queue = b.o_queue
-                    AND w.workflow = b.o_workflow AND w.kind = b.o_kind AND w.priority = b.o_priority
-                    AND w.due_at <= p_now AND w.number <> ALL (v_passed)
-                    AND (p_rung_before IS NULL OR w.rung_at IS NULL OR w.rung_at <= p_rung_before)
+                FROM (
+                    SELECT * FROM {schema}.work_items w
+                    WHERE NOT w.paused AND w.token IS NULL AND w.queue = b.o_queue
+                        AND w.workflow = b.o_workflow AND w.kind = b.o_kind
+                        AND w.priority = b.o_priority
+                        AND w.due_at <= p_now AND w.number <> ALL (v_passed)
+                    ORDER BY w.due_at, w.number
+                    -- Items behind so many that were rung for have their turn when these are claimed.
+                    LIMIT CASE WHEN p_rung_before IS NULL THEN v_asked ELSE 2000 END
+                ) w
+                WHERE p_rung_before IS NULL OR w.rung_at IS NULL OR w.rung_at <= p_rung_before
                 ORDER BY w.due_at, w.number LIMIT v_asked);
             v_found := v_found || v_some;
         END LOOP;
