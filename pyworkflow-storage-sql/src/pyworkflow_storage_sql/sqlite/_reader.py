@@ -108,7 +108,10 @@ class Reader:
         runs = watchers.runs
         touched: dict[str, tuple[int, bool]] = {}
         work = 0
-        for start in range(0, max(1, len(runs)), 500):
+        if not runs:  # an empty list would be compared with each run
+            news = "select work from namespaces where name = ?"
+            work = max((row[0] for row in await self.fetch(news, (self._namespace,))), default=0)
+        for start in range(0, len(runs), 500):
             part = runs[start : start + 500]
             marks = ", ".join("?" * len(part))
             rows = await self.fetch(
@@ -116,8 +119,8 @@ class Reader:
                 f"left join runs r on r.namespace = n.id and r.run_id in ({marks}) where n.name = ?",
                 (*part, self._namespace),
             )
-            for news, run_id, length, ended in rows:
-                work = max(work, news)
+            for news_count, run_id, length, ended in rows:
+                work = max(work, news_count)
                 if run_id is not None:
                     touched[run_id] = (length, bool(ended))
         self._version = version
