@@ -146,6 +146,21 @@ def suicidal(tag: str, deaths: int) -> str:
     return "alive"
 
 
+@step
+async def brief(tag: str, name: str) -> str:
+    """Takes longer than a crash needs."""
+    note(tag, name)
+    await asyncio.sleep(0.2)
+    return name
+
+
+@step
+def deadly(tag: str) -> None:
+    """Kills its process."""
+    note(tag, "deadly")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @step(timeout=0.5, hard_timeout=True, max_retries=1, retry_delay=0.05)
 def stuck(tag: str, tries: int) -> str:
     """Blocks its thread for ever, a number of times."""
@@ -153,6 +168,21 @@ def stuck(tag: str, tries: int) -> str:
     while times(tag, "stuck") <= tries:
         time.sleep(0.1)
     return "unblocked"
+
+
+@step
+async def brief(tag: str, name: str) -> str:
+    """Takes longer than a crash needs."""
+    note(tag, name)
+    await asyncio.sleep(0.2)
+    return name
+
+
+@step
+def deadly(tag: str) -> None:
+    """Kills its process."""
+    note(tag, "deadly")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @step(timeout=0.5, hard_timeout=True, semantics="at_most_once")
@@ -313,6 +343,18 @@ async def doomed(tag: str, deaths: int) -> str:
         return await suicidal(tag, deaths)
     except Exception as exc:  # noqa: BLE001 - whatever comes is told
         return type(exc).__name__
+
+
+@workflow
+async def beside(tag: str, name: str) -> str:
+    """A short step, or one that kills its process, in the turn itself."""
+    if name != "deadly":
+        return await brief(tag, name)
+    try:
+        await deadly(tag)
+    except Exception as exc:  # noqa: BLE001 - whatever comes is told
+        return type(exc).__name__
+    return "alive"
 
 
 @workflow

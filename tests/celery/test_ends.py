@@ -222,6 +222,22 @@ def test_f46_a_workflow_that_kills_its_process_stalls_after_ten_and_harms_no_oth
     assert fleet.result(other) == 10
 
 
+def test_found_h02_runs_claimed_with_a_step_that_kills_its_process_resume_at_once(
+    fleet: Fleet,
+) -> None:
+    tag = new_tag()
+    # Bells that come back to back: a process claims turns beyond the one that its bell names.
+    names = [f"n{number}" for number in range(14)] + ["deadly"] + [f"m{n}" for n in range(11)]
+    runs = {name: fleet.start(_program.beside, name, tag=tag) for name in names}
+    fleet.worker(concurrency=1)
+    # The lease is five minutes: what waited for its end would not complete.
+    results = {name: fleet.result(run_id) for name, run_id in runs.items()}
+    assert results == {name: name for name in names} | {"deadly": "WorkerLost"}
+    died = {pid for name, pid in fleet.lines(tag) if name == "deadly"}
+    assert {name for name, pid in fleet.lines(tag) if pid in died} > {"deadly"}
+    fleet.check(*runs.values())
+
+
 def test_f48_children_share_no_connection_with_their_parent_or_each_other(fleet: Fleet) -> None:
     worker = fleet.worker(concurrency=3)
     fleet.result(fleet.start(_program.fan, 9))
