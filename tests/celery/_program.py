@@ -170,21 +170,6 @@ def stuck(tag: str, tries: int) -> str:
     return "unblocked"
 
 
-@step
-async def brief(tag: str, name: str) -> str:
-    """Takes longer than a crash needs."""
-    note(tag, name)
-    await asyncio.sleep(0.2)
-    return name
-
-
-@step
-def deadly(tag: str) -> None:
-    """Kills its process."""
-    note(tag, "deadly")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @step(timeout=0.5, hard_timeout=True, semantics="at_most_once")
 def stuck_once(tag: str) -> str:
     """Blocks its thread, and must not be begun again."""

@@ -74,6 +74,11 @@ def test_o02_a_folder_that_is_gone_fails_no_code_that_logs(
     said = capsys.readouterr().err
     assert "lost from the file" in said
     assert "FileNotFoundError" in said  # logging's own report
+    for _ in range(100):
+        logging.getLogger("shop").warning("lost as well")
+    said = capsys.readouterr().err
+    assert said.count("lost as well") == 100
+    assert "FileNotFoundError" not in said  # that report comes once a minute
     folder.mkdir()
     logging.getLogger("shop").warning("in a new folder")
     assert "in a new folder" in (folder / "workflow.log").read_text()

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, time
 from os import PathLike
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -168,6 +169,9 @@ def _reset_for_tests() -> None:  # pyright: ignore[reportUnusedFunction] - by te
     _installed.replace([], logging.NOTSET)
 
 
+_REPORT_EVERY_S = 60.0
+
+
 class _StderrHandler(logging.StreamHandler[Any]):
     """Writes to what ``sys.stderr`` is now: it may be replaced, and the old one closed."""
 
@@ -190,6 +194,13 @@ class _ReopeningFileHandler(logging.FileHandler):
     def __init__(self, path: str) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._file = self._identity()
+        self._report_at = 0.0
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+        """Report a line that could not be written, at most once a minute: a full disk fails each."""
+        if (now := monotonic()) >= self._report_at:
+            self._report_at = now + _REPORT_EVERY_S
+            super().handleError(record)
 
     def _open(self) -> Any:
         return open(  # as the base class
