@@ -276,7 +276,7 @@ def said(
 
 
 @pytest.mark.parametrize("way", ["run", "start", "client", "kit", "local"])
-def test_p1_an_installed_observer_is_called_in_every_runtime(
+def test_p01_an_installed_observer_is_called_in_every_runtime(
     way: str, site: tuple[Path, dict[str, str]]
 ) -> None:
     out, err = said(site, "app.py", way)
@@ -285,7 +285,7 @@ def test_p1_an_installed_observer_is_called_in_every_runtime(
     assert "RuntimeError: not today" in err
 
 
-def test_p1_an_installed_observer_is_called_by_the_command_run(
+def test_p01_an_installed_observer_is_called_by_the_command_run(
     site: tuple[Path, dict[str, str]],
 ) -> None:
     out, _ = said(site, "-m", "pyworkflow.cli", "run", "app.py:flow")
@@ -295,7 +295,7 @@ def test_p1_an_installed_observer_is_called_by_the_command_run(
     assert "broken-observer" in out
 
 
-def test_p1_an_installed_observer_is_called_by_a_worker(site: tuple[Path, dict[str, str]]) -> None:
+def test_p01_an_installed_observer_is_called_by_a_worker(site: tuple[Path, dict[str, str]]) -> None:
     folder, env = site
     said(site, "-c", "import app; print(app.start(app.flow))", PYWORKFLOW_WORKER="0")
     with (folder / "worker.log").open("w") as log:
@@ -317,7 +317,7 @@ def test_p1_an_installed_observer_is_called_by_a_worker(site: tuple[Path, dict[s
         worker.wait(PATIENCE)
 
 
-def test_p1_a_plugin_that_is_disabled_is_not_loaded(site: tuple[Path, dict[str, str]]) -> None:
+def test_p01_a_plugin_that_is_disabled_is_not_loaded(site: tuple[Path, dict[str, str]]) -> None:
     out, err = said(
         site, "app.py", "run", PYWORKFLOW_DISABLE_PLUGINS="step-counter,broken-observer"
     )
@@ -325,7 +325,7 @@ def test_p1_a_plugin_that_is_disabled_is_not_loaded(site: tuple[Path, dict[str, 
     assert err == ""
 
 
-def test_p2_the_public_names_list_and_register(site: tuple[Path, dict[str, str]]) -> None:
+def test_p02_the_public_names_list_and_register(site: tuple[Path, dict[str, str]]) -> None:
     code = (
         "import pyworkflow as p\n"
         "class Mine: pass\n"

@@ -142,6 +142,29 @@ def test_f25_a_commit_whose_outcome_is_unknown_is_answered_when_it_is_sent_again
     asyncio.run(main())
 
 
+def test_found_m02_a_worker_that_waits_for_news_notices_the_loss_of_its_listener(
+    postgres: Given,
+) -> None:
+    url = postgres.database()
+    listeners = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+    )
+
+    async def main() -> None:
+        async with PostgresStorageBackend(url) as store:
+            while await store.watch(None, after=0, timeout=timedelta(milliseconds=20)):
+                pass
+            waits = asyncio.create_task(store.watch(None, after=0, timeout=timedelta(minutes=10)))
+            await until(lambda: postgres.sql(listeners, url=url) != "0")
+            assert not waits.done()
+            postgres.sql(OTHERS, url=url)
+            async with asyncio.timeout(60):
+                assert await waits  # so it asks, and learns of the outage
+
+    asyncio.run(main())
+
+
 def test_f24_a_server_that_is_killed_under_load_keeps_what_it_acknowledged(
     make_postgres: Callable[..., PostgresServer],
 ) -> None:
