@@ -56,7 +56,9 @@ SAME: dict[str, tuple[str, ...]] = {
         "plugins/pyworkflow-storage-redis/test_faults.py",
         "plugins/pyworkflow-storage-sql/test_postgres_faults.py",
     ),
-    "rules and plans in the server: Lua and SQL": (
+    "what reading costs, and rules and plans in the server: Lua and SQL": (
+        "core/test_listing.py",
+        "plugins/pyworkflow-storage-file/test_packs.py",
         "plugins/pyworkflow-storage-redis/test_clock.py",
         "plugins/pyworkflow-storage-redis/test_equals_reference.py",
         "plugins/pyworkflow-storage-redis/test_redis_lists.py",
@@ -90,6 +92,7 @@ SAME: dict[str, tuple[str, ...]] = {
         "devops/test_manifests.py",
     ),
     "files of the repository: documents, and packages that are built from it": (
+        "applications/test_sentry_page.py",
         "repo/test_events_doc.py",
         "repo/test_examples.py",
         "repo/test_failpoints_doc.py",

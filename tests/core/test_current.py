@@ -174,7 +174,9 @@ def test_n08_log_processors_that_ask_have_no_effect_on_the_run() -> None:
         async with bench() as b:
             run_id = await b.start(quiet)
             assert await b.result(run_id) == "done"
-            return run_id, [e.type for e in await b.events(run_id)]
+            # A step that takes a while is recorded when it is scheduled too, a quick one is not.
+            types = [e.type for e in await b.events(run_id)]
+            return run_id, [each for each in types if each != "step.scheduled"]
 
     _, without = asyncio.run(main())
     for name in ("n08.shop", "pyworkflow.workflow"):

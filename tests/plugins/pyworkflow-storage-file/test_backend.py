@@ -28,7 +28,7 @@ from pyworkflow.spi import (
     StorageFull,
     StorageUnavailable,
 )
-from pyworkflow_storage_file import FileStorageBackend, _plugin, _writer
+from pyworkflow_storage_file import FileStorageBackend, _packing, _plugin, _writer
 from pyworkflow_storage_file._calls import Calls
 
 MINUTE = timedelta(minutes=1)
@@ -704,6 +704,7 @@ def test_the_kinds_of_items_survive_a_restart(tmp_path):
 
 def test_a_rewrite_that_fails_is_tried_later_and_hurts_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(_writer, "_GARBAGE_BYTES", 5_000)
+    monkeypatch.setattr(_packing, "_PAUSE_S", 0.0)  # a minute after each failure
 
     class NoReplace(Calls):
         failed = 0
