@@ -22,7 +22,8 @@ def encode(data: Json) -> bytes:
         body = to_json(data, inf_nan_mode="constants")
     except Exception:  # noqa: BLE001  what pydantic refuses (deep nesting), json may still take
         body = b""
-    if not body or b"NaN" in body or b"Infinity" in body:
+    # One byte is found faster than three.
+    if not body or (b"N" in body and b"NaN" in body) or b"Infinity" in body:
         try:
             text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             body = text.encode()

@@ -89,6 +89,7 @@ class Journal:
         self._files = Files(directory, namespace=namespace, sync=sync, calls=self._calls)
         self._segment_bytes = segment_bytes
         self._boot = boot_id()
+        self._pid = os.getpid()
         self._at = Reader(self._files, sink)
         self._loaded = False
         self._synced = 0
@@ -570,7 +571,7 @@ class Journal:
             self._cuts,
             self._at.offset,
             self._synced,
-            os.getpid(),
+            self._pid,
             self.clock.read(wall, boottime),
             boottime,
         )

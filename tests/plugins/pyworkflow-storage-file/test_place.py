@@ -118,6 +118,25 @@ def test_found_h04_a_store_that_is_elsewhere_is_noticed_at_the_next_write(tmp_pa
     asyncio.run(main())
 
 
+def test_found_h04_nothing_is_written_to_a_store_that_was_moved_before(tmp_path):
+    root = tmp_path / "store"
+
+    async def main():
+        async with FileStorageBackend(root) as backend:
+            for number in range(3):  # until the loop writes by itself
+                await backend.commit_one(create(f"r{number}"))
+                await asyncio.sleep(0)
+            (segment,) = (root / "default").glob("*.jsonl")
+            length = segment.stat().st_size
+            move(root)
+            with pytest.raises(StorageError, match="nothing was written"):
+                await backend.commit_one(create("after"))
+            (segment,) = (tmp_path / "moved" / "default").glob("*.jsonl")
+            assert segment.stat().st_size == length
+
+    asyncio.run(main())
+
+
 def delete_lock(root):
     (root / "default" / "lock").unlink()
 

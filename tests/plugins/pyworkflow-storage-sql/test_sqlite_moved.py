@@ -81,7 +81,8 @@ def test_found_h04_a_file_that_is_put_back_is_used_again(tmp_path: Path) -> None
             with pytest.raises(StorageError):
                 await storage.commit_one(create("second"))
             away.rename(path)
-            await storage.commit_one(create("second"))
+            again = await storage.commit_one(create("second"))
+            assert again.duplicate  # the file that was moved had it
             page = await storage.list_runs(RunQuery())
             assert {run.run_id for run in page.items} == {"first", "second"}
 
