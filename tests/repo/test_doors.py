@@ -104,3 +104,13 @@ def test_a_broken_plugin_is_reported_with_its_own_error(
 @pytest.mark.parametrize("door", doors(), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_door_holds_no_logic(door: Path) -> None:
     assert len(door.read_text("utf-8").splitlines()) <= 20
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyworkflow", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("pyworkflow, version ")

@@ -25,7 +25,7 @@ _parameters _run_values _option_values _signature _defining _registry _definitio
 _engine _local _local_plugin
 _client _functions _routing _copy _operations _results worker testing
 celery conformance storage
-cli
+cli __main__
 """
 FLOOR_OF = {
     name: number for number, floor in enumerate(FLOORS.split("\n")) for name in floor.split()

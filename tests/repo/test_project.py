@@ -155,3 +155,33 @@ def test_ci_runs_the_readmes_test_command_to_the_letter() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert command in readme.replace("\\\n", " ").replace("  ", " ")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_pre_commit_has_the_version_of_ruff_that_ci_has() -> None:
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    hooked = re.search(r"rev: v(.+)", (ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    assert pinned is not None
+    assert hooked is not None
+    assert hooked[1] == pinned[1]
+
+
+def test_hosted_ci_calls_the_same_command() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert "run: .ci/run" in workflow
+    for minor in (11, 12, 13, 14):
+        assert f"3.{minor}\n" in workflow
+
+
+def test_the_map_of_contributing_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    core = ROOT / "pyworkflow-core" / "src" / "pyworkflow"
+    table = text[text.index("| to change |") : text.index("## Set up")]
+    named = set(re.findall(r"`([\w./*-]+(?:/|\.py|\.md))`", table))
+    assert len(named) > 20
+    places = (ROOT, core, core / "_engine", core / "storekit", ROOT / "tests" / "core")
+    missing = [
+        name
+        for name in named
+        if "<" not in name and not any(any(place.glob(name.rstrip("/"))) for place in places)
+    ]
+    assert missing == []
