@@ -14,7 +14,7 @@ import pytest
 from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import Refusal, RunClosed, RunNotFound
 from pyworkflow.spi import Committed, Fenced, Page, StorageError
-from pyworkflow_conformance import _crash, _profiles
+from pyworkflow_conformance import _crash, _profiles, _stateful
 from pyworkflow_conformance._copies import CopyChecks
 from pyworkflow_conformance._crash import CrashChecks
 from pyworkflow_conformance._damage import DamageChecks
@@ -237,6 +237,21 @@ def test_the_same_check_passes_the_sound_store(check_id):
 def test_a_divergence_is_told_with_the_calls_that_led_to_it():
     with pytest.raises(AssertionError, match=r"(?s)found .*expected .*after .* of .*1\. "):
         run(in_memory(ForgetsSkipped), "MOD_02")
+
+
+def test_t02_a_failure_is_shortened_for_a_bounded_time(monkeypatch):
+    # Where each call takes a millisecond, Hypothesis would shorten for minutes.
+    monkeypatch.setattr(_stateful, "SHRINKING_S", 0.0)
+    made = []
+
+    class Counted(Miscounts):
+        async def open(self):
+            made.append(self)
+            await super().open()
+
+    with pytest.raises(AssertionError, match="last_seq"):
+        run(in_memory(Counted), "MOD_01")
+    assert len(made) < 100, "a failure was shortened although its time was over"
 
 
 # --- with processes -------------------------------------------------------------------------------

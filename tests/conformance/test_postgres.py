@@ -10,11 +10,13 @@ from pyworkflow.spi import StorageBackend
 from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_sql import PostgresStorageBackend
 from pyworkflow_storage_sql.postgres._schema import Schema, schema_name
+from tests.conformance.sizes import MANY_RUNS
 from tests.servers import PostgresServer
 
 
 class TestPostgres(StorageConformance):
     capabilities = PostgresStorageBackend("postgresql://host/base").info().capabilities
+    many_runs = MANY_RUNS
     postgres: PostgresServer
 
     # Not the shared one, which does not wait for the disk: some checks kill the server.
@@ -32,6 +34,9 @@ class TestPostgres(StorageConformance):
 
     def server(self, namespace: str) -> PostgresServer:
         return self.postgres
+
+    def writes(self, namespace: str) -> object:
+        return self.postgres.sql("SELECT pg_current_wal_insert_lsn()")
 
     async def make_fresh(self) -> str:
         return self.postgres.database()

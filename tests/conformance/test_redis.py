@@ -10,11 +10,13 @@ import pytest
 from pyworkflow.spi import StorageBackend
 from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_redis import RedisStorageBackend
+from tests.conformance.sizes import MANY_RUNS
 from tests.servers import ValkeyServer
 
 
 class TestRedis(StorageConformance):
     capabilities = RedisStorageBackend("redis://unused", durable=True).info().capabilities
+    many_runs = MANY_RUNS
     valkey: ValkeyServer
     databases = count(1)
 
@@ -33,6 +35,10 @@ class TestRedis(StorageConformance):
 
     def server(self, namespace: str) -> ValkeyServer:
         return self.valkey
+
+    def writes(self, namespace: str) -> object:
+        find = "return tonumber(redis.call('INFO', 'persistence'):match('changes_since_last_save:(%d+)'))"
+        return self.valkey.command("EVAL", find, "0")
 
     async def make_fresh(self) -> str:
         self.valkey.command("SCRIPT", "FLUSH")

@@ -8,11 +8,13 @@ import pytest
 
 from pyworkflow.spi import StorageBackend
 from pyworkflow_conformance import StorageConformance
+from tests.conformance.sizes import MANY_RUNS
 from tests.core.remote_store import RemoteBackend, Server
 
 
 class TestRemote(StorageConformance):
     capabilities = RemoteBackend.capabilities
+    many_runs = MANY_RUNS
 
     @pytest.fixture(autouse=True)
     def running(self) -> Iterator[None]:

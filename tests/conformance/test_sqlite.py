@@ -12,10 +12,12 @@ import pytest
 from pyworkflow.spi import StorageBackend
 from pyworkflow_conformance import StorageConformance
 from pyworkflow_storage_sql import SQLiteStorageBackend
+from tests.conformance.sizes import MANY_RUNS
 
 
 class TestSQLite(StorageConformance):
     capabilities = SQLiteStorageBackend("unused").info().capabilities
+    many_runs = MANY_RUNS
 
     @pytest.fixture(autouse=True)
     def _directory(self, tmp_path: Path) -> None:
@@ -34,6 +36,12 @@ class TestSQLite(StorageConformance):
 
     def files(self, namespace: str) -> list[Path]:
         return [self._file(namespace)]
+
+    def writes(self, namespace: str) -> object:
+        # Not -shm, in which readers take their places.
+        files = [self.path / "store.db", self.path / "store.db-wal"]
+        there = [each.stat() for each in files if each.exists()]
+        return [(each.st_size, each.st_mtime_ns) for each in there]
 
     async def make_fresh(self) -> str:
         return f"sqlite:///{self.path / uuid4().hex}.db"

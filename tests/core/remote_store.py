@@ -274,7 +274,7 @@ class Connection:
 class RemoteBackend(StorageBackend):
     """The backend: a connection, transactions, and no rule."""
 
-    capabilities = Capabilities(server_clock=True, watch=True, purge_by_age=True)
+    capabilities = Capabilities(server_clock=True, watch=True)
 
     def __init__(self, port: int, namespace: str) -> None:
         self.port, self.namespace = port, namespace

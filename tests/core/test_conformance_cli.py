@@ -19,7 +19,7 @@ from pyworkflow.spi import Capabilities, hookimpl
 from pyworkflow_conformance import run_conformance
 from pyworkflow_conformance._formats import FORMATS, matrix, read_report
 from pyworkflow_conformance._levels import GROUPS, LEVELS, PROOFS, checks
-from pyworkflow_conformance._report import Status, judge
+from pyworkflow_conformance._report import Status, highest, judge
 from tests.conformance.broken import stores
 
 
@@ -231,6 +231,17 @@ def test_all_levels_are_reached_with_gaps_beside_them():
 def test_a_level_with_a_failure_a_skip_or_a_hole_is_not_reached(status):
     _, levels = judge(checks(), results_of(CRA_01=status), ALL, "full")
     assert [judged.reached for judged in levels.values()] == [True, False, False, False]
+
+
+def test_a_failure_at_any_level_leaves_none():
+    # What is wrong is not right at a lower level.
+    for failed in ({"CON_01": Status.FAILED}, {"CPY_11": Status.FAILED}, {"CPY_11": "skipped"}):
+        found = results_of(**failed)
+        _, levels = judge(checks(), found, ALL, "full")
+        assert highest(levels, found) is None, failed
+    found = results_of(CPY_11=None)  # it did not run
+    assert highest(judge(checks(), found, ALL, "full")[1], found) == "distributed"
+    assert highest(judge(checks(), results_of(), ALL, "full")[1], results_of()) == "full"
 
 
 def test_a_level_says_what_it_is_reached_without_and_what_is_declared_must_be_exercised():

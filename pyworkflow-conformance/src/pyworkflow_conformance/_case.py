@@ -333,6 +333,13 @@ class Suite:
         """The files that hold the namespace, for checks that damage them; empty for none."""
         return []
 
+    def writes(self, namespace: str) -> object:
+        """What differs once something was written to the store, for CLM-32. Blocks.
+
+        A server's position in its log, its count of written rows; sizes and times of files.
+        """
+        raise NotImplementedError
+
     async def make_fresh(self) -> str:
         """The URL of a place where nothing was made yet, for MIG-08: another one with each call.
 
@@ -395,7 +402,7 @@ def scenario(
     """Make a test of a check: a store of its own, a loop of its own, ``fsck`` at the end.
 
     ``needs``: capabilities without which the check does not apply, and of ``url``, ``server``,
-    ``files``, ``make_fresh`` what the suite must know how to give. ``sampled``: it looks at a sample, so that a
+    ``files``, ``make_fresh``, ``writes`` what the suite must know how to give. ``sampled``: it looks at a sample, so that a
     declared gap may pass.
     """
     if check is None:
@@ -445,7 +452,7 @@ def given(suite: Suite, member: str) -> bool:
 def _has(suite: Suite, need: str) -> bool:
     if need == "make_fresh" and suite.opened_first is not None:
         return True
-    if need in {"url", "server", "files", "make_fresh"}:
+    if need in {"url", "server", "files", "make_fresh", "writes"}:
         return given(suite, need)
     return bool(getattr(suite.capabilities, need))
 

@@ -26,10 +26,12 @@ SECRET = "conformance-s3cret"
 PATIENCE = 20.0
 #: Seconds for which a server is paused, and turns of the loop that it must make meanwhile.
 PAUSED, TURNS = 10.0, 5
+#: Claims that find nothing, and how often they are made until nothing was written.
+EMPTY, LOOKS = 5, 8
 
 
 class ConductChecks(Suite):
-    """META-06, META-07, CON-18, CON-19, TIM-08."""
+    """META-06, META-07, CON-18, CON-19, CLM-32, TIM-08."""
 
     @scenario(needs=("url",))
     async def test_META_06_no_password_shown(self, t: Case) -> None:
@@ -144,6 +146,32 @@ class ConductChecks(Suite):
             await asyncio.to_thread(server.resume)
         assert not blocked, f"the loop was blocked for the {PAUSED} s that the server was paused"
         assert await call is not None
+
+    @scenario(needs=("writes",))
+    async def test_CLM_32_a_claim_of_nothing_writes_nothing(self, t: Case) -> None:
+        """CLM-32: a claim of whatever is due, when nothing is, leaves no trace in the store.
+
+        Every idle worker asks once a second. Usual cause: a statement that notes the time of the
+        look or the worker that asked, or a row that is written back as it was.
+        """
+        later = await t.store.now() + seconds(3600)
+        await t.start("later", events=[], put=[turn(due_at=later)])
+        await t.start("held")
+        await t.turn("held")
+        await t.start("elsewhere", queue="another")
+        before = await asyncio.to_thread(self.writes, t.namespace)
+        await t.send(note(), run_id="held")
+        after = await asyncio.to_thread(self.writes, t.namespace)
+        assert after != before, "the suite's writes does not notice an event that was written"
+        mine = frozenset({"default"})
+        for _ in range(LOOKS):  # a server may write something of its own meanwhile
+            before = await asyncio.to_thread(self.writes, t.namespace)
+            for _ in range(EMPTY):
+                assert await t.claim(queues=mine) == []
+            after = await asyncio.to_thread(self.writes, t.namespace)
+            if after == before:
+                return
+        raise AssertionError(f"claims of nothing wrote: before={before} after={after}")
 
     @scenario(needs=("multi_host", "server_clock", "url"))
     async def test_TIM_08_a_client_with_a_false_clock(self, t: Case) -> None:

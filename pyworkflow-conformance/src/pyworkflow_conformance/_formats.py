@@ -87,9 +87,10 @@ def _terminal(report: Report) -> str:
             lines.append(f"{name:<18}{state.replace('_', ' ')}")
     lines.append("")
     for level, judged in report.levels.items():
+        done = "reached" if report.level is not None else "its checks pass"
         by_url = ", by URL" if judged.reached and level == report.level and report.unproved else ""
         lines.append(
-            f"{level.upper():<18}{'reached' if judged.reached else f'not: {judged.why}'}{by_url}"
+            f"{level.upper():<18}{done if judged.reached else f'not: {judged.why}'}{by_url}"
         )
     slowest = sorted(report.results, key=lambda one: one.seconds, reverse=True)[:SLOWEST]
     times = ", ".join(f"{one.id} {one.seconds:.1f} s" for one in slowest if one.seconds >= 0.05)

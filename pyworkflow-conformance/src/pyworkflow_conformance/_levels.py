@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 __all__ = [
+    "DECLARED_ONLY",
     "GROUPS",
     "KILLS",
     "LEVELS",
@@ -18,6 +19,7 @@ __all__ = [
     "Level",
     "checks",
     "checks_of",
+    "own_proofs",
 ]
 
 Level = Literal["base", "durable", "distributed", "full"]
@@ -43,6 +45,7 @@ GROUPS: Mapping[str, tuple[Level, str]] = {
     "WATCH": ("distributed", "being woken"),
     "GC": ("full", "purge"),
     "MIG": ("full", "schemas, old and new"),
+    "COST": ("full", "costs that do not grow with the number of runs"),
     "CPY": ("full", "copies to and from other stores"),
     "MOD": ("full", "random calls, compared with the reference store"),
     "FLT": ("full", "errors, delays, cancellation and repetition at every call"),
@@ -62,12 +65,15 @@ PROOFS: Mapping[str, tuple[str, ...]] = {
     "server_clock": ("TIM-01", "TIM-02", "TIM-03", "TIM-08"),
     "watch": ("WATCH-01", "WATCH-02", "WATCH-03", "WATCH-04"),
     "batched": ("META-05",),
-    # PAG-06, PAY-01: right, with an index or without, wherever a payload lies.
-    "indexed_filters": (),
+    "indexed_filters": ("COST-01",),
+    # PAY-01: right, wherever a payload lies.
     "payload_offload": (),
-    "purge_by_age": ("GC-01", "GC-02", "GC-04"),
-    "large_history": ("PAY-05",),
+    "purge_by_age": ("GC-01", "GC-02", "GC-04", "COST-01"),
+    "large_history": ("PAY-05", "COST-01"),
 }
+
+#: Checks that try of several capabilities those that are declared, and so prove no other.
+DECLARED_ONLY = frozenset({"COST-01"})
 
 
 #: Capability → the check that kills the server, without which a networked store is only believed.
@@ -91,6 +97,11 @@ class Check:
     def title(self) -> str:
         """The part of the name after the id."""
         return self.name.removeprefix("test_").split("_", 2)[2]
+
+
+def own_proofs(proofs: Sequence[str]) -> list[str]:
+    """The proofs that are about this capability alone."""
+    return [proof for proof in proofs if proof not in DECLARED_ONLY]
 
 
 def checks_of(suite: type) -> dict[str, Check]:

@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from pyworkflow.spi.capabilities import Capabilities
-from pyworkflow_conformance._levels import KILLS, LEVELS, PROOFS, REQUIRED, Check, Level
+from pyworkflow_conformance._levels import KILLS, LEVELS, PROOFS, REQUIRED, Check, Level, own_proofs
 
-__all__ = ["SCHEMA", "Capability", "Judged", "Report", "Result", "Status", "judge"]
+__all__ = ["SCHEMA", "Capability", "Judged", "Report", "Result", "Status", "highest", "judge"]
 
 #: Of the JSON report. Grows when a field changes its meaning or goes; new fields may come any time.
 SCHEMA = 1
@@ -98,7 +98,8 @@ class Report:
     capabilities: Mapping[str, Capability]
     levels: Mapping[Level, Judged]
     level: Level | None
-    """The highest that is reached; None for none."""
+    """The highest that is reached. None for none, and when any check failed: a backend that is
+    wrong is not right at a lower level. What it lacks is a gap, or not declared."""
     results: Sequence[Result] = field(default_factory=list[Result])
     remains: str = ""
     """What the run left in the store."""
@@ -148,6 +149,14 @@ def judge(
     return capabilities, levels
 
 
+def highest(levels: Mapping[Level, Judged], results: Mapping[str, Result]) -> Level | None:
+    """The level that a run shows: none when anything failed, at whatever level."""
+    if any(one.status in {Status.FAILED, Status.SKIPPED} for one in results.values()):
+        return None
+    reached: list[Level] = [level for level, judged in levels.items() if judged.reached]
+    return reached[-1] if reached else None
+
+
 def _capability(
     proofs: Sequence[str],
     results: Mapping[str, Result],
@@ -158,7 +167,8 @@ def _capability(
     """``word``: the check without which the capability is only the backend's word."""
     seen = [results[proof].status for proof in proofs if proof in results]
     if not declared:
-        works = len(seen) == len(proofs) > 0 and set(seen) == {Status.PASSED}
+        own = [results[proof].status for proof in own_proofs(proofs) if proof in results]
+        works = len(own) == len(own_proofs(proofs)) > 0 and set(own) == {Status.PASSED}
         return Capability.UNDECLARED_WORKS if works else Capability.NOT_DECLARED
     if Status.FAILED in seen:
         return Capability.FAILED

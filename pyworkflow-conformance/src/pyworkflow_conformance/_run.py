@@ -25,7 +25,7 @@ from pyworkflow.spi.capabilities import StorageInfo
 from pyworkflow.spi.storage import StorageBackend
 from pyworkflow_conformance._at_once import TEST, by_processes
 from pyworkflow_conformance._levels import LEVELS, Check, Level, checks
-from pyworkflow_conformance._report import Report, Result, Status, judge
+from pyworkflow_conformance._report import Report, Result, Status, highest, judge
 from pyworkflow_conformance._told import without_headline
 
 if TYPE_CHECKING:
@@ -103,7 +103,6 @@ def run_conformance(
 
     _pytest(plugin, suite)
     capabilities, levels = judge(plugin.all, plugin.results, info.capabilities, profile)
-    reached: list[Level] = [level for level, judged in levels.items() if judged.reached]
     for check in plugin.wanted():
         if check.id not in plugin.results:
             plugin.results[check.id] = Result(check.id, check.title, check.level, Status.MISSING)
@@ -118,7 +117,7 @@ def run_conformance(
         seconds=round(monotonic() - start, 1),
         capabilities=capabilities,
         levels=levels,
-        level=reached[-1] if reached else None,
+        level=highest(levels, plugin.results),
         results=[plugin.results[one] for one in plugin.all if one in plugin.results],
         remains=_remains(info, prefix),
         namespaces=list(dict.fromkeys(names)),

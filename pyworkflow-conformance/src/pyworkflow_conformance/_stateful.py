@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from pyworkflow.spi.storage import StorageBackend
@@ -19,6 +21,9 @@ from pyworkflow_conformance._oracle import Pair
 __all__ = ["explore"]
 
 T = TypeVar("T")
+#: Seconds for which a failure is made shorter.
+SHRINKING_S = 20.0
+_LIMIT = "MAX_SHRINKING_SECONDS"
 
 
 class _Drawn:
@@ -77,23 +82,41 @@ def explore(suite: Suite, namespace: str, start: int, examples: int, steps: int)
             for n in range(max(1, weight // 3)):
                 setattr(Machine, f"{name}_{n}", _rule(name, n))
         # Hypothesis keeps what the class looked like before.
-        run_state_machine_as_test(
-            seed(start)(Machine),
-            settings=settings(
-                max_examples=examples,
-                stateful_step_count=steps,
-                database=None,
-                deadline=None,
-                print_blob=False,
-                phases=[Phase.generate, Phase.shrink],
-                suppress_health_check=[
-                    HealthCheck.too_slow,
-                    HealthCheck.data_too_large,
-                    HealthCheck.filter_too_much,
-                ],
-                derandomize=False,
-            ),
-        )
+        with _shrinking_for(SHRINKING_S):
+            run_state_machine_as_test(
+                seed(start)(Machine),
+                settings=settings(
+                    max_examples=examples,
+                    stateful_step_count=steps,
+                    database=None,
+                    deadline=None,
+                    print_blob=False,
+                    phases=[Phase.generate, Phase.shrink],
+                    suppress_health_check=[
+                        HealthCheck.too_slow,
+                        HealthCheck.data_too_large,
+                        HealthCheck.filter_too_much,
+                    ],
+                    derandomize=False,
+                ),
+            )
+
+
+@contextmanager
+def _shrinking_for(seconds: float) -> Generator[None]:
+    """Let Hypothesis shorten a failure for so long at most; its own limit is five minutes.
+
+    There is no setting for it. With a version that has no such limit, nothing changes.
+    """
+    usual = getattr(engine, _LIMIT, None)
+    if usual is None:
+        yield
+        return
+    setattr(engine, _LIMIT, seconds)
+    try:
+        yield
+    finally:
+        setattr(engine, _LIMIT, usual)
 
 
 def _rule(name: str, n: int) -> Any:

@@ -231,24 +231,6 @@ class ValueChecks(Suite):
         assert len(await t.store.get_events("run")) == number + 1
 
     @scenario
-    async def test_PAY_05_100k_event_log(self, t: Case) -> None:
-        """PAY-05: a history of 100,000 events is read in pages, and still appended to.
-
-        Runs live for months. Usual cause: the history is read or rewritten whole with each change.
-        """
-        if not self.capabilities.large_history:
-            return
-        await t.start()
-        batch = min(5000, t.store.info().max_events_per_commit)
-        for _ in range(100_000 // batch):
-            await t.send(*[note("n")] * batch)
-        length = (await t.run()).history_length
-        assert length > 99_000
-        page = await t.store.get_events("run", after=length - 10, limit=100)
-        assert [e.seq for e in page] == list(range(length - 9, length + 1))
-        assert (await t.send(note())).last_seq == length + 1
-
-    @scenario
     async def test_PAY_06_null_empty_bigint_float(self, t: Case) -> None:
         """PAY-06 (I12): JSON comes back equal and of equal type; what is not JSON is refused.
 

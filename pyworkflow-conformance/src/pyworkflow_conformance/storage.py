@@ -17,6 +17,7 @@ pytest.register_assert_rewrite(
             "_conduct",
             "_contract",
             "_copies",
+            "_costs",
             "_crash",
             "_damage",
             "_faulty",
@@ -43,6 +44,7 @@ from pyworkflow_conformance._claims import ClaimChecks
 from pyworkflow_conformance._conduct import ConductChecks
 from pyworkflow_conformance._contract import ContractChecks
 from pyworkflow_conformance._copies import CopyChecks
+from pyworkflow_conformance._costs import CostChecks
 from pyworkflow_conformance._crash import CrashChecks
 from pyworkflow_conformance._damage import DamageChecks
 from pyworkflow_conformance._faulty import FaultChecks
@@ -80,6 +82,7 @@ class StorageConformance(
     CopyChecks,
     MigrationChecks,
     FreshChecks,
+    CostChecks,
     ModelChecks,
     FaultChecks,
     SoakChecks,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pyworkflow._memory import MemoryStorageBackend
+from pyworkflow_conformance import run_conformance, summary
+from tests.conformance.broken import planted as planted_stores
 from tests.conformance.broken.planted import PLANTED
 from tests.conformance.broken.test_suite_bites import check
 
@@ -59,6 +61,31 @@ def test_g06_names_compared_without_case_accents_or_blanks_are_noticed(kind, che
 @planted("g07")
 def test_g07_a_change_larger_than_a_packet_is_noticed(kind, check_id):
     is_failed(kind, check_id)
+
+
+class ManyFaults(
+    planted_stores.PauseIgnoredForNew,
+    planted_stores.ClaimsByRun,
+    planted_stores.ExportsOnePageOfKeys,
+    planted_stores.EventsLostAfter5000,
+    planted_stores.FoldsOwners,
+):
+    """Wrong in five ways."""
+
+
+def test_a_store_with_many_faults_reaches_no_level():
+    made = {}
+
+    def make(namespace):
+        return made.setdefault(namespace, ManyFaults(namespace=namespace)).clone()
+
+    checks = ["PAY-08", "CTL", "CLM-30", "CPY-11", "UNI-11", "CON"]
+    report = run_conformance(make, profile="full", only=checks)
+    failed = {one.id for one in report.results if one.status == "failed"}
+    assert failed == {"PAY-08", "CTL-09", "CLM-30", "CPY-11", "UNI-11"}
+    assert report.level is None
+    assert not any(judged.reached for judged in report.levels.values())
+    assert "reaches no level" in summary(report)
 
 
 @pytest.mark.parametrize("check_id", sorted({check_id for *_, check_id in PLANTED}))

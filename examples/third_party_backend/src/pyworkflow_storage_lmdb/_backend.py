@@ -167,10 +167,6 @@ class LmdbStorageBackend(StorageBackend):
         """Due, free items that nobody rang for."""
         return await self._write(lambda tables: _rules.announce(tables, limit, mute))
 
-    async def free(self, owner: str) -> int:
-        """End every lease of ``owner``."""
-        return await self._write(lambda tables: _rules.free(tables, owner))
-
     async def purge(
         self,
         *,
@@ -191,10 +187,6 @@ class LmdbStorageBackend(StorageBackend):
     ) -> datetime | None:
         """When to look again."""
         return await self._read(lambda tables: _rules.next_due(tables, queues, workflows))
-
-    async def holders(self) -> list[str]:
-        """Owners of leases that have not ended."""
-        return await self._read(lambda t: sorted({lease.owner for _, lease in _rules.leased(t)}))
 
     async def get_run(self, run_id: str) -> Run | None:
         """The run, or None."""

@@ -22,7 +22,6 @@ from pyworkflow.spi import (
     Event,
     ItemKind,
     KeyMark,
-    Lease,
     Page,
     Run,
     RunDelta,
@@ -34,7 +33,6 @@ from pyworkflow.storekit import (
     claimable,
     claimed,
     decide,
-    freed,
     imported,
     key_owner,
     notified,
@@ -227,27 +225,6 @@ def announce(tables: Tables, limit: int, mute: timedelta) -> list[WorkItem]:
     for item in rung:
         _put_item(tables, item)
     return rung
-
-
-def leased(tables: Tables) -> list[tuple[WorkItem, Lease]]:
-    """Items under a lease that has not ended, those of paused runs included."""
-    numbers = [unpack(key[:9]) for key, _ in tables.scan(b"w")]
-    runs = [StoredRun(tables, number) for number in dict.fromkeys(numbers)]
-    return [
-        (item, item.lease)
-        for run in runs
-        for item in run.items.values()
-        if item.lease is not None and item.lease.until > tables.now
-    ]
-
-
-def free(tables: Tables, owner: str) -> int:
-    """End every lease of ``owner``; its items are due at once and its claims stay counted."""
-    ended = [freed(item, owner, now=tables.now) for item, _ in leased(tables)]
-    found = [item for item in ended if item is not None]
-    for item in found:
-        _put_item(tables, item)
-    return len(found)
 
 
 def next_due(

@@ -400,7 +400,7 @@ class StorageBackend(ABC):
         """Take due, free items of runs that are not paused. Writes nothing but the items.
 
         Highest priority first, then oldest due, the rest in any order. A claim counts, and ends
-        the item's ``rung_at``. Workers ask again and again: one that finds nothing should write
+        the item's ``rung_at``. Workers ask again and again: one that finds nothing writes
         nothing. The events of the turns taken are at most ``max_bytes`` in all (about their size
         as JSON): what does not fit is left out and the claim says ``cut``, also when nothing fits.
         """

@@ -176,14 +176,24 @@ class DueIndex:
                 heappush(heads, (*head[:3], bucket))
         return found
 
-    def due(self, now: datetime) -> list[ItemRef]:
-        """Every item that can be claimed now, in the order of ``pop``."""
-        found: list[tuple[int, datetime, int, _Entry]] = []
-        for bucket in self._buckets.values():
-            if bucket.head(now) is not None:
-                found += [e for e in bucket.ready if e[3].alive and e[3].wake <= now]
-        found.sort(key=lambda e: e[:3])
-        return [e[3].ref for e in found]
+    def due(self, now: datetime) -> Iterator[ItemRef]:
+        """Every item that can be claimed now, in the order of ``pop``; costs as many as are read.
+
+        The index must not change meanwhile.
+        """
+        # A heap of places in the buckets' heaps: below each place are only later items.
+        heads = [
+            (*head, bucket.ready, 0)
+            for bucket in self._buckets.values()
+            if (head := bucket.head(now)) is not None
+        ]
+        heapify(heads)
+        while heads:
+            *_, entry, ready, place = heappop(heads)
+            if entry.alive and entry.wake <= now:
+                yield entry.ref
+            for below in range(2 * place + 1, min(2 * place + 3, len(ready))):
+                heappush(heads, (*ready[below], ready, below))
 
     def next_due(
         self, now: datetime, queues: frozenset[str] | None, workflows: frozenset[str] | None
