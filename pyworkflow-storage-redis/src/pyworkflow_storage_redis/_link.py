@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from redis import exceptions
 
-from pyworkflow.spi import ConfigurationError, SchemaTooNew, StorageUnavailable
+from pyworkflow.spi import ConfigurationError, SchemaTooNew, StorageError, StorageUnavailable
 from pyworkflow.storekit import failpoints
 from pyworkflow_storage_redis._channel import Answer, Channel
 from pyworkflow_storage_redis._connection import RedisConnection, make_connection
@@ -57,6 +57,7 @@ class Link:
         self._serial = 0
         self._identity = b""
         self._told = False
+        self._closed = False
         self.news = News(self._subscribed)
 
     # --- calls --------------------------------------------------------------------------------
@@ -119,7 +120,8 @@ class Link:
         )
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Let go of the connections, for good: a call that is under way must not connect again."""
+        self._closed = True
         await self.news.close()
         await self._hang_up()
 
@@ -170,6 +172,7 @@ class Link:
     async def connect(self) -> Channel:
         """The connection, checked; waits while the server loads its data."""
         async with self._lock:
+            self._check_open()
             channel = self._channel
             if channel is not None and channel.alive:
                 return channel
@@ -181,6 +184,7 @@ class Link:
                 try:
                     await channel.connect()
                     await self._prove(channel)
+                    self._check_open()
                 except exceptions.MovedError as moved:
                     await channel.close()
                     await self._move(moved)
@@ -199,6 +203,10 @@ class Link:
                 else:
                     self._channel = channel
                     return channel
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"the storage was closed: location={self.location}")
 
     async def _prove(self, channel: Channel) -> None:
         """Refuse a server that would lose what it is given.

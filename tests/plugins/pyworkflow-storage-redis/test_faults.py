@@ -465,6 +465,25 @@ def test_an_object_belongs_to_one_loop_and_ends_with_close(
     asyncio.run(main())
 
 
+def test_a_watch_that_is_under_way_when_the_object_is_closed_ends_and_connects_no_more(
+    valkey: ValkeyServer | GivenServer,
+) -> None:
+    async def main() -> None:
+        store = RedisStorageBackend(valkey.url)
+        watch = asyncio.create_task(store.watch("run", after=0, timeout=timedelta(minutes=5)))
+        link = store._started()
+        async with asyncio.timeout(60):
+            while not any(ready.done() for ready in link.news._ready.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            await store.close()
+            with pytest.raises(StorageError, match="was closed"):
+                await watch
+        assert link._channel is None
+        assert link.news._connection is None
+
+    asyncio.run(main())
+
+
 FORKING = """
 import asyncio, os, sys
 from pyworkflow_storage_redis import RedisStorageBackend
