@@ -133,6 +133,35 @@ class TurnChecks(Suite):
         assert [r.run_id for r in page.items] == ["run"]
 
     @scenario
+    async def test_DUE_06_status_looks_at_each_item(self, t: Case) -> None:
+        """DUE-06: one item that is due or leased makes a run running, whichever it is.
+
+        A delivery that is due does not: the run itself waits. Usual cause: the status is derived
+        from one item of each kind, such as the first one or the one with the latest lease.
+        """
+        far = await t.store.now() + seconds(3600)
+        for name in ("a", "b", "c"):
+            await t.start(name)
+            puts = [step(n) if n == name else step(n, due_at=far) for n in ("a", "b", "c")]
+            claim = await t.turn(name)
+            await t.store.commit_one(under(claim, seen=1, put=puts, settle=Settle()))
+            await self._has_status(t, name, RunStatus.RUNNING)
+            (due,) = await t.claim((name, f"step:{name}"), lease=1800)
+            await self._has_status(t, name, RunStatus.RUNNING)
+            await t.store.commit_one(under(due, settle=Settle(reschedule_at=far), put=[deliver()]))
+            await self._has_status(t, name, RunStatus.SUSPENDED)
+            (delivery,) = await t.claim((name, "deliver:1"))
+            await self._has_status(t, name, RunStatus.RUNNING)
+            await t.store.release(delivery.ref)
+            await self._has_status(t, name, RunStatus.SUSPENDED)
+
+    async def _has_status(self, t: Case, run_id: str, status: RunStatus) -> None:
+        """By the run and by the list of runs."""
+        listed = await t.store.list_runs(RunQuery(status=frozenset({status})))
+        assert (await t.run(run_id)).status == status
+        assert run_id in [run.run_id for run in listed.items]
+
+    @scenario
     async def test_CLM_29_leases_of_one_owner(self, t: Case) -> None:
         """CLM-29: the leases of an owner are listed with their tokens: those that have not ended.
 

@@ -46,6 +46,7 @@ CAUGHT = [
     (stores.LoopsOverCommit, "META_05"),
     (stores.LeasesOfAll, "CLM_29"),
     (stores.RecoversLive, "CLM_31"),
+    (stores.StatusOfOneItem, "DUE_06"),
 ]
 
 
