@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ from pyworkflow._memory import MemoryStorageBackend
 from pyworkflow.errors import SerializationError, StorageError
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind
-from pyworkflow.spi import Change, ClaimRequest, NewRun, Put, Settle
+from pyworkflow.spi import Change, ClaimRequest, LeaseFor, NewRun, Put, Settle
 
 MINUTE = timedelta(minutes=1)
 
@@ -127,6 +128,21 @@ def test_claims_and_notes_wake_no_worker():
         (claim,) = (await store.claim(ClaimRequest(owner="o", lease=MINUTE))).claims
         await store.renew([claim.ref], MINUTE)
         assert not await worker.watch(None, after=0, timeout=timedelta(0))
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_created_with_a_lease_wakes_no_worker():
+    async def main():
+        store = MemoryStorageBackend()
+        worker = store.clone()
+        await worker.claim(ClaimRequest(owner="o", lease=MINUTE))
+        held = Put(item_id="turn", kind=ItemKind.TURN, claimed=LeaseFor(owner="me", lease=MINUTE))
+        change = replace(create(), put=[held])
+        assert (await store.commit_one(change)).claims
+        assert not await worker.watch(None, after=0, timeout=timedelta(0))
+        await store.commit_one(create("free"))
+        assert await worker.watch(None, after=0, timeout=timedelta(0))
 
     asyncio.run(main())
 

@@ -61,7 +61,7 @@ def to_micros(instant: datetime) -> int:
 
 def from_micros(micros: int) -> datetime:
     """The aware UTC datetime that ``to_micros`` turns into ``micros``."""
-    return EPOCH + timedelta(microseconds=micros)
+    return EPOCH + timedelta(0, 0, micros)  # by position: several times as fast
 
 
 def ensure_utc(instant: datetime, *, stacklevel: int = 2) -> datetime:

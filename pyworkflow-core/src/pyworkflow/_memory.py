@@ -40,6 +40,7 @@ _INFO = StorageInfo(
 )
 
 
+
 class _Waiter:
     """Somebody in ``watch``, in whatever loop."""
 
@@ -93,17 +94,22 @@ class _Shared:
     def token(self) -> str:
         return f"t{next(self._tokens)}"
 
-    def tell(self, delta: Delta | None) -> None:
-        """Wake whom a change concerns: readers of a run by events, workers by items.
+    def tell(self, delta: Delta | None, now: datetime) -> None:
+        """Wake whom a change concerns: readers of a run by events, workers by free items.
 
-        Claims and renewals are not told: they only move an item's time away.
+        Claims, renewals and items that are made with a lease are not told: nobody can claim them
+        before their leases end, and workers look again sooner than that.
         """
         if delta is None:
             return
         waiters = self.waiters
         work = False
         for part in delta.parts:
-            work = work or bool(part.items) or "paused" in part.fields
+            if "paused" in part.fields:
+                work = True
+            for item in part.items:
+                if item.lease is None or item.lease.until <= now:
+                    work = True
             if waiters and (readers := waiters.get(part.run_id)):
                 length = part.events[-1].seq if part.events else 0
                 ended = "final" in part.fields
@@ -204,7 +210,7 @@ class MemoryStorageBackend(StorageBackend):
 
             def commit(change: Change) -> Committed:
                 committed, delta = shared.store.commit(change, now=now, token=shared.token)
-                shared.tell(delta)
+                shared.tell(delta, now)
                 return committed
 
             return answer_each(changes, commit)
@@ -222,17 +228,19 @@ class MemoryStorageBackend(StorageBackend):
         """Extend leases."""
         shared = self._use()
         with shared.lock:
-            kept, delta = shared.store.renew(refs, lease, now=shared.now())
+            now = shared.now()
+            kept, delta = shared.store.renew(refs, lease, now=now)
             if lease <= timedelta(0):
-                shared.tell(delta)
+                shared.tell(delta, now)
         return kept
 
     async def release(self, ref: ClaimRef, *, delay: timedelta | None = None) -> bool:
         """Give an item back."""
         shared = self._use()
         with shared.lock:
-            done, delta = shared.store.release(ref, delay, now=shared.now())
-            shared.tell(delta)
+            now = shared.now()
+            done, delta = shared.store.release(ref, delay, now=now)
+            shared.tell(delta, now)
         return done
 
     async def announce(self, limit: int, mute: timedelta) -> list[WorkItem]:
@@ -245,15 +253,16 @@ class MemoryStorageBackend(StorageBackend):
         """End every lease of ``owner``."""
         shared = self._use()
         with shared.lock:
-            freed, delta = shared.store.free(owner, now=shared.now())
-            shared.tell(delta)
+            now = shared.now()
+            freed, delta = shared.store.free(owner, now=now)
+            shared.tell(delta, now)
         return freed
 
     async def recover(self) -> None:
         """Release all items."""
         shared = self._use()
         with shared.lock:
-            shared.tell(shared.store.recover())
+            shared.tell(shared.store.recover(), shared.now())
 
     async def holders(self) -> list[str]:
         """Owners of leases that have not ended."""
@@ -320,10 +329,11 @@ class MemoryStorageBackend(StorageBackend):
         """Remove ended runs."""
         shared = self._use()
         with shared.lock:
+            now = shared.now()
             removed, delta = shared.store.purge(
-                before=before, limit=limit, key_retention=key_retention, now=shared.now()
+                before=before, limit=limit, key_retention=key_retention, now=now
             )
-            shared.tell(delta)
+            shared.tell(delta, now)
         return removed
 
     async def watch(self, run_id: str | None, *, after: int, timeout: timedelta) -> bool:
@@ -368,4 +378,4 @@ class MemoryStorageBackend(StorageBackend):
         """Write effects as they are."""
         shared = self._use()
         with shared.lock:
-            shared.tell(shared.store.import_delta(delta))
+            shared.tell(shared.store.import_delta(delta), shared.now())

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 
-from pyworkflow.spi import Change, ConfigurationError, Event, NewRun, StorageBackend
+from pyworkflow.spi import (
+    Change,
+    ClaimRequest,
+    ConfigurationError,
+    Event,
+    ItemKind,
+    LeaseFor,
+    NewRun,
+    Put,
+    StorageBackend,
+)
 from pyworkflow_storage_redis import RedisStorageBackend
 from pyworkflow_storage_redis._keys import prefix_of
 from pyworkflow_storage_redis._plugin import pyworkflow_make_storage
@@ -76,5 +87,25 @@ def test_watchers_by_the_thousand_share_one_connection(
             )
             assert await asyncio.gather(*waits) == [True] * len(ids)
             assert not await store.watch("none", after=0, timeout=timedelta(seconds=0))
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_created_with_a_lease_is_no_news_for_workers(
+    valkey: ValkeyServer | GivenServer,
+) -> None:
+    async def main() -> None:
+        async with RedisStorageBackend(valkey.url, namespace=uuid4().hex) as store:
+            minute = timedelta(minutes=1)
+            new = NewRun(workflow="flow", version="1", args="[]")
+            event = Event("workflow.started", "I", {})
+            free = Change(run_id="free", key="start", create=new, events=[event])
+            lease = LeaseFor(owner="me", lease=minute)
+            put = Put(item_id="turn", kind=ItemKind.TURN, claimed=lease)
+            await store.claim(ClaimRequest(owner="me", lease=minute))
+            assert (await store.commit_one(replace(free, run_id="held", put=[put]))).claims
+            assert not await store.watch(None, after=0, timeout=timedelta(0))
+            await store.commit_one(free)
+            assert await store.watch(None, after=0, timeout=timedelta(0))
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -23,6 +24,7 @@ from pyworkflow.spi import (
     Committed,
     Event,
     ItemKind,
+    LeaseFor,
     NewRun,
     Put,
     StorageBackend,
@@ -366,6 +368,21 @@ def test_work_whose_news_were_lost_is_found_within_seconds(
             # What is held or not due is no news.
             assert (await store.claim(ClaimRequest(owner="me", lease=timedelta(1)))).claims
             assert not await store.watch(None, after=0, timeout=timedelta(seconds=0.3))
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_created_with_a_lease_is_no_news_for_workers(postgres: Given) -> None:
+    async def main() -> None:
+        async with PostgresStorageBackend(postgres.database()) as store:
+            await store.watch(None, after=0, timeout=timedelta(0))  # it listens from now on
+            await store.claim(ClaimRequest(owner="me", lease=timedelta(minutes=1)))
+            lease = LeaseFor(owner="me", lease=timedelta(minutes=1))
+            held = Put(item_id="turn", kind=ItemKind.TURN, claimed=lease)
+            assert (await store.commit_one(replace(start("held"), put=[held]))).claims
+            assert not await store.watch(None, after=0, timeout=timedelta(0))
+            await store.commit_one(start("free"))
+            assert await store.watch(None, after=0, timeout=timedelta(0))
 
     asyncio.run(main())
 

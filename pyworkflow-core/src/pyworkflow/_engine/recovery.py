@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -41,25 +39,24 @@ class Recovery:
         self._timer: asyncio.TimerHandle | None = None
         self._active_at = 0.0
 
-    @contextmanager
-    def claiming(self) -> Generator[None]:
-        """While a claim is under way, until its items have begun."""
+    def begin_claim(self) -> asyncio.Future[None]:
+        """A claim is under way, until ``end_claim`` or ``claim_failed`` is called with this."""
         claim: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._claims.add(claim)
-        try:
-            yield
-        except GeneratorExit:
-            raise  # its loop is gone
-        except BaseException:
-            self._over(claim)
-            self.wanted()  # the store may have done it
-            raise
-        self._over(claim)
+        return claim
 
-    def _over(self, claim: asyncio.Future[None]) -> None:
+    def end_claim(self, claim: asyncio.Future[None]) -> None:
+        """What the claim brought has begun."""
         self._claims.discard(claim)
         claim.set_result(None)
-        self._active()
+        self._active_at = monotonic()
+        if self._timer is None and not self._worker.is_stopping:
+            self._arm(self._worker.settings.renew_every.total_seconds())
+
+    def claim_failed(self, claim: asyncio.Future[None]) -> None:
+        """The claim was not answered: the store may have done it."""
+        self.end_claim(claim)
+        self.wanted()
 
     def wanted(self) -> None:
         """There may be leases that are not known here."""
@@ -73,11 +70,6 @@ class Recovery:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-
-    def _active(self) -> None:
-        self._active_at = monotonic()
-        if self._timer is None and not self._worker.is_stopping:
-            self._arm(self._worker.settings.renew_every.total_seconds())
 
     def _arm(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._look_if_idle)

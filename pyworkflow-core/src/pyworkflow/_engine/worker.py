@@ -315,13 +315,20 @@ class Worker:
             known=self.kept.known,
         )
         asked = monotonic()
-        with self.recovery.claiming():
+        under_way = self.recovery.begin_claim()
+        try:
             claimed = await claim(self.storage, request)
             self.clock.update(claimed.now)
             self.leases.asked_at = asked
             claims = await self.suspects.sift(claimed.claims)
             for taken in claims:
                 self._begin(taken)
+        except GeneratorExit:
+            raise  # its loop is gone
+        except BaseException:
+            self.recovery.claim_failed(under_way)
+            raise
+        self.recovery.end_claim(under_way)
         if (alone := self.suspects.alone) is not None:
             self.suspects.follow(self._task_on(alone))
         return [taken.item for taken in claims]

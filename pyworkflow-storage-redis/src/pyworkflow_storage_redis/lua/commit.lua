@@ -440,7 +440,8 @@ local function commit_one(h, arg)
     for _, id in ipairs(order) do
       local it, old = changed[id], known[id] or nil
       if it then
-        news = true
+        -- Nobody can claim what has a lease before it ends, and workers look again sooner.
+        news = news or not unexpired(it)
         put_item(run_id, id, old, it, workflow, paused)
       elseif old then
         drop_item(run_id, id, old, workflow)

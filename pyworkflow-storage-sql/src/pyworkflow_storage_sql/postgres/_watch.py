@@ -85,7 +85,7 @@ class News:
                     ended = True
                 elif seqs.get(run_id) != _ENDED:
                     seqs[run_id] = answer.last_seq
-                work = work or _brings_work(change)
+                work = work or _brings_work(change, answer)
         if seqs:
             self._tell(seqs, work=work, hurry=work or ended)
 
@@ -249,13 +249,16 @@ class News:
                 self._listener.terminate()
 
 
-def _brings_work(change: Change) -> bool:
-    """Whether a change may leave something to claim."""
+def _brings_work(change: Change, answer: Committed) -> bool:
+    """Whether a change may leave something to claim that has no lease."""
+    leased = {item.item_id for item in answer.claims}
+    if any(put.item_id not in leased for put in change.put):
+        return True
+    if change.create is not None:
+        return "turn" not in leased
     settle = change.settle
     return bool(
-        change.create is not None
-        or change.put
-        or change.control is not None
+        change.control is not None
         or (settle is not None and settle.reschedule_at is not None)
         or ((change.claim is None or change.claim.item_id != "turn") and change.events)
     )
