@@ -22,12 +22,11 @@ from pyworkflow.spi.storage import (
     Claimed,
     ClaimRef,
     ClaimRequest,
-    Committed,
     Page,
     RunQuery,
     StorageBackend,
 )
-from pyworkflow.storekit._decide import answer_each
+from pyworkflow.storekit._decide import REFUSALS
 from pyworkflow.storekit.reference import Delta, KeyMark, ReferenceStore, RunDelta, check_change
 
 __all__ = ["MemoryStorageBackend"]
@@ -89,7 +88,7 @@ class _Shared:
         if wall > shown:
             self._zero += wall - shown
             shown = wall
-        return shown + self.offset
+        return shown + self.offset if self.offset else shown
 
     def token(self) -> str:
         return f"t{next(self._tokens)}"
@@ -206,14 +205,18 @@ class MemoryStorageBackend(StorageBackend):
         for change in changes:
             self._check(change)
         with shared.lock:
-            now = shared.now()
-
-            def commit(change: Change) -> Committed:
-                committed, delta = shared.store.commit(change, now=now, token=shared.token)
-                shared.tell(delta, now)
-                return committed
-
-            return answer_each(changes, commit)
+            now, commit, token = shared.now(), shared.store.commit, shared.token
+            answers: list[Answer] = []
+            for change in changes:
+                try:
+                    committed, delta = commit(change, now=now, token=token)
+                except REFUSALS as refusal:
+                    answers.append(refusal)
+                else:
+                    if delta is not None:
+                        shared.tell(delta, now)
+                    answers.append(committed)
+            return answers
 
     async def claim(self, request: ClaimRequest) -> Claimed:
         """Take due, free items."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -42,20 +42,9 @@ class Help:
         # A worker without doorbells that looks for nothing itself belongs to a test.
         self._most = _HELP if worker is not None and not worker.rings else _MOST_HELP
 
-    @contextmanager
-    def awaiting(self, run_id: str) -> Generator[None]:
+    def awaiting(self, run_id: str) -> AbstractContextManager[None]:
         """A step waits for the run meanwhile."""
-        if self._worker is None:
-            yield
-            return
-        awaited = self._worker.runner.awaited
-        awaited[run_id] += 1
-        try:
-            yield
-        finally:
-            awaited[run_id] -= 1
-            if not awaited[run_id]:
-                del awaited[run_id]
+        return nullcontext() if self._worker is None else _counted(self._worker, run_id)
 
     async def with_run(self, run_id: str) -> bool:
         """Work on what is due of the run; whether there was something."""
@@ -80,6 +69,18 @@ class Help:
             if is_free and item.due_at <= now and worker.serves(item.queue):
                 due.append((run_id, item.item_id))
         return bool(due and await worker.claim_due(due))
+
+
+@contextmanager
+def _counted(worker: Worker, run_id: str) -> Generator[None]:
+    awaited = worker.runner.awaited
+    awaited[run_id] += 1
+    try:
+        yield
+    finally:
+        awaited[run_id] -= 1
+        if not awaited[run_id]:
+            del awaited[run_id]
 
 
 async def stalled_since(storage: StorageBackend, run: Run) -> datetime | None:

@@ -79,7 +79,7 @@ _LIMIT = 2.0
 _POLL = 0.25
 
 # Thread id → the replay whose code that thread is running, since when, and for how long it may.
-_spinning: dict[int, tuple[Replay, float, float]] = {}
+_spinning: dict[int, tuple[Replay, float, timedelta | None]] = {}
 _lock = threading.Lock()
 # The thread in which the garbage collector is at work. There is one collection at a time.
 _collecting = 0
@@ -183,11 +183,7 @@ class Guard:
         thread = threading.get_ident()
         if not self._watching:
             self.begin()
-        _spinning[thread] = (
-            replay,
-            monotonic(),
-            self._limit if limit is None else limit.total_seconds(),
-        )
+        _spinning[thread] = replay, monotonic(), limit
         try:
             replay.feed(events)
         except WorkflowBlocked:
@@ -238,7 +234,8 @@ class Guard:
                 now = monotonic()
                 for thread, (replay, since, limit) in list(_spinning.items()):
                     idle = 0
-                    if now - since > limit and replay.interrupt():
+                    seconds = self._limit if limit is None else limit.total_seconds()
+                    if now - since > seconds and replay.interrupt():
                         # Once more after as long: a destructor may have swallowed it.
                         _spinning[thread] = replay, now, limit
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(

@@ -305,7 +305,7 @@ class Pipeline:
         self._looking -= 1
         try:
             asked = monotonic()
-            answers = await self._deliver([change for change, _ in batch])
+            answers = await self._deliver([change for change, _ in batch], asked)
         finally:
             self._looking += 1
             self._under_way -= runs
@@ -319,15 +319,17 @@ class Pipeline:
             except Exception:  # noqa: BLE001 - the others must have their answers
                 _log.exception("an answer could not be given: run_id=%s", change.run_id)
 
-    async def _deliver(self, changes: list[Change]) -> list[Answer | Exception]:
-        """Send a batch, again while the storage is unavailable: changes carry their keys."""
-        end = monotonic() + self._patience
+    async def _deliver(self, changes: list[Change], sent: float) -> list[Answer | Exception]:
+        """Send a batch, again while the storage is unavailable: changes carry their keys.
+
+        ``sent`` is now, by ``monotonic``.
+        """
+        end = sent + self._patience
         backoff: Backoff | None = None
         while True:
             try:
                 if failpoints.active:
                     failpoints.hit("pipeline.before_send")
-                sent = monotonic()
                 answers = await self._storage.commit(changes)
                 if failpoints.active:
                     failpoints.hit("pipeline.after_send")
@@ -349,12 +351,15 @@ class Pipeline:
             except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
                 if len(changes) > 1:
                     # One of them cannot be stored: it must not take the others along.
-                    return [answer for c in changes for answer in await self._deliver([c])]
+                    return [
+                        answer for c in changes for answer in await self._deliver([c], monotonic())
+                    ]
                 if isinstance(exc, PayloadTooLarge | SerializationError | ValueError):
                     return [exc]
                 _log.exception("the storage failed in an unexpected way")
                 return [StorageError(f"unexpected: {exc!r}")]
             await self.outages.pause(pause)
+            sent = monotonic()
 
     async def _standing(self, answers: Sequence[Answer]) -> list[Answer | Exception]:
         """The answers, with those claims alone that others have not taken meanwhile."""

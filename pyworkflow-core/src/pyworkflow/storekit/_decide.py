@@ -13,7 +13,10 @@ from pyworkflow.spi.storage import TURN, Answer, Change, Committed, NewRun
 from pyworkflow.storekit._plan import Plan, refuse
 from pyworkflow.storekit._state import RunState, RunView
 
-__all__ = ["answer_each", "decide"]
+__all__ = ["REFUSALS", "answer_each", "decide"]
+
+#: What refuses one change, with nothing written, and leaves the others of a commit alone.
+REFUSALS = (Refusal, RunNotFound, RunClosed)
 
 
 def decide(
@@ -125,7 +128,7 @@ def answer_each(changes: Sequence[Change], commit: Callable[[Change], Committed]
     for change in changes:
         try:
             answers.append(commit(change))
-        except (Refusal, RunNotFound, RunClosed) as refusal:
+        except REFUSALS as refusal:
             answers.append(refusal)
     return answers
 

@@ -111,10 +111,12 @@ class ReferenceStore:
             return committed, None
         delta = Delta([part])
         new = change.create
-        if new is not None:
-            part.fields["number"] = self._next_number
-            if new.idempotency_key is not None:
-                delta.taken[new.idempotency_key] = KeyMark(change.run_id)
+        if new is None:
+            self._apply(part)
+            return committed, delta
+        part.fields["number"] = self._next_number
+        if new.idempotency_key is not None:
+            delta.taken[new.idempotency_key] = KeyMark(change.run_id)
         self.apply(delta)
         return committed, delta
 
@@ -308,18 +310,25 @@ class ReferenceStore:
             run = self._runs[run_id] = RunState(run_id)
         elif not isinstance(run, RunState):  # an abstract class is slow to ask for
             run = self._awaken(run)
-        before = run.finished_at
-        run.apply(part)
-        if run.finished_at is not before:
+        fields = part.fields
+        if "finished_at" in fields:
+            before = run.finished_at
+            run.apply(part)
             self._listing.end(run, before)
+        else:
+            run.apply(part)
         self._listing.touch(run_id)
         self._events += len(part.events)
-        if run.number >= self._next_number:
+        if "number" in fields and run.number >= self._next_number:
             self._next_number = run.number + 1
+        if part.gone or part.items or "paused" in fields:
+            self._apply_items(run, part)
+
+    def _apply_items(self, run: RunState, part: RunDelta) -> None:
         items = run.items
         for item_id in part.gone:
             del items[item_id]
-            self._drop_item((run_id, item_id))
+            self._drop_item((run.run_id, item_id))
         for item in part.items:
             items[item.item_id] = item
             self._place(run, item)
