@@ -39,7 +39,6 @@ _INFO = StorageInfo(
 )
 
 
-
 class _Waiter:
     """Somebody in ``watch``, in whatever loop."""
 

@@ -27,6 +27,25 @@ _AGAIN_S = 1.0
 """Seconds between looks while it is unsure whether a lease is known."""
 
 
+class _Claiming:
+    """One claim under way. A class: a generator takes three times as long."""
+
+    __slots__ = ("_claim", "_recovery")
+
+    def __init__(self, recovery: Recovery) -> None:
+        self._recovery = recovery
+
+    def __enter__(self) -> None:
+        self._claim = self._recovery.begin_claim()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, GeneratorExit):
+            return  # its loop is gone
+        self._recovery.end_claim(self._claim)
+        if kind is not None:
+            self._recovery.wanted()  # the store may have done it
+
+
 class Recovery:
     """Releases the unknown leases of one worker."""
 
@@ -39,24 +58,23 @@ class Recovery:
         self._timer: asyncio.TimerHandle | None = None
         self._active_at = 0.0
 
+    def claiming(self) -> _Claiming:
+        """While a claim is under way, until its items have begun."""
+        return _Claiming(self)
+
     def begin_claim(self) -> asyncio.Future[None]:
-        """A claim is under way, until ``end_claim`` or ``claim_failed`` is called with this."""
+        """A claim is under way, until ``end_claim`` is called with this."""
         claim: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._claims.add(claim)
         return claim
 
     def end_claim(self, claim: asyncio.Future[None]) -> None:
-        """What the claim brought has begun."""
+        """What the claim brought has begun, or its answer is lost."""
         self._claims.discard(claim)
         claim.set_result(None)
         self._active_at = monotonic()
         if self._timer is None and not self._worker.is_stopping:
             self._arm(self._worker.settings.renew_every.total_seconds())
-
-    def claim_failed(self, claim: asyncio.Future[None]) -> None:
-        """The claim was not answered: the store may have done it."""
-        self.end_claim(claim)
-        self.wanted()
 
     def wanted(self) -> None:
         """There may be leases that are not known here."""

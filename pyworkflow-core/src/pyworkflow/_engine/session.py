@@ -78,6 +78,10 @@ _BYTES = 8 * 1024 * 1024
 class Session(Straight):
     """Drives one run under the claim of its turn."""
 
+    __slots__ = (
+        "_abandoned", "_cancel", "_most", "_resumed", "_several", "_waiter",
+    )  # fmt: skip
+
     def __init__(
         self, worker: Worker, live: LiveRun, run: Run, item: WorkItem, *, resumed: bool
     ) -> None:

@@ -67,6 +67,10 @@ class Roads:
 class Straight(Turn):
     """A turn that can be on the plain road."""
 
+    __slots__ = (
+        "_leaving", "_road", "_timer", "_within", "flush",
+    )  # fmt: skip
+
     def __init__(self, worker: Worker, live: LiveRun, run: Run, item: WorkItem) -> None:
         super().__init__(worker, live, run, item)
         self._road: asyncio.Future[_Left] | None = None

@@ -74,6 +74,14 @@ SLICE = 500
 class Turn:
     """One claimed turn: what it owes the storage, and the steps that run in it."""
 
+    # Instances of more than 30 attributes share no table of them: each access would be a search,
+    # dozens of times per step.
+    __slots__ = (
+        "_careful", "_changes", "_claims", "_control", "_drops", "_ended", "_events",
+        "_forgetful", "_handing", "_length", "_live", "_loop", "_over", "_puts", "_queue",
+        "_quiet", "_ref", "_replay", "_run", "_running", "_stalled_at", "_worker",
+    )  # fmt: skip
+
     def __init__(self, worker: Worker, live: LiveRun, run: Run, item: WorkItem) -> None:
         self._worker = worker
         self._loop = asyncio.get_running_loop()

@@ -68,6 +68,16 @@ _log = logging.getLogger("pyworkflow.engine")
 class Worker:
     """Drives runs of one store in the event loop that ``open`` was awaited in."""
 
+    # See ``Turn``.
+    __slots__ = (
+        "__weakref__", "_aside", "_bells", "_deliveries", "_held", "_owns_storage", "_server",
+        "_serves", "_steps", "_stopping", "_tasks", "_turns", "_unwatch", "client", "clock",
+        "codecs", "end_process", "evictor", "guard", "is_closed", "kept", "leases", "loop",
+        "max_events", "max_payload", "on_run_ended", "on_run_started", "outages", "owner",
+        "pipeline", "queues", "raised", "recovery", "roads", "runner", "settings", "spread",
+        "storage", "suspects", "unfit", "woken",
+    )  # fmt: skip
+
     def __init__(
         self,
         storage: StorageBackend,
@@ -315,20 +325,13 @@ class Worker:
             known=self.kept.known,
         )
         asked = monotonic()
-        under_way = self.recovery.begin_claim()
-        try:
+        with self.recovery.claiming():
             claimed = await claim(self.storage, request)
             self.clock.update(claimed.now)
             self.leases.asked_at = asked
             claims = await self.suspects.sift(claimed.claims)
             for taken in claims:
                 self._begin(taken)
-        except GeneratorExit:
-            raise  # its loop is gone
-        except BaseException:
-            self.recovery.claim_failed(under_way)
-            raise
-        self.recovery.end_claim(under_way)
         if (alone := self.suspects.alone) is not None:
             self.suspects.follow(self._task_on(alone))
         return [taken.item for taken in claims]

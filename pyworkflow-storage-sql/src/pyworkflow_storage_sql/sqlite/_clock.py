@@ -71,8 +71,9 @@ class StoreClock:
             self._kept = latest, 2**62 if self._boot == _UNKNOWN else -(2**62)
         ahead = -steady.lead(wall, ticks)
         self.jump = ahead if is_known and ahead > _JUMP else 0
-        self.micros = steady.read(wall - self.jump, ticks)
-        self._lead = steady.lead(wall - self.jump, ticks) + self._skew
+        wall -= self.jump
+        self.micros = steady.read(wall, ticks)
+        self._lead = self.micros - wall + self._skew
 
     def follow(self, conn: sqlite3.Connection, namespace: int) -> None:
         """Follow a wall clock that was set forward. Leases keep the time that they had left."""
