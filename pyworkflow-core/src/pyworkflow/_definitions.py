@@ -242,8 +242,8 @@ class Step(Generic[P, R]):
 
     def arguments(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for one attempt: lists, dicts and sets that are defaults are copies."""
-        args, kwargs = decode_arguments(text)
-        return self._signature.filled(self._fresh, args, kwargs) if self._fresh else (args, kwargs)
+        call = decode_arguments(text)
+        return self._signature.filled(self._fresh, *call) if self._fresh else call
 
     def stored_arguments(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``arguments`` of a call that other code may have made.

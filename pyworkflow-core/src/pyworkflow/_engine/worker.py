@@ -68,8 +68,7 @@ _log = logging.getLogger("pyworkflow.engine")
 class Worker:
     """Drives runs of one store in the event loop that ``open`` was awaited in."""
 
-    # See ``Turn``.
-    __slots__ = (
+    __slots__ = (  # see ``Turn``
         "__weakref__", "_aside", "_bells", "_deliveries", "_held", "_owns_storage", "_server",
         "_serves", "_steps", "_stopping", "_tasks", "_turns", "_unwatch", "client", "clock",
         "codecs", "end_process", "evictor", "guard", "is_closed", "kept", "leases", "loop",

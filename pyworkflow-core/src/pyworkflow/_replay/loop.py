@@ -541,6 +541,8 @@ def _called_by_as_completed() -> bool:
         if back is None:
             return False
         code = back.f_code
+        if code.co_name == "gather":
+            return False  # what most tasks are made by: nothing is between it and the task
         if code.co_name in ("as_completed", "_AsCompletedIterator") or (
             code.co_name == "__init__" and "_AsCompletedIterator" in code.co_qualname
         ):
