@@ -1,4 +1,4 @@
-"""What a store takes as JSON, at its limits: flat values are checked together."""
+"""What a store takes as JSON, at its limits."""
 
 import pytest
 
