@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -31,6 +30,7 @@ from pyworkflow._declared import known_workflow
 from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import host, reset_host
+from pyworkflow.spi.storage import Claim
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing import TestEnvironment
 from tests.core._driving import eventually
@@ -225,21 +225,18 @@ def test_n19_a_clients_own_worker_takes_from_the_configured_queues(process: Path
 def test_r03_a_worker_of_a_steps_queue_leaves_the_turn_to_the_runs_own_queue() -> None:
     async def main() -> None:
         storage = MemoryStorageBackend()
-        gpu = Worker(storage, settings(), queues=["gpu"])
-        main_worker = Worker(storage, settings(), queues=["default"])
         turns: list[str] = []
+
+        class Noting(Worker):
+            def begin_turn(self, claim: Claim, *, resumed: bool = True) -> None:
+                turns.append(self.owner)
+                super().begin_turn(claim, resumed=resumed)
+
+        gpu = Noting(storage, settings(), queues=["gpu"])
+        main_worker = Noting(storage, settings(), queues=["default"])
         for worker in (gpu, main_worker):
             await worker.open()
             worker.serve()
-            begin = worker.begin_turn
-
-            def noting(
-                claim: Any, *, begin: Any = begin, owner: str = worker.owner, **more: Any
-            ) -> None:
-                turns.append(owner)
-                begin(claim, **more)
-
-            worker.begin_turn = noting  # type: ignore[method-assign]  # to see who drives
         async with Client(storage=storage) as client:
             assert client._worker is not None
             await client._worker.drain(0)  # a client, and no worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any
 
@@ -63,17 +64,17 @@ def _two_versions(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> None:
 _old_tasks: set[asyncio.Task[Any]] = set()
 
 
+class _OldWorker(Worker):
+    """A worker whose tasks find the older code."""
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = super().spawn(coro)
+        _old_tasks.add(task)
+        return task
+
+
 async def _begin(b: Bench, *, old: bool) -> Worker:
-    worker = Worker(b.storage, b.settings)
-    if old:
-        spawn = worker.spawn
-
-        def marked(coro: Any) -> asyncio.Task[Any]:
-            task = spawn(coro)
-            _old_tasks.add(task)
-            return task
-
-        worker.spawn = marked  # type: ignore[method-assign]  # its tasks find the older code
+    worker = (_OldWorker if old else Worker)(b.storage, b.settings)
     await worker.open()
     worker.serve()
     return worker
