@@ -94,7 +94,7 @@ def listing(statuses: list[str] | None, workflow: str | None, below: int = 2**62
     return f"show_runs({below}, {of}, {names}::text[], 101)"
 
 
-def claim(**filters: list[str]) -> str:
+def claim(**filters: object) -> str:
     """A claim of what fits the filters: nothing is due."""
     request = {"owner": "w", "lease": "PT60S", "limit": 10, "max_bytes": 1000, "known": {}}
     return f"claim_many('{json.dumps([request | filters])}')"
@@ -116,6 +116,8 @@ CALLS["a claim"] = claim()
 CALLS["a claim of another queue"] = claim(queues=["other"])
 CALLS["a claim of another workflow"] = claim(workflows=["other"])
 CALLS["a claim of another kind"] = claim(kinds=["step"])
+CALLS["a claim by reference"] = claim(items=[["r9", "turn"], ["r1", "turn"]])
+CALLS["a renewal"] = """renew('[["r9", "turn", "t"], ["r1", "turn", "t"]]', interval '1 s')"""
 CALLS["next_due"] = "next_due(null, null)"
 CALLS["next_due of another queue"] = "next_due(array['other'], null)"
 CALLS["next_due of another workflow"] = "next_due(null, array['other'])"
