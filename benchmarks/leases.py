@@ -33,6 +33,7 @@ _EMBEDDED: Final = f"""
 import sys
 import pyworkflow
 from {_program.__name__} import starved
+pyworkflow.configure_logging()
 pyworkflow.run(starved, sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))
 """
 
@@ -75,6 +76,8 @@ def matrix(pools: Sequence[str], holds: Sequence[float]) -> int:
         ):
             measure = _embedded if pool == "embedded" else _celery
             counts = measure(fleet, pool, holds)
+            if set(counts.values()) != {1}:
+                print(fleet.logs()[-20_000:])
         for hold, count in counts.items():
             lost += count != 1
             outcome = "kept" if count == 1 else f"LOST, {count} executions"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import psutil
 import pytest
 
 from pyworkflow._config import Settings
+from pyworkflow._engine import keeper as keeper_module
+from pyworkflow._engine.keeper import LeaseKeeper
 from pyworkflow._engine.lease_table import LeaseTable, shared_memory
+from pyworkflow._engine.outages import Outages
 from pyworkflow._engine.renewals import RenewalProcess
 from pyworkflow._plugins import make_storage
 from pyworkflow.spi import (
@@ -217,3 +221,40 @@ def _is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def test_a_starved_thread_renews_before_it_starts_the_process_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The start takes as long as a lease when each call of the system waits for the lock."""
+    happened: list[str] = []
+
+    class Noting(MemoryStorageBackend):
+        def clone(self) -> Noting:
+            return self
+
+        async def renew(self, refs: Sequence[ClaimRef], lease: timedelta) -> list[bool]:
+            happened.append("renewal")
+            return [True] * len(refs)
+
+        async def close(self) -> None: ...
+
+    def start() -> None:
+        happened.append("process")
+
+    async def main() -> None:
+        storage = Noting()
+        minute = timedelta(minutes=1)
+        outages = Outages(storage.now, "me")
+        keeper = LeaseKeeper(
+            storage, minute, 60 * minute, print, outages=outages, start_process=start
+        )
+        keeper.add(ClaimRef("run", "turn", "t"))
+        keeper._begin()  # the next renewal is due in half an hour
+        await eventually(lambda: "process" in happened)
+        keeper.close()
+        await keeper.closed(60)
+
+    monkeypatch.setattr(keeper_module, "_LATE", 1e12)  # each wake-up is late
+    asyncio.run(main())
+    assert happened == ["renewal", "process"]

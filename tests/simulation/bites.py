@@ -258,7 +258,7 @@ def inputs_of_others_are_not_delivered(put: Any) -> None:
 
 @_bite("calm", 60, "exactly once", "result", "late", "takeover", "again")
 def leases_are_not_renewed(put: Any) -> None:
-    async def sleeps(self: Any, storage: Any) -> None:
+    async def sleeps(self: Any, storage: Any, age: float) -> None:
         return None
 
     put(keeper.LeaseKeeper, "_renew_once", sleeps)

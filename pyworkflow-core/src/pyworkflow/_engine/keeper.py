@@ -248,15 +248,19 @@ class LeaseKeeper:
             while not self._stop.is_set():
                 if monotonic() - tried >= self._pause():
                     tried = monotonic()
-                    storage = await self._renew_once(storage)
+                    storage = await self._renew_once(storage, age=self._every / 3)
                 slept = monotonic()
                 try:
                     async with asyncio.timeout(self._tick):
                         await woken.wait()
                 except TimeoutError:
-                    # After the renewal is sent: each call of the system waits for the interpreter's
-                    # lock again.
-                    loop.call_soon(self._see_to_process, monotonic() - slept - self._tick)
+                    late = monotonic() - slept - self._tick
+                    if self._begins_process(late):
+                        # Before the start, whose many calls of the system wait for the
+                        # interpreter's lock again: the lease might be over by then.
+                        tried = monotonic()
+                        storage = await self._renew_once(storage, age=0.0)
+                    loop.call_soon(self._see_to_process, late)
         finally:
             self._end_process()
             if storage is not None:
@@ -282,15 +286,17 @@ class LeaseKeeper:
             self._call(_resolve, self._ready)
         return storage
 
-    async def _renew_once(self, storage: StorageBackend | None) -> StorageBackend | None:
-        """Renew what is claimed for long; the store's object, made when there is none yet."""
+    async def _renew_once(
+        self, storage: StorageBackend | None, age: float
+    ) -> StorageBackend | None:
+        """Renew what is claimed for so long; the store's object, made when there is none yet."""
         loop = self._loop
         if loop is None or loop.is_closed():
             self._stop.set()
             return storage
         now = monotonic()
         with self._lock:
-            refs = [r for r, since in self._held.items() if now - since > self._every / 3]
+            refs = [ref for ref, since in self._held.items() if now - since > age]
         if not refs or self._loop_hangs(now):
             return storage
         try:
@@ -337,15 +343,21 @@ class LeaseKeeper:
 
     # --- the process beside the worker ------------------------------------------------------------
 
+    def _is_starved(self, late: float) -> bool:
+        return late > self._lease.total_seconds() / _LATE and bool(self._held)
+
+    def _begins_process(self, late: float) -> bool:
+        can_begin = self._process is None and self._start_process is not None
+        return can_begin and self._is_starved(late)
+
     def _see_to_process(self, late: float) -> None:
         """Start a process when this thread is starved, and end it when that is long over."""
         now, lease = monotonic(), self._lease.total_seconds()
-        starved = late > lease / _LATE and bool(self._held)
-        if starved:
+        if self._is_starved(late):
             self._late_at = now
         process = self._process
         if process is None:
-            if starved and self._start_process is not None:
+            if self._begins_process(late) and self._start_process is not None:
                 self._begin_process(self._start_process)
         elif process.has_ended or now - self._late_at > _QUIET * lease:
             self._end_process()
