@@ -105,20 +105,26 @@ def _celery(fleet: Fleet, pool: str, holds: Sequence[float]) -> dict[float, int]
 
 
 def _embedded(fleet: Fleet, _pool: str, holds: Sequence[float]) -> dict[float, int]:
-    """Executions by hold: a script for each, and a worker that would take over what they lose."""
-    env = fleet.environment(PYWORKFLOW_EXECUTOR="local://", **_settings())
+    """Executions by hold: a script for each, and a worker that would take over what it loses.
+
+    Each has a namespace: a script works on all runs of its own, and ends with its own run.
+    """
     tags = {hold: new_tag() for hold in holds}
-    processes = []
-    for hold in holds:
-        words = ["-c", _EMBEDDED, tags[hold], str(hold), str(TOTAL_S)]
-        processes.append(_process(fleet, words, env))
-        fleet.begun(tags[hold], "holding")  # in the script: no other process takes its queue yet
-    worker = _process(fleet, ["-m", "pyworkflow.cli", "worker", _program.__name__], env)
+    scripts, workers = [], []
     try:
-        for script in processes:
+        for number, hold in enumerate(holds):
+            env = fleet.environment(
+                PYWORKFLOW_EXECUTOR="local://", PYWORKFLOW_NAMESPACE=f"n{number}", **_settings()
+            )
+            words = ["-c", _EMBEDDED, tags[hold], str(hold), str(TOTAL_S)]
+            scripts.append(_process(fleet, words, env))
+            fleet.begun(tags[hold], "holding")
+            words = ["-m", "pyworkflow.cli", "worker", _program.__name__]
+            workers.append(_process(fleet, words, env))
+        for script in scripts:
             script.wait(4 * TOTAL_S)
     finally:
-        for process in (*processes, worker):
+        for process in (*scripts, *workers):
             process.kill()
             process.wait()
     return {hold: fleet.executions(tag)["holding"] for hold, tag in tags.items()}
