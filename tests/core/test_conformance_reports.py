@@ -101,7 +101,7 @@ def test_e05_what_was_not_tried_is_not_called_uncovered():
     base = {name: one for name, one in results_of().items() if checks()[name].level == "base"}
     capabilities, _ = judge(checks(), base, ALL, "base")
     assert capabilities["durable"] == "not_tried"
-    assert capabilities["payload_offload"] == "uncovered"
+    assert capabilities["payload_offload"] == "by_its_word"
 
 
 def test_e06_a_keyword_is_looked_for_in_the_names_of_checks_alone(capsys):
@@ -179,7 +179,11 @@ def test_g10_a_store_for_many_hosts_names_what_its_url_did_not_prove():
     results = {
         "CRA-09": Result("CRA-09", "x", "durable", Status.NOT_APPLICABLE, reason="server"),
         "CRA-04": Result("CRA-04", "x", "durable", Status.NOT_APPLICABLE, reason="files"),
+        "WATCH-03": Result("WATCH-03", "x", "distributed", Status.NOT_APPLICABLE, reason="server"),
     }
     assert _unproved(info, results) == []
-    many = replace(info, capabilities=replace(info.capabilities, multi_host=True))
-    assert _unproved(many, results) == ["CRA-09"]
+    declared = replace(info.capabilities, multi_host=True, durable=True)
+    many = replace(info, capabilities=declared)
+    assert _unproved(many, results) == ["CRA-09", "WATCH-03"]
+    deaf = replace(info, capabilities=replace(declared, watch=False))
+    assert _unproved(deaf, results) == ["CRA-09"]

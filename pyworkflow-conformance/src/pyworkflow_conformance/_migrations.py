@@ -145,7 +145,7 @@ class MigrationChecks(Suite):
 
     @scenario
     async def test_MIG_06_newer_schema_refused(self, t: Case) -> None:
-        """MIG-06 (hazard: rolling upgrade): a store of a newer version is refused, and not touched.
+        """MIG-06 (rolling upgrade): a store of a newer version is refused, and not touched.
 
         Needs ``make_newer`` of the suite. Usual cause: the version is looked at after the first
         write, or not at all.

@@ -40,7 +40,7 @@ class Capability(StrEnum):
     GAP = "gap"
     """Declared; what is left of its checks beside declared gaps passes."""
     BY_ITS_WORD = "by_its_word"
-    """Declared; what would prove it needs a server that the suite may kill, and none was given."""
+    """Declared; no check can tell, or the one that can needs a server that may be killed."""
     UNCOVERED = "uncovered"
     """Declared, and no check exercised it."""
     NOT_TRIED = "not_tried"
@@ -172,7 +172,9 @@ def _capability(
         return Capability.UNDECLARED_WORKS if works else Capability.NOT_DECLARED
     if Status.FAILED in seen:
         return Capability.FAILED
-    if proofs and not seen:
+    if not proofs:
+        return Capability.BY_ITS_WORD
+    if not seen:
         return Capability.NOT_TRIED
     if Status.PASSED not in seen:
         return Capability.UNCOVERED

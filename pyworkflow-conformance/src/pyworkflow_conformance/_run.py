@@ -24,7 +24,7 @@ from pyworkflow.errors import ConfigurationError
 from pyworkflow.spi.capabilities import StorageInfo
 from pyworkflow.spi.storage import StorageBackend
 from pyworkflow_conformance._at_once import TEST, by_processes
-from pyworkflow_conformance._levels import LEVELS, Check, Level, checks
+from pyworkflow_conformance._levels import LEVELS, PROOFS, Check, Level, checks
 from pyworkflow_conformance._report import Report, Result, Status, highest, judge
 from pyworkflow_conformance._told import without_headline
 
@@ -178,11 +178,18 @@ def _unproved(info: StorageInfo, results: Mapping[str, Result]) -> list[str]:
     if not info.capabilities.multi_host:
         return []
     known = checks()
+    declared = {name for name in PROOFS if getattr(info.capabilities, name)}
+
+    def is_for_the_suite(one: Result) -> bool:
+        needs = known[one.id].needs
+        if any(name in PROOFS and name not in declared for name in needs):
+            return False
+        return "server" in needs or "suite's make_" in one.reason
+
     return [
         one.id
         for one in results.values()
-        if one.status is Status.NOT_APPLICABLE
-        and ("server" in known[one.id].needs or "suite's make_" in one.reason)
+        if one.status is Status.NOT_APPLICABLE and is_for_the_suite(one)
     ]
 
 

@@ -124,7 +124,8 @@ class Rows:
     """What a store has of a run: its row, and of the rest what was asked for."""
 
     fields: Mapping[str, object]
-    """As ``RunDelta.fields``: the names and values that were written."""
+    """As ``RunDelta.fields``: the names and values that were written. ``decide`` does not read
+    ``args``, ``result`` and ``error``, which may be large: leave them out."""
     length: int
     """The number of the run's events."""
     last_input: int
