@@ -149,7 +149,7 @@ class Place:
 def current_place() -> Place | None:
     """Where the calling step runs; None outside of steps, and when its worker is gone."""
     what = cast("StepTry | None", running_try.get())
-    if what is None or what.runner is None or what.runner.worker is None:
+    if what is None or what.runner is None:
         return None
     if what.runner.worker.is_closed:
         return None

@@ -131,28 +131,21 @@ class Verdict:
 class StepRunner:
     """Runs step bodies: async ones on this loop, sync ones in threads, each kind bounded."""
 
-    def __init__(
-        self,
-        *,
-        concurrency: int,
-        threads: int,
-        max_payload: int,
-        codecs: Writer | None = None,
-        may_end_process: bool = False,
-    ) -> None:
+    def __init__(self, worker: Worker, max_payload: int, *, may_end_process: bool) -> None:
+        settings, codecs = worker.settings, worker.codecs
+        self.worker = worker
+        """Whose steps these are: what clients inside them talk to."""
         self.resources = WorkerResources()
         """What the steps of this worker share."""
         self._codecs = codecs
-        self._slots = Slots(concurrency)
-        self._threads = StepThreads(threads)
+        self._slots = Slots(settings.concurrency)
+        self._threads = StepThreads(settings.threads)
         self._in_threads: dict[tuple[str, str], asyncio.Future[Ended]] = {}
         self._max_payload = max_payload
         # Codecs may make it smaller: then only what they take is sure.
         self._max_result = max_payload if codecs is None else codecs.max_size
-        self._busy = Slots(threads)
+        self._busy = Slots(settings.threads)
         self._may_end_process = may_end_process
-        self.worker: Worker | None = None
-        """Whose steps these are: what clients inside them talk to."""
         self.waiting: set[tuple[str, str]] = set()
         """Steps (run, op) that wait for a run, with their slot released."""
         self.awaited: Counter[str] = Counter()
@@ -160,7 +153,6 @@ class StepRunner:
 
     def place_of(self, what: StepTry) -> Place:
         """Where the attempt runs."""
-        assert self.worker is not None
         slots, threads = (self._slots, None) if what.step.is_async else (self._busy, self._threads)
         step = (what.run_id, what.op)
         return Place(self.worker, step, slots, threads, is_over=what.is_over)

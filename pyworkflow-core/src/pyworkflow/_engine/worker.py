@@ -122,14 +122,7 @@ class Worker:
         self.pipeline.batch = Batch()
         self.max_payload = stored if self.codecs is None else self.codecs.max_size
         """Bytes of one payload before codecs."""
-        self.runner = StepRunner(
-            concurrency=settings.concurrency,
-            threads=settings.threads,
-            max_payload=stored,
-            codecs=self.codecs,
-            may_end_process=end_process is not None,
-        )
-        self.runner.worker = self
+        self.runner = StepRunner(self, stored, may_end_process=end_process is not None)
         self.end_process = end_process
         self.leases = LeaseKeeper.of(storage, settings, self._lost, self.outages)
         self.suspects = Suspects(self)
