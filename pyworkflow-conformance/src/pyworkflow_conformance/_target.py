@@ -89,9 +89,9 @@ async def tidy(store: StorageBackend) -> None:
     try:
         async with store:
             while (page := await store.list_runs(RunQuery(limit=1000))).items:
-                for run in page.items:
-                    if not run.status.is_terminal:
-                        await store.commit_one(_ending(run.run_id))
+                await store.commit(
+                    [_ending(run.run_id) for run in page.items if not run.status.is_terminal]
+                )
                 while await _settle(store):
                     pass
                 before = await store.now() + _AGES
