@@ -8,17 +8,22 @@ RETURNS TABLE (o_place int, o_now timestamptz, o_item text, o_run text, o_events
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off SET timezone = 'UTC' AS $$
 DECLARE
-    q jsonb; ref jsonb; v_shift interval; v_mark bigint; v_floor timestamptz; v_now timestamptz;
+    q jsonb; ref jsonb; v_shift interval; v_mark bigint; v_lead interval; v_floor timestamptz; v_now timestamptz;
     v_queues text[]; v_workflows text[]; v_kinds text[]; v_found {schema}.work_items[];
     v_item {schema}.work_items%ROWTYPE; v_budget bigint; v_size bigint; v_end bigint;
     v_last bigint; v_wrote boolean := false; v_place int := -1; v_limit int; v_until timestamptz;
 BEGIN
-    SELECT t.shift, k.last_value INTO v_shift, v_mark
-    FROM {schema}.store t, {schema}.clock k WHERE t.one;
+    SELECT t.shift, k.last_value, interval '1 us' * CASE
+            WHEN timestamptz 'epoch' + (k.last_value - l.last_value - 1000000) * interval '1 us'
+                > clock_timestamp() THEN {schema}.gain(k.last_value)
+            ELSE l.last_value
+        END
+    INTO v_shift, v_mark, v_lead
+    FROM {schema}.store t, {schema}.clock k, {schema}.lead l WHERE t.one;
     v_floor := timestamptz 'epoch' + v_mark * interval '1 us';
     FOR q IN SELECT value FROM jsonb_array_elements(p_requests) LOOP
         v_place := v_place + 1;
-        v_floor := greatest(v_floor, clock_timestamp());
+        v_floor := greatest(v_floor, clock_timestamp() + v_lead);
         v_now := v_floor + v_shift;
         v_queues := CASE WHEN q ? 'queues'
             THEN ARRAY(SELECT jsonb_array_elements_text(q->'queues')) END;
@@ -37,7 +42,7 @@ BEGIN
                 PERFORM 1 FROM {schema}.work_items w
                 WHERE w.run_id = ref->>0 AND w.item_id = ref->>1 FOR UPDATE;
             END LOOP;
-            v_floor := greatest(v_floor, clock_timestamp());
+            v_floor := greatest(v_floor, clock_timestamp() + v_lead);
             v_now := v_floor + v_shift;
             v_until := v_now + (q->>'lease')::interval;
             v_found := '{}';
@@ -69,7 +74,8 @@ BEGIN
             WHERE w.run_id = v_item.run_id AND w.item_id = v_item.item_id
             RETURNING * INTO v_item;
             o_item := {schema}.show_item(v_item)::text;
-            o_run := {schema}.show_run(v_item.run_id, v_now);
+            o_run := CASE WHEN v_until > v_now THEN {schema}.show_claimed(v_item.run_id)
+                ELSE {schema}.show_run(v_item.run_id, v_now) END;
             o_events := NULL; o_after := 0; o_cut := false;
             IF v_item.kind = 'turn' THEN
                 SELECT r.last_seq INTO v_last FROM {schema}.runs r WHERE r.run_id = v_item.run_id;
