@@ -112,9 +112,10 @@ def test_found_h05_a_worker_says_so_when_it_starts_and_once_an_hour(
     clock = StorageClock()
     with caplog.at_level(logging.WARNING, logger="pyworkflow.engine"):
         clock.begin(datetime.now(UTC) + TWO_DAYS)
-        for _ in range(60):
+        for n in range(1, 61):
             passed[0] += 119
-            clock.update(datetime.now(UTC) + TWO_DAYS)
+            # No two readings are equal: that would be a clock that stands still.
+            clock.update(datetime.now(UTC) + TWO_DAYS + timedelta(microseconds=n))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2  # at the start, and once in the 119 minutes after it
     assert all("ahead=-172800s" in line and "set-clock --to-now" in line for line in lines)

@@ -27,7 +27,6 @@ MAY_SCAN = {"namespaces", "n", "json_each", "sqlite_master", "p"}
 MAY_SCAN |= {"CONSTANT", "clock", "q", "heads", "h", "awake", "tried", "a"}
 INDEXES = {
     "answers_by_key",
-    "answers_by_run",
     "answers_by_token",
     "events_by_key",
     "events_by_seq",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pyworkflow.spi import ticks
+from pyworkflow import _clock
 
 __all__ = ["SteadyClock", "boot_id", "machine_clocks"]
 
@@ -26,7 +26,7 @@ def machine_clocks() -> tuple[int, int]:
     """The wall clock and the time since boot, microseconds, as ``SteadyClock`` wants them."""
     while True:
         wall = time.time_ns()
-        since_boot = ticks()
+        since_boot = _clock.ticks()
         if time.time_ns() - wall < _PAUSE:
             return wall // 1000, since_boot
 

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final
 
-from pyworkflow.storekit import SteadyClock, boot_id
+from pyworkflow.storekit import boot_id
 
 __all__ = ["StoreClock"]
 
@@ -19,6 +19,8 @@ _JUMP: Final = 1_000_000
 _LATEST: Final = 100_000
 #: The boot of a machine that does not tell it; equal ones may be different boots.
 _UNKNOWN: Final = bytes(16).hex()
+#: The base of a clock that was never read.
+_NEVER: Final = -(2**63)
 
 _LOOK: Final = (
     "select clock_offset, clock_skew, latest, clock_base, boot, work from namespaces where id = ?"
@@ -44,7 +46,8 @@ class StoreClock:
         self.jump = 0
         """By how much the wall clock was set forward, if the store has not followed it yet."""
         self._clocks = clocks
-        self._steady = SteadyClock()
+        self._base = _NEVER
+        """What the clock shows when the time since boot is zero, as in ``SteadyClock``."""
         self._boot = boot_id().hex()
         self._skew = 0
         self._lead = 0
@@ -58,22 +61,28 @@ class StoreClock:
         A wall clock that was set forward is not followed yet: ``jump`` says by how much it was.
         """
         row = conn.execute(_LOOK, (namespace,)).fetchone()
-        self.offset, self._skew, latest, base, boot, self.work = row
-        steady = self._steady
-        is_known = steady.base is not None
-        wall, ticks = self._read_clocks()
-        if base is not None and boot == self._boot != _UNKNOWN:
-            steady.resume(base)
-            self._kept = latest, base
+        self.offset, self._skew, latest, stored, boot, self.work = row
+        wall, ticks = self._clocks()
+        here = wall + self._skew - ticks
+        base = self._base
+        is_known = base != _NEVER
+        if stored is not None and boot == self._boot != _UNKNOWN:
             is_known = True
+            self._kept = latest, stored
         else:
-            steady.resume(latest - ticks)
+            stored = latest - ticks
             self._kept = latest, 2**62 if self._boot == _UNKNOWN else -(2**62)
-        ahead = -steady.lead(wall, ticks)
-        self.jump = ahead if is_known and ahead > _JUMP else 0
-        wall -= self.jump
-        self.micros = steady.read(wall, ticks)
-        self._lead = self.micros - wall + self._skew
+        if stored > base:
+            base = stored
+        self.jump = 0
+        if here > base:
+            if is_known and here - base > _JUMP:
+                self.jump = here - base
+                here = base
+            base = here
+        self._base = base
+        self.micros = ticks + base
+        self._lead = base - here + self._skew
 
     def follow(self, conn: sqlite3.Connection, namespace: int) -> None:
         """Follow a wall clock that was set forward. Leases keep the time that they had left."""
@@ -102,7 +111,7 @@ class StoreClock:
     def followed(self) -> None:
         """What ``follow`` wrote is committed."""
         _log.warning("the clock of this machine was set forward: seconds=%.3f", self.jump / 1e6)
-        self._steady.resume(self._base + self.jump)
+        self._base += self.jump
         self.jump = 0
 
     def keep(self, conn: sqlite3.Connection, namespace: int, *, work: bool) -> None:
@@ -114,18 +123,9 @@ class StoreClock:
 
     def shown(self) -> int:
         """What the clock shows, as far as this process knows; from any thread, without the store."""
-        wall, ticks = self._read_clocks()
-        base = self._steady.base
-        if base is None:
-            return wall
-        ahead = wall - ticks - base
-        return ticks + base + (ahead if 0 < ahead <= _JUMP else 0)
-
-    @property
-    def _base(self) -> int:
-        assert self._steady.base is not None
-        return self._steady.base
-
-    def _read_clocks(self) -> tuple[int, int]:
         wall, ticks = self._clocks()
-        return wall + self._skew, ticks
+        wall += self._skew
+        if self._base == _NEVER:
+            return wall
+        ahead = wall - ticks - self._base
+        return ticks + self._base + (ahead if 0 < ahead <= _JUMP else 0)

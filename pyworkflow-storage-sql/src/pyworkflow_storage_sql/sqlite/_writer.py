@@ -7,6 +7,7 @@ loop; whoever does it holds ``mutex``.
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import sqlite3
@@ -121,6 +122,7 @@ class Writer:
         self.is_open = False
         self.pace = Pace()
         self.path = path
+        self._place = str(path)
         self._name = namespace
         self._lock_timeout = lock_timeout
         self._conn: sqlite3.Connection | None = None
@@ -208,7 +210,11 @@ class Writer:
 
     def _refuse_elsewhere(self) -> None:
         """SQLite itself continues on a file without a name, which no other process can open."""
-        self._is_elsewhere = inode_of(self.path) != self._inode
+        try:
+            status = os.stat(self._place)  # noqa: PTH116 - for each transaction, and half the time
+            self._is_elsewhere = (status.st_dev, status.st_ino) != self._inode
+        except FileNotFoundError:
+            self._is_elsewhere = True
         if self._is_elsewhere:
             raise StorageError(
                 f"the database was deleted, moved or replaced while in use: path={self.path}; "
@@ -311,7 +317,7 @@ class Writer:
         return True
 
     def _batch(self, conn: sqlite3.Connection) -> Batch:
-        return Batch(conn, str(self.path), self._namespace, self._clock, self._token, self._runs)
+        return Batch(conn, self._place, self._namespace, self._clock, self._token, self._runs)
 
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Protocol
 
 from pyworkflow.storekit.embedded._operations import News
@@ -72,12 +72,9 @@ def _others(place: Hashable, listener: Listener) -> tuple[weakref.ref[Listener],
     return tuple(one for one in present if (alive := one()) is not None and alive is not listener)
 
 
-def listeners_of(place: Hashable) -> Iterable[Listener]:
-    """The listeners at the store; empty when there is only one."""
-    present = _listeners.get(place, ())
-    if len(present) < 2:
-        return ()
-    return [listener for one in present if (listener := one()) is not None]
+def listeners_of(place: Hashable) -> tuple[weakref.ref[Listener], ...]:
+    """The listeners at the store; some may be garbage-collected."""
+    return _listeners.get(place, ())
 
 
 def add_forkable(forkable: Forkable) -> None:

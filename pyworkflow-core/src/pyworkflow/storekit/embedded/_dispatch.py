@@ -326,8 +326,9 @@ class Dispatcher(Generic[B]):
 
     def _tell_neighbours(self, news: News, place: Hashable) -> None:
         """Objects of this process on the same store learn at once what others poll for."""
-        for other in listeners_of(place):
-            if other is not self:
+        for one in listeners_of(place):
+            other = one()
+            if other is not None and other is not self:
                 other.notify(news)
 
     def notify(self, news: News) -> None:
