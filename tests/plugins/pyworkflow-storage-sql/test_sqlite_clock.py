@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from pyworkflow.errors import RunExists
 from pyworkflow.spi import Change, ClaimRequest, ItemKind, NewRun, Put, RunQuery, RunStatus
 from pyworkflow_storage_sql import SQLiteStorageBackend
+from pyworkflow_storage_sql.sqlite import _writer
 
 MINUTE = timedelta(minutes=1)
 DAY = 86_400
@@ -188,4 +191,43 @@ def test_found_l08_a_read_shows_the_old_pace_while_another_process_writes(tmp_pa
                 conn.execute("rollback")
             assert await backend.now() == FIRST + timedelta(hours=1, seconds=1)
 
+    asyncio.run(main())
+
+
+def test_the_row_of_the_clock_is_read_when_another_process_may_have_changed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    connect = _writer.connect
+
+    def traced(path: Path) -> sqlite3.Connection:
+        conn = connect(path)
+        conn.set_trace_callback(lambda sql: read.append(sql) if "from namespaces" in sql else None)
+        return conn
+
+    machine = Machine()
+
+    async def main() -> None:
+        async with on(machine, tmp_path) as one, on(machine, tmp_path) as other:
+            await one.commit_one(create("a"))
+            await other.now()
+            monkeypatch.setattr(_writer, "connect", connect)
+            read.clear()
+            for n in range(3):
+                await one.commit_one(create(f"b{n}"))
+            assert read == []  # nobody else has written
+            await other.shift_clock(MINUTE)
+            assert (await one.commit_one(create("c"))).timestamp == FIRST + MINUTE
+            await one.shift_clock(MINUTE)
+            assert (await one.commit_one(create("d"))).timestamp == FIRST + 2 * MINUTE
+            with pytest.raises(RunExists):
+                await one.commit_one(replace(create("d"), key="again"))
+            await one.commit_one(create("e"))
+            await other.commit_one(create("f"))
+            machine.advance(DAY)  # set forward while nobody looked
+            assert (await one.commit_one(create("g"))).timestamp == FIRST + 2 * MINUTE + timedelta(
+                1
+            )
+
+    monkeypatch.setattr(_writer, "connect", traced)
     asyncio.run(main())

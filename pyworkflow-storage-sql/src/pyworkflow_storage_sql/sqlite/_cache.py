@@ -27,12 +27,17 @@ class KnownRuns:
         self._keys = 0
         self._version = -1
 
-    def begin(self, conn: sqlite3.Connection) -> None:
-        """A transaction that holds the write lock has begun: forget what others have changed."""
+    def begin(self, conn: sqlite3.Connection) -> bool:
+        """A transaction that holds the write lock has begun: forget what others have changed.
+
+        Whether others have changed nothing since the last one.
+        """
         (version,) = conn.execute("pragma data_version").fetchone()
-        if version != self._version:
-            self._version = version
-            self.forget()
+        if version == self._version:
+            return True
+        self._version = version
+        self.forget()
+        return False
 
     def forget(self) -> None:
         """Something else than a change was written, or a transaction did not end well."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from pyworkflow.storekit import boot_id
 
@@ -52,15 +52,20 @@ class StoreClock:
         self._skew = 0
         self._lead = 0
         """By how much the reading is ahead of the machine's clock."""
+        self._row: tuple[Any, ...] | None = None
+        """The namespace's row as this connection read or wrote it; None when it must be read."""
         self._kept = (0, 0)
         """``latest`` and ``clock_base`` as they are in the row; no base of another boot."""
 
-    def read(self, conn: sqlite3.Connection, namespace: int) -> None:
+    def read(self, conn: sqlite3.Connection, namespace: int, *, unchanged: bool = False) -> None:
         """Read the row and the machine's clocks.
 
         A wall clock that was set forward is not followed yet: ``jump`` says by how much it was.
+        ``unchanged``: nobody else has written since the last transaction, which was committed.
         """
-        row = conn.execute(_LOOK, (namespace,)).fetchone()
+        row = self._row
+        if row is None or not unchanged:
+            row = self._row = conn.execute(_LOOK, (namespace,)).fetchone()
         self.offset, self._skew, latest, stored, boot, self.work = row
         wall, ticks = self._clocks()
         here = wall + self._skew - ticks
@@ -91,6 +96,7 @@ class StoreClock:
             "free_at = max(due_at, lease_until + ?) where namespace = ? and token is not null",
             (self.jump, self.jump, namespace),
         )
+        self._row = None
         conn.execute(
             "update namespaces set clock_base = ?, boot = ? where id = ?",
             (self._base + self.jump, self._boot, namespace),
@@ -103,6 +109,7 @@ class StoreClock:
         it the store follows the machine's clock as any other does.
         """
         skew = self._skew if by > 0 else max(self._skew, min(self._skew - by, self._lead))
+        self._row = None
         conn.execute(
             "update namespaces set clock_offset = clock_offset + ?, clock_skew = ? where id = ?",
             (by, skew, namespace),
@@ -120,6 +127,8 @@ class StoreClock:
         if work or self._base > base or self.micros > latest + _LATEST:
             values = (self.micros, self._base, self._boot, max(0, self._lead), work, namespace)
             self.work = conn.execute(_KEEP, values).fetchone()[0]
+            row = (self.offset, self._skew, self.micros, self._base, self._boot, self.work)
+            self._row = None if self._row is None else row
 
     def shown(self) -> int:
         """What the clock shows, as far as this process knows; from any thread, without the store."""

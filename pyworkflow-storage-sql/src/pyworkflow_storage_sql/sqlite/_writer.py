@@ -132,6 +132,8 @@ class Writer:
         """It was not at its path after the last batch: nothing more is written meanwhile."""
         self._namespace = 0
         self._clock = clock
+        self._was_committed = False
+        """Whether the last transaction was, so that what it left behind is known."""
         self._token_prefix = secrets.token_hex(8)
         self._tokens = 0
         self._runs = KnownRuns()
@@ -232,8 +234,6 @@ class Writer:
         writes = any(operation.writes for operation in waiting)
         if not (self._begin(conn, wait, writes) and self._read_clock(conn, wait, writes)):
             return False
-        if writes:
-            self._runs.begin(conn)
         batch = self._batch(conn)
         for operation in waiting:
             if operation.future.done():
@@ -294,7 +294,9 @@ class Writer:
     def _read_clock(self, conn: sqlite3.Connection, wait: bool, writes: bool) -> bool:
         """Read the clock in the transaction; False without one when that would take long."""
         clock = self._clock
-        clock.read(conn, self._namespace)
+        was_committed, self._was_committed = self._was_committed, False
+        unchanged = writes and self._runs.begin(conn)
+        clock.read(conn, self._namespace, unchanged=unchanged and was_committed)
         if clock.jump:
             # In a transaction of its own: the batch may be rolled back, the clock would not be.
             if not writes:
@@ -312,6 +314,8 @@ class Writer:
                 conn.execute("rollback")
             if not self._begin(conn, wait, writes):
                 return False
+            if writes:
+                self._runs.begin(conn)
             clock.read(conn, self._namespace)
         self._work = clock.work
         return True
@@ -322,6 +326,7 @@ class Writer:
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:
             conn.execute("commit")
+            self._was_committed = True
             self._refuse_elsewhere()
             return
         self._clock.keep(conn, self._namespace, work=batch.work)
@@ -330,6 +335,7 @@ class Writer:
             failpoints.hit("sqlite.before_commit")
         began = time.perf_counter_ns()
         conn.execute("commit")
+        self._was_committed = True
         self.pace.flushed(time.perf_counter_ns() - began)
         self._refuse_elsewhere()
         if failpoints.active:
