@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from textwrap import dedent
@@ -392,7 +393,9 @@ def test_observers_are_called_with_what_they_take_and_only_when_there_are_some()
     assert observer.seen == ["r1"]
 
 
-@pytest.mark.parametrize("error", [ValueError("broken"), asyncio.CancelledError(), GeneratorExit()])
+@pytest.mark.parametrize(
+    "error", [ValueError("broken"), asyncio.CancelledError(), GeneratorExit(), SystemExit(1)]
+)
 def test_an_observer_that_raises_is_counted_and_silences_no_other(error, caplog):
     before, broken, after = Observer(), Observer(error), Observer()
     for name, plugin in (("a", before), ("b", broken), ("c", after)):
@@ -407,11 +410,17 @@ def test_an_observer_that_raises_is_counted_and_silences_no_other(error, caplog)
     assert logged[0].exc_info is not None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
-def test_only_the_end_of_the_process_passes_an_observer(error):
-    register(Observer(error))
-    with pytest.raises(type(error)):
+def test_only_ctrl_c_passes_an_observer_and_that_only_in_the_main_thread():
+    register(Observer(KeyboardInterrupt()), "o")
+    with pytest.raises(KeyboardInterrupt):
         observe("pyworkflow_run_created", run_id="r", workflow="w")
+    assert observer_errors.total() == 0
+    thread = threading.Thread(
+        target=observe, args=("pyworkflow_run_created",), kwargs={"run_id": "r", "workflow": "w"}
+    )
+    thread.start()
+    thread.join()
+    assert observer_errors == {("o", "pyworkflow_run_created"): 1}
 
 
 def test_an_observer_that_lacks_an_argument_of_a_caller_is_counted():

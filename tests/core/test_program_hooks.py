@@ -95,6 +95,29 @@ def test_r10_a_registered_plugin_observes_the_embedded_worker() -> None:
         unregister_plugin(seen)
 
 
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, RuntimeError])
+def test_a_hook_that_raises_anything_never_changes_a_runs_outcome(
+    error: type[BaseException],
+) -> None:
+    class Raises:
+        @hookimpl
+        def pyworkflow_turn_started(self) -> None:
+            raise error
+
+        @hookimpl
+        def pyworkflow_step_ended(self) -> None:
+            raise error
+
+        @hookimpl
+        def pyworkflow_run_ended(self) -> None:
+            raise error
+
+    with registered_plugin(Raises()), registered_plugin(Seen()) as seen:
+        assert pyworkflow.run(ph_flow, 1, timeout=PATIENCE) == 1
+        assert seen.told == WHOLE
+
+
 def test_r10_a_registered_plugin_observes_clients_and_the_test_kit() -> None:
     async def main() -> None:
         with registered_plugin(Seen()) as seen:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,11 @@ from pyworkflow import Client, sleep, step, step_context, workflow
 from pyworkflow._engine import keeper as keeper_module
 from pyworkflow._engine import leases as leases_module
 from pyworkflow._engine import worker as worker_module
+from pyworkflow._engine.interrupts import obeyed
 from pyworkflow._engine.owner import is_gone, owner_of
 from pyworkflow._engine.worker import Worker
 from pyworkflow._replay import replay
-from pyworkflow.errors import PayloadTooLarge, StepTimeout
+from pyworkflow.errors import PayloadTooLarge, StepError, StepTimeout
 from pyworkflow.events import EventType
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi import Change, ClaimRequest
@@ -965,21 +966,48 @@ def test_whatever_a_step_raises_fails_the_step_and_nothing_else(
             return f"{type(exc).__name__}: {exc}"
         return "nothing"
 
-    def work() -> None:
-        async def main() -> None:
-            async with bench() as b:
-                found = await b.run(re_hit)
-                assert error.__name__ in found, found
-                assert calls == [kind, kind]
+    async def main() -> None:
+        async with bench() as b:
+            found = await b.run(re_hit)
+            assert error.__name__ in found, found
+            assert calls == [kind, kind]
 
+    off_the_main_thread(main)
+
+
+@pytest.mark.parametrize("where", ["workflow", "task"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_would_end_a_process_fails_the_run_that_raises_it(
+    where: str, error: type[BaseException]
+) -> None:
+    async def raises() -> None:
+        raise error("by a library")
+
+    @workflow
+    async def re_raises() -> None:
+        if where == "workflow":
+            raise error("by a library")
+        await asyncio.create_task(raises())
+
+    async def main() -> None:
+        async with bench() as b:
+            with pytest.raises(StepError) as failed:
+                await b.run(re_raises)
+            assert failed.value.type == f"builtins:{error.__name__}"
+            assert failed.value.message == "by a library"
+
+    off_the_main_thread(main)
+    with obeyed(lambda: None):  # as `pyworkflow worker` does: no signal raises anything
         asyncio.run(main())
 
-    # As the embedded worker does: a Ctrl-C is for the main thread, and not for this one.
+
+def off_the_main_thread(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """As the embedded worker does: a Ctrl-C is for the main thread, and not for this one."""
     failed: list[BaseException] = []
 
     def body() -> None:
         try:
-            work()
+            asyncio.run(main())
         except BaseException as exc:  # noqa: BLE001 - handed to the test
             failed.append(exc)
 

@@ -131,9 +131,9 @@ class _Around:
 def _guarded(impl: HookImpl, hook: str, action: Callable[..., object], *args: object) -> object:
     try:
         return action(*args)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - a plugin's CancelledError would cancel our task
+    except BaseException as error:  # a plugin's CancelledError would cancel our task
+        if isinstance(error, KeyboardInterrupt) and _in_main_thread():
+            raise  # Ctrl-C; it never arrives in another thread
         key = (impl.plugin_name, hook)
         with _table.lock:
             observer_errors[key] += 1
@@ -146,6 +146,10 @@ def _guarded(impl: HookImpl, hook: str, action: Callable[..., object], *args: ob
                 exc_info=error,
             )
         return None
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class HookTable:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from pyworkflow._engine.blocking import LoopWatch
+from pyworkflow._engine.interrupts import may_be_ctrl_c
 from pyworkflow._replay.context import current_run
 from pyworkflow._replay.loop import DeterministicLoop, WorkflowBlocked
 from pyworkflow._replay.replay import Replay
@@ -174,6 +175,7 @@ class Guard:
             os.register_at_fork(after_in_child=self._forked)
         gc.callbacks.append(_on_collection)
         DeterministicLoop.in_finalizer = staticmethod(in_finalizer)
+        DeterministicLoop.may_be_ctrl_c = staticmethod(may_be_ctrl_c)
         sys.addaudithook(_audit)
         _audit_sleep()
         _audit_threads()

@@ -14,13 +14,24 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from time import monotonic
 
-__all__ = ["obeyed"]
+__all__ = ["may_be_ctrl_c", "obeyed"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AS_ONE_S = 0.1
 """Seconds in which a second signal is the first one, sent twice: a terminal signals a whole group,
 and a program in it may pass on the signal."""
 _STOP = b"\0"
+
+
+_obeying: set[object] = set()
+
+
+def may_be_ctrl_c() -> bool:
+    """Whether a KeyboardInterrupt in this thread may be the user's: else code raised it itself.
+
+    A signal is heard in the main thread alone, and raises nothing while ``obeyed`` handles it.
+    """
+    return threading.current_thread() is threading.main_thread() and not _obeying
 
 
 @contextmanager
@@ -45,6 +56,7 @@ def obeyed(on_first: Callable[[], object]) -> Generator[None]:
 
     for number in _SIGNALS:
         signal.signal(number, handle)
+    _obeying.add(handle)
     read, write = os.pipe()
     os.set_blocking(write, False)
     fd_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -55,6 +67,7 @@ def obeyed(on_first: Callable[[], object]) -> Generator[None]:
     try:
         yield
     finally:
+        _obeying.discard(handle)
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
             # None: it was not set by Python, and cannot be set again.

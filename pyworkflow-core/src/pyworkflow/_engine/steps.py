@@ -19,6 +19,7 @@ from pyworkflow._clock import utcnow
 from pyworkflow._codecs import Writer
 from pyworkflow._context import StepContext, mark_cancelled, running_try, step_context
 from pyworkflow._definitions import Step
+from pyworkflow._engine.interrupts import may_be_ctrl_c
 from pyworkflow._engine.places import Place
 from pyworkflow._engine.resources import WorkerResources
 from pyworkflow._engine.slots import Slots
@@ -197,8 +198,8 @@ class StepRunner:
                     raise
                 end.error = exc  # raised by the body itself
             except KeyboardInterrupt as exc:
-                if threading.current_thread() is threading.main_thread() and not threads:
-                    raise  # Ctrl-C; it never arrives in another thread
+                if may_be_ctrl_c() and not threads:
+                    raise
                 end.error = exc
             except _TimedOut as exc:
                 end.error, end.kind = StepTimeout(str(exc)), "timeout"

@@ -150,6 +150,8 @@ class DeterministicLoop(_Loop):
 
     in_finalizer: ClassVar[staticmethod[[], bool]] = staticmethod(lambda: False)
     """Whether a finalizer runs in the middle of workflow code: its misuse is not the run's."""
+    may_be_ctrl_c: ClassVar[staticmethod[[], bool]] = staticmethod(lambda: True)
+    """Whether a KeyboardInterrupt may be the user's, and not one that the code raised."""
 
     def __init__(self, *, salt: int) -> None:
         self._ready: deque[asyncio.Handle] = deque()
@@ -220,6 +222,9 @@ class DeterministicLoop(_Loop):
                 handle._run()
             except SystemExit:
                 pass  # asyncio lets it through; its task holds it, and the run ends by that
+            except KeyboardInterrupt:
+                if self.may_be_ctrl_c():
+                    raise
             budget -= 1
             if self.interrupted:
                 ready.clear()
