@@ -11,9 +11,11 @@ from tests.simulation.bites import BITES, Bite, planted
 @pytest.mark.parametrize("bite", BITES, ids=lambda bite: bite.name)
 def test_a_planted_bug_is_found(bite: Bite) -> None:
     with planted(bite):
-        for seed in range(bite.within):
+        for seed in range(bite.first, bite.first + bite.within):
             broken = simulate(seed, bite.profile).broken
             if broken is not None:
                 assert broken.rule in bite.rules, f"seed={seed} {broken}"
                 return
-    pytest.fail(f"not found within {bite.within} seeds of profile={bite.profile}")
+    pytest.fail(
+        f"not found within {bite.within} seeds of profile={bite.profile} first={bite.first}"
+    )
