@@ -6,7 +6,7 @@ import asyncio
 import logging
 import pickle
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -210,6 +210,76 @@ def test_v06_numbers_of_a_whole_document_keep_their_digits_too() -> None:
         (found,), _ = flow._signature.validate("flow", tuple(args), kwargs)
         assert str(found[0]) == "1.10"
     assert _arguments(defined(Any), [], '{"x": {"y": 1.10}}')[1] == {"x": {"y": 1.1}}
+
+
+class Options(typing.TypedDict):
+    code: str
+    amount: NotRequired[Decimal]
+
+
+def test_text_for_keyword_arguments_without_a_parameter_is_what_their_annotation_takes() -> None:
+    async def words(**rest: str) -> None: ...
+    async def options(**rest: Unpack[Options]) -> None: ...
+    async def mixed(rest: int, /, **others: str) -> None: ...
+
+    for body, texts, wanted in (
+        (words, ["x=1"], {"x": "1"}),
+        (words, ["rest=1"], {"rest": "1"}),
+        (options, ["code=007", "amount=1.10"], {"code": "007", "amount": Decimal("1.10")}),
+        (mixed, ["rest=007"], {"rest": "007"}),
+    ):
+        flow = workflow(name=f"notes.{body.__name__}")(body)
+        assert repr(_arguments(flow, texts, None)[1]) == repr(wanted)
+
+
+def test_numbers_by_position_keep_the_digits_that_the_rest_of_the_arguments_wants() -> None:
+    async def rest(first: float, *others: Decimal) -> None: ...
+
+    flow = workflow(name="notes.rest")(rest)
+    args, _ = _arguments(flow, [], "[1.10, 1.10, 1.20]")
+    assert args == [1.1, Decimal("1.10"), Decimal("1.20")]
+    args, _ = flow._signature.validate("flow", tuple(args), {})
+    assert [str(one) for one in args] == ["1.1", "1.10", "1.20"]
+
+
+def test_a_wrong_argument_goes_by_the_name_that_the_caller_wrote() -> None:
+    async def words(*numbers: int, **rest: str) -> None: ...
+    async def options(**rest: Unpack[Options]) -> None: ...
+
+    flow = workflow(name="notes.words")(words)
+    with pytest.raises(ArgumentError) as found:
+        flow._signature.validate("flow", (1, "b"), {"x": 1, "y": 2})
+    for said in ("numbers[1]: ", "x: Input should be a valid string (got 1)", "y: ", "(got 2)"):
+        assert said in str(found.value)
+    assert "rest" not in str(found.value)
+    flow = workflow(name="notes.options")(options)
+    with pytest.raises(ArgumentError, match="flow: code: Input should be a valid string"):
+        flow._signature.validate("flow", (), {"code": 1})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "given", "wanted"),
+    [
+        (Iterable[int], [1, "2"], [1, 2]),
+        (Iterable[int], (1, "2"), [1, 2]),
+        (Iterable, [1, "2"], [1, "2"]),
+        (Generator[int, None, None], [1, "2"], [1, 2]),
+        (Iterable[int] | None, ["1"], [1]),
+        (dict[str, Iterable[int]], {"a": ["1"]}, {"a": [1]}),
+        (Iterable[date], ["2025-12-25"], [date(2025, 12, 25)]),
+    ],
+)
+def test_an_iterable_argument_is_a_list(annotation: Any, given: Any, wanted: Any) -> None:
+    flow = defined(annotation)
+    assert flow._signature.validate("flow", (given,), {}) == ((wanted,), {})
+    with pytest.raises(ArgumentError, match=r"flow: x.*: Input should be"):
+        flow._signature.validate("flow", ("zz",), {})
+
+    async def main() -> object:
+        async with TestEnvironment() as env:
+            return await env.run(flow, given)
+
+    assert asyncio.run(main()) == repr(wanted)
 
 
 # Stored arguments.

@@ -127,6 +127,9 @@ def _adapter(annotation: object) -> TypeAdapter[Any]:
         form: Any = supported(annotation)
         adapter: TypeAdapter[Any] = TypeAdapter(form)
         adapter.rebuild()
+        if "'type': 'generator'" in repr(adapter.core_schema):
+            adapter.core_schema = _with_lists(adapter.core_schema)
+            adapter.validator = _validator(adapter.core_schema)
     except Exception as failed:  # its error classes, TypeError, NameError, code of the user's
         raise NotValidatable(f"{type(failed).__name__}: {str(failed).splitlines()[0]}") from failed
     return adapter
@@ -136,6 +139,24 @@ def _validator(schema: _Schema) -> SchemaValidator:
     from pydantic_core import SchemaValidator
 
     return SchemaValidator(schema)
+
+
+def _with_lists(schema: _Schema) -> _Schema:
+    """The schema with lists for ``Iterable`` and ``Generator``: an iterator cannot be stored."""
+    parts: Any = schema  # the type checkers narrow `schema` to lists of unknown things
+    if isinstance(schema, list):
+        return [_with_lists(item) for item in parts]
+    if isinstance(schema, tuple):
+        return tuple(_with_lists(item) for item in parts)
+    if not isinstance(schema, dict):
+        return schema
+    known = cast("dict[str, Any]", schema)
+    new = {
+        key: item if key == "metadata" else _with_lists(item)
+        for key, item in known.items()
+        if key != "serialization"
+    }
+    return new | {"type": "list"} if known.get("type") == "generator" else new
 
 
 def _mentions(schema: _Schema) -> bool:

@@ -22,6 +22,11 @@ __all__ = ["Signature"]
 _log = logging.getLogger("pyworkflow.client")
 _PLAIN_DEFAULTS = frozenset({type(None), bool, int, float, str, bytes, type})
 _KEYWORDS = inspect.Parameter.VAR_KEYWORD
+_NOT_BY_NAME = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+)
 
 
 class _Hints(NamedTuple):
@@ -93,8 +98,24 @@ class Signature:
         return checks
 
     def check_of(self, name: str) -> Check | None:
-        """How the arguments of a parameter are validated, or None."""
-        return self._checks.get(name)
+        """How an argument given by name is validated, or None; ``**kwargs`` take other names."""
+        parameters = self.signature.parameters
+        if name in parameters and parameters[name].kind not in _NOT_BY_NAME:
+            return self._checks.get(name)
+        rest = next((p.name for p in parameters.values() if p.kind is _KEYWORDS), None)
+        if rest is None or rest not in self._checks:
+            return None
+        hint = self.hints[rest]
+        if typing.get_origin(hint) is not typing.Unpack:
+            return self._checks[rest]
+        return _field_check(typing.get_args(hint)[0], name)
+
+    def check_at(self, place: int) -> Check | None:
+        """How an argument given by position is validated, or None; ``*args`` take the rest."""
+        for at, parameter in enumerate(self.signature.parameters.values()):
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL or at == place:
+                return self._checks.get(parameter.name)
+        return None
 
     @functools.cached_property
     def _parameters(self) -> Parameters:
@@ -152,17 +173,22 @@ class Signature:
             named = dict(zip(self.signature.parameters, args, strict=True))
         problems: list[str] = []
         cause: ValidationError | None = None
-        for name, value in named.items():
-            check = self._checks.get(name)
-            if check is None:
-                continue
+
+        def taken(check: Check, label: str, value: object) -> object:
+            nonlocal cause
             try:
-                named[name] = self._each(name, value, check.from_caller)
+                return check.from_caller(value)
             except ValidationError as exc:
                 cause = exc
                 for error in exc.errors(include_url=False):
-                    place = "".join(f"[{part!r}]" for part in error["loc"])
-                    problems.append(f"{name}{place}: {error['msg']} (got {error['input']!r:.100})")
+                    place = _place(label, error["loc"])
+                    problems.append(f"{place}: {error['msg']} (got {error['input']!r:.100})")
+                return value
+
+        for name, value in named.items():
+            check = self._checks.get(name)
+            if check is not None:
+                named[name] = self._each(name, value, functools.partial(taken, check))
         if problems:
             raise ArgumentError(
                 f"wrong arguments for {what}: {'; '.join(problems)}; nothing was started"
@@ -191,30 +217,53 @@ class Signature:
         check = self._checks.get(name)
         if check is None:
             return value
+        return self._each(name, value, functools.partial(self._stored_item, what, name, check))
+
+    def _stored_item(self, what: str, name: str, check: Check, label: str, item: object) -> object:
         try:
-            return self._each(name, value, check.from_store)
+            return check.from_store(item)
         except Exception as failed:  # validators are user code
             expected = self.hints[name]
             raise StoredArgumentInvalid(
                 what,
-                name,
+                label or name,
                 expected.__qualname__ if isinstance(expected, type) else repr(expected),
-                type(value).__qualname__,
+                type(item).__qualname__,
                 _problem(failed),
             ) from failed
 
-    def _each(self, name: str, value: Any, take: Callable[[object], object]) -> object:
+    def _each(self, name: str, value: Any, take: Callable[[str, object], object]) -> object:
+        """What ``take`` makes of each argument of a parameter, by the label that callers know.
+
+        No label: the value is a mapping whose keys are the labels.
+        """
         kind = self.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            return tuple(take(item) for item in value)
-        if kind is _KEYWORDS and typing.get_origin(self.hints[name]) is not typing.Unpack:
-            return {key: take(item) for key, item in value.items()}
-        return take(value)
+            return tuple(take(f"{name}[{at}]", item) for at, item in enumerate(value))
+        if kind is not _KEYWORDS:
+            return take(name, value)
+        if typing.get_origin(self.hints[name]) is typing.Unpack:
+            return take("", value)
+        return {key: take(key, item) for key, item in value.items()}
 
     @functools.cached_property
     def result(self) -> Any:
         """The adapter of the return annotation, or None."""
         return adapter_for(self.hints["return"]) if "return" in self.hints else None
+
+
+def _field_check(fields: Any, name: str) -> Check | None:
+    """How one key of a ``TypedDict`` is validated, or None."""
+    hint = typing.get_type_hints(fields, include_extras=True).get(name, Any)
+    if typing.get_origin(hint) in (typing.Required, typing.NotRequired):
+        hint = typing.get_args(hint)[0]
+    return None if is_silent(hint) else check_for(hint)
+
+
+def _place(label: str, parts: tuple[int | str, ...]) -> str:
+    if not label and parts:
+        label, parts = str(parts[0]), parts[1:]
+    return label + "".join(f"[{part!r}]" for part in parts)
 
 
 def _problem(failed: Exception) -> str:

@@ -135,15 +135,13 @@ def _arguments(
             given: object = json.loads(document, parse_float=_Digits)
         except ValueError as error:
             raise click.UsageError(f"--args is no JSON: {error}") from error
-        check_of = workflow._signature.check_of
+        signature = workflow._signature
         if isinstance(given, dict):
             for key, item in cast("Mapping[str, object]", given).items():
-                kwargs[key] = _numbers(item, check_of(key))
+                kwargs[key] = _numbers(item, signature.check_of(key))
         elif isinstance(given, list):
-            names = [*workflow._signature.signature.parameters]
             for place, item in enumerate(cast("Sequence[object]", given)):
-                check = check_of(names[place]) if place < len(names) else None
-                args.append(_numbers(item, check))
+                args.append(_numbers(item, signature.check_at(place)))
         else:
             raise click.UsageError("--args takes a JSON object, or a list")
     for one in named:
