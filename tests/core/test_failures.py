@@ -201,6 +201,71 @@ def test_attributes_and_arguments_that_cannot_be_stored_do_not_lose_the_rest():
     assert not hasattr(again, "lost")
     assert again.args[0] == "a"
     assert again.args[1].startswith("<object object at")
+    (note,) = again.__notes__
+    assert note.startswith("stored as text: args[1]; not stored: lost; its message when it was")
+
+
+@pytest.mark.parametrize(
+    ("exc", "args", "notes"),
+    [
+        (ValueError(float("nan")), ("nan",), ["stored as text: args[0]"]),
+        (
+            ValueError("a", int),
+            ("a", "<class 'int'>"),
+            ["stored as text: args[1]; its message when it was raised: ('a', <class 'int'>)"],
+        ),
+        (ValueError("\udcff"), ("\\udcff",), ["stored as text: args[0]"]),
+        (
+            raised_by("\udcff".encode),
+            ("utf-8", "\\udcff", 0, 1, "surrogates not allowed"),
+            [
+                (
+                    "stored as text: args[1]; its message when it was raised: 'utf-8' codec can't "
+                    "encode character '\\udcff' in position 0: surrogates not allowed"
+                )
+            ],
+        ),
+        (ValueError("x", 1, "é"), ("x", 1, "é"), []),
+    ],
+    ids=["nan", "class", "surrogate", "encode", "whole"],
+)
+def test_a_note_says_which_arguments_were_replaced_by_their_text(exc, args, notes):
+    again = round_trip(raised(exc))
+    assert again.args == args
+    assert getattr(again, "__notes__", []) == notes
+
+
+def test_a_note_on_what_was_left_out_is_stored_once_however_often_it_is_raised_again():
+    exc = ValueError("a", object())
+    exc.response = object()
+    exc.add_note("first")
+    once = round_trip(raised(exc))
+    twice = round_trip(raised(once))
+    thrice = round_trip(raised(twice))
+    assert len(once.__notes__) == 2
+    assert once.__notes__ == twice.__notes__ == thrice.__notes__
+    assert encode_error(once)["details"] == encode_error(thrice)["details"]
+    long = ValueError("x" * 100_000, object())
+    assert round_trip(raised(round_trip(long))).__notes__ == round_trip(long).__notes__
+    assert not hasattr(round_trip(Unregistered(object())), "__notes__")
+
+
+def test_histories_without_the_places_of_texts_name_what_they_lost():
+    stored = encode_error(ValueError("a"))
+    stored["details"]["lost"] = ["response", "request"]
+    assert decode_error(stored).__notes__ == ["not stored: response, request"]
+
+
+def test_names_that_were_looked_up_in_vain_are_kept():
+    class Secret:
+        password = "secret"
+
+    found = round_trip(raised_by(lambda: (1).real.nothing))
+    assert (found.name, found.obj, getattr(found, "__notes__", [])) == ("nothing", 1, [])
+    found = round_trip(raised_by(lambda: Secret().nothing))
+    assert (found.name, found.obj, found.__notes__) == ("nothing", None, ["not stored: obj"])
+    found = round_trip(raised_by(lambda: not_a_name))  # noqa: F821
+    assert (found.name, getattr(found, "__notes__", [])) == ("not_a_name", [])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict, cast
 
+from pyworkflow._least_size import SCALARS
 from pyworkflow._portable import is_defining, is_portable, portable_name, resolve_type
 from pyworkflow._restore import from_text, restore
 from pyworkflow._tagged import MARKED, Refused, storable, text_of, walk
@@ -38,8 +39,9 @@ class EncodedError(TypedDict):
     traceback: str
     portable: bool
     details: dict[str, Any]
-    """``args``, ``init``, ``attrs`` (JSON text each), ``lost`` (names of attributes that cannot be
-    stored), ``notes``, ``cause`` or ``context``, ``exceptions``."""
+    """``args``, ``init``, ``attrs`` (JSON text each), ``texts`` (places of arguments that are stored
+    as their text), ``lost`` (names of attributes that cannot be stored), ``notes``, ``cause`` or
+    ``context``, ``exceptions``."""
 
 
 def encode_error(exc: BaseException) -> EncodedError:
@@ -64,7 +66,10 @@ def decode_error(info: Mapping[str, Any], *, exact: bool = True) -> BaseExceptio
         made = None
     if made is None:
         made = StepError(info["type"], info["message"], info.get("traceback", ""))
-    for note in details.get("notes", ()):
+    notes: list[str] = [*details.get("notes", ())]
+    if info.get("portable") and (changed := _changes(made, info, details)) and changed not in notes:
+        notes.append(changed)
+    for note in notes:
         made.add_note(note)
     if cause := details.get("cause"):
         made.__cause__ = decode_error(cause, exact=exact)
@@ -91,6 +96,19 @@ def _made(info: Mapping[str, Any], details: Mapping[str, Any], exact: bool) -> B
         ) from failed
 
 
+def _changes(made: BaseException, info: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """A note on what is not as it was raised; stored with the exception when it is raised again."""
+    parts: list[str] = []
+    if texts := details.get("texts"):
+        parts.append(f"stored as text: {', '.join(f'args[{place}]' for place in texts)}")
+    if lost := details.get("lost"):
+        parts.append(f"not stored: {', '.join(lost)}")
+    text = str(info.get("message", ""))
+    if parts and text != _clean(_safe(str, made), MESSAGE):
+        parts.append(f"its message when it was raised: {_clean(text, MESSAGE // 8)}")
+    return "; ".join(parts)
+
+
 class _Encoder:
     """One error with its members and causes: what was seen, and how much room is left."""
 
@@ -109,10 +127,12 @@ class _Encoder:
             if is_group:
                 details["message"] = _clean(cast("Any", exc).message, MESSAGE)
             else:
-                details["args"] = _texts(exc.args)
+                details["args"], texts = _texts(exc.args)
                 init = _reduced(exc)[0]
                 if init is not exc.args:
-                    details["init"] = _texts(init)
+                    details["init"], _ = _texts(init)
+                if texts:
+                    details["texts"] = texts
             self._attributes(exc, details)
         encoded: EncodedError = {
             "type": _clean(portable_name(kind), MESSAGE),
@@ -170,7 +190,7 @@ class _Encoder:
     def _attributes(self, exc: BaseException, details: dict[str, Any]) -> None:
         given = {
             name: value
-            for name, value in {**_slots(exc), **_reduced(exc)[1]}.items()
+            for name, value in {**_slots(exc), **_reduced(exc)[1], **_looked_up(exc)}.items()
             if name != "__notes__"
         }
         kept: dict[str, Any] = {}
@@ -214,6 +234,19 @@ def _slots(exc: BaseException) -> dict[str, object]:
                 found.setdefault(name, getattr(exc, name))
             except Exception:  # noqa: BLE001 # not set, or code of the user's
                 continue
+    return found
+
+
+def _looked_up(exc: BaseException) -> dict[str, object]:
+    """What was looked up in vain, which ``__reduce__`` leaves out on some versions of Python.
+
+    Of the object only a scalar: another may hold secrets that no argument or result has.
+    """
+    found: dict[str, object] = {}
+    if isinstance(exc, (AttributeError, NameError)) and exc.name is not None:
+        found["name"] = exc.name
+    if isinstance(exc, AttributeError) and exc.obj is not None:
+        found["obj"] = exc.obj if type(exc.obj) in (*SCALARS, str) else object()
     return found
 
 
@@ -262,19 +295,27 @@ def _reduced(exc: BaseException) -> tuple[tuple[object, ...], Mapping[str, objec
     return exc.args, attributes
 
 
-def _texts(values: tuple[object, ...]) -> str:
+def _texts(values: tuple[object, ...]) -> tuple[str, list[int]]:
+    """The arguments as JSON text, and the places of those that are not whole."""
     trees: list[Any] = []
-    for value in values:
+    texts: list[int] = []
+    for place, value in enumerate(values):
         try:
             trees.append(walk(value, 2))
         except Refused:
-            trees.append(_clean(_safe(repr, value), MESSAGE))
+            trees.append(_as_text(value))
+            texts.append(place)
     text = text_of(trees)
     if len(text) > DETAILS:
-        return text_of(
-            [_clean(v if isinstance(v, str) else _safe(repr, v), MESSAGE) for v in values[:20]]
-        )
-    return text
+        cut = [_as_text(value) for value in values[:20]]
+        return text_of(cut), [
+            place for place, value in enumerate(values) if place >= 20 or cut[place] != value
+        ][:20]
+    return text, texts[:20]
+
+
+def _as_text(value: object) -> str:
+    return _clean(value if isinstance(value, str) else _safe(repr, value), MESSAGE)
 
 
 def _traceback(exc: BaseException) -> str:
