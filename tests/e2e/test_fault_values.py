@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 
@@ -93,7 +94,9 @@ def test_f31_a_damaged_event_is_named_and_nothing_goes_on_from_it_until_it_is_re
         eventually(lambda said=said: said in stage.output(), f"it says {said}", say=stage.output)
     with pytest.raises(StorageDamaged):
         stage.ask(lambda storage: storage.get_events(ids[0]))
-    assert stage.command("storage", "check").returncode != 0
+    checked = stage.command("storage", "check", "--json")
+    assert checked.returncode == 1
+    assert [v["run_id"] for v in json.loads(checked.stdout)["violations"]] == [ids[0]]
     eventually(
         lambda: sorted(str(run.status) for run in stage.runs()) == ["completed", "stalled"],
         "the damaged run is put aside, the other one goes on",

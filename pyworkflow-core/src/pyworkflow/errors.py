@@ -391,9 +391,15 @@ class StorageDamaged(StorageError):
                 f"the store is damaged: place={self.file}: {self.detail}; nothing was changed. "
                 "Check the server, and restore what is damaged from a backup"
             )
+        remedy = "Restore the file from a copy, or move it aside"
+        if "run_id=" in self.detail:
+            remedy = (
+                "Only this run is concerned, the others continue: end it with "
+                "`pyworkflow runs cancel`, or restore the file from a copy"
+            )
         return (
             f"the store is damaged: file={self.file} offset={self.offset}: {self.detail}; "
-            "nothing was changed. Restore the file from a copy, or move it aside"
+            f"nothing was changed. {remedy}"
         )
 
 

@@ -87,7 +87,7 @@ class DispatchedSteps:
         if not self._worker.serves(claim.run.queue):
             self._for_others[ref] = claim.run
         self._worker.leases.add(ref)
-        task = self._worker.spawn(self._worker.contained(self._work(claim), ref.run_id))
+        task = self._worker.spawn(self._worker.contained(self._work(claim), ref))
         self._track(ref, task)
 
     def adopt(
@@ -101,7 +101,7 @@ class DispatchedSteps:
         if end is not None:
             task = worker.spawn(worker.finish_step(what, end, item, started=True))
         elif task is None:
-            task = worker.spawn(worker.contained(self._run(what, item, started=True), ref.run_id))
+            task = worker.spawn(worker.contained(self._run(what, item, started=True), ref))
         else:
             worker.keep_task(task)
         self._track(ref, task)

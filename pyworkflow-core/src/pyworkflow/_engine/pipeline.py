@@ -31,6 +31,7 @@ from pyworkflow._engine.outages import Backoff, Outages
 from pyworkflow.errors import (
     PayloadTooLarge,
     SerializationError,
+    StorageDamaged,
     StorageError,
     StorageFull,
     StorageUnavailable,
@@ -338,6 +339,18 @@ class Pipeline:
                     # The answer was long under way: others may have all of it by now.
                     return await self._standing(answers)
                 return list(answers)
+            except StorageDamaged as exc:
+                if len(changes) > 1:
+                    # The damage of one run must not take the others along.
+                    return await self._one_by_one(changes)
+                _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
+                (change,) = changes
+                if change.take_turn is None:
+                    return [exc]
+                # The answer would bring events that cannot be read. What the change records must
+                # not be lost: whoever claims the turn next meets the damage.
+                changes = [replace(change, take_turn=None)]
+                continue
             except StorageError as exc:
                 _plugins.observe("pyworkflow_storage_error", operation="commit", error=exc)
                 if self.on_trouble is not None:
@@ -351,15 +364,16 @@ class Pipeline:
             except Exception as exc:  # noqa: BLE001 - a backend's own bug must not hang its callers
                 if len(changes) > 1:
                     # One of them cannot be stored: it must not take the others along.
-                    return [
-                        answer for c in changes for answer in await self._deliver([c], monotonic())
-                    ]
+                    return await self._one_by_one(changes)
                 if isinstance(exc, PayloadTooLarge | SerializationError | ValueError):
                     return [exc]
                 _log.exception("the storage failed in an unexpected way")
                 return [StorageError(f"unexpected: {exc!r}")]
             await self.outages.pause(pause)
             sent = monotonic()
+
+    async def _one_by_one(self, changes: list[Change]) -> list[Answer | Exception]:
+        return [answer for c in changes for answer in await self._deliver([c], monotonic())]
 
     async def _standing(self, answers: Sequence[Answer]) -> list[Answer | Exception]:
         """The answers, with those claims alone that others have not taken meanwhile."""

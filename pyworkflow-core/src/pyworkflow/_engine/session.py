@@ -475,7 +475,6 @@ class Session(Straight):
             error: Any = None if problem is None else encode_error(problem)
             data: dict[str, Any] = {"reason": reason, "error": error}
             events.append(Event(EventType.WORKFLOW_STALLED, OBSERVATION, data))
-            log_stall(self._run, reason, problem)
         self._changes += 1
         answer = await self._worker.pipeline.commit(
             Change(
@@ -489,6 +488,7 @@ class Session(Straight):
         )
         self._worker.committed(self._run.run_id, self._run.workflow, events, answer)
         if events:
+            log_stall(self._run, reason, problem)
             _plugins.observe(
                 "pyworkflow_run_stalled",
                 run_id=self._run.run_id,

@@ -22,13 +22,14 @@ from pyworkflow._definitions import find_workflow, workflow_names
 from pyworkflow._duration import parse_duration
 from pyworkflow._engine.bells import Bells
 from pyworkflow._engine.blocking import LoopWatch
+from pyworkflow._engine.damaged import DamagedWork
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.keeper import LeaseKeeper
 from pyworkflow._engine.kept import KeptRuns
-from pyworkflow._engine.leases import claim, give_back
+from pyworkflow._engine.leases import claim, give_back, ref_of
 from pyworkflow._engine.live import TURNS, LiveRun
 from pyworkflow._engine.observers import Raised, log_end, log_steps, observed_hooks, tell_observers
 from pyworkflow._engine.outages import Outages
@@ -71,8 +72,8 @@ class Worker:
     __slots__ = (  # see ``Turn``
         "__weakref__", "_aside", "_bells", "_deliveries", "_held", "_owns_storage", "_server",
         "_serves", "_steps", "_stopping", "_tasks", "_turns", "_unwatch", "client", "clock",
-        "codecs", "end_process", "evictor", "guard", "is_closed", "kept", "leases", "loop",
-        "max_events", "max_payload", "on_run_ended", "on_run_started", "outages", "owner",
+        "codecs", "damaged", "end_process", "evictor", "guard", "is_closed", "kept", "leases",
+        "loop", "max_events", "max_payload", "on_run_ended", "on_run_started", "outages", "owner",
         "pipeline", "queues", "raised", "recovery", "roads", "runner", "settings", "spread",
         "storage", "suspects", "unfit", "woken",
     )  # fmt: skip
@@ -128,6 +129,7 @@ class Worker:
         self.suspects = Suspects(self)
         self.recovery = Recovery(self)
         self.roads = Roads()
+        self.damaged = DamagedWork(storage, self.recovery.wanted)
         self.unfit = UnfitRuns(settings.version_grace)
         self.raised = Raised()
         self.kept = KeptRuns(self.evictor, settings.sessions)
@@ -336,7 +338,7 @@ class Worker:
                 self._steps.begin(claim)
             case ItemKind.DELIVER:
                 ref = (claim.item.run_id, claim.item.item_id)
-                task = self.spawn(self.contained(deliver(self, claim), ref[0]))
+                task = self.spawn(self.contained(deliver(self, claim), claim.ref))
                 self._deliveries[ref] = task
                 task.add_done_callback(lambda _: self._deliveries.pop(ref, None))
 
@@ -408,14 +410,14 @@ class Worker:
             if freed := await free_process(self.storage, pid):
                 await self.sweep(freed)
 
-        return self.spawn(self.contained(free_all(), "-"))
+        return self.spawn(self.contained(free_all(), None))
 
     # --- turns --------------------------------------------------------------------------------
 
     def begin_turn(self, claim: Claim, *, resumed: bool = True) -> None:
         """Drive a turn that was claimed."""
         run_id = claim.item.run_id
-        task = self.spawn(self.contained(self._turn(claim, resumed), run_id))
+        task = self.spawn(self.contained(self._turn(claim, resumed), claim.ref))
         self._turns[run_id] = task
         task.add_done_callback(lambda done: self._turn_done(run_id, done))
 
@@ -425,10 +427,11 @@ class Worker:
         if not self.room() > 1:
             self.wake()
 
-    async def contained(self, coro: Coroutine[Any, Any, None], run_id: str) -> None:
-        """Whatever goes wrong with one item stays with it."""
+    async def contained(self, coro: Coroutine[Any, Any, None], ref: ClaimRef | None) -> None:
+        """Whatever goes wrong with one item, which is claimed by ``ref``, stays with it."""
+        run_id = "-" if ref is None else ref.run_id
         try:
-            await coro
+            await self.damaged.attempt(coro, ref)
         except (Refusal, RunClosed, RunNotFound) as refusal:
             _log.debug("the claim is over: %r run_id=%s", refusal, run_id)
         except StorageError as exc:
@@ -537,7 +540,7 @@ class Worker:
         self, what: StepTry, end: StepEnd, item: WorkItem, *, started: bool
     ) -> None:
         """Record how a dispatched step ended."""
-        await self.contained(self._steps.finish(what, end, item, started=started), what.run_id)
+        await self.contained(self._steps.finish(what, end, item, started=started), ref_of(item))
 
     def cancel_step(self, run_id: str, item_id: str) -> None:
         """The workflow gave a step up: end it, if it runs here."""

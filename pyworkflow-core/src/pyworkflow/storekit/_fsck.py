@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from pyworkflow.errors import StorageDamaged
 from pyworkflow.events import Event
 from pyworkflow.runs import ItemKind, Run, WorkItem, derive_status
 from pyworkflow.spi.storage import TURN, RunQuery, StorageBackend
@@ -20,7 +21,7 @@ class Violation:
     """Something that no store may show."""
 
     rule: str
-    """Which invariant is broken (``I2`` …), ``items`` or ``run``."""
+    """Which invariant is broken (``I2`` …), ``items``, ``run``, or ``damaged``: unreadable."""
     run_id: str
     detail: str
 
@@ -61,7 +62,11 @@ async def fsck(storage: StorageBackend) -> list[Violation]:
             break
     tokens: dict[str, str] = {}
     for run_id in ids:
-        picture = await _look(storage, run_id)
+        try:
+            picture = await _look(storage, run_id)
+        except StorageDamaged as damage:
+            found.append(Violation(rule="damaged", run_id=run_id, detail=str(damage)))
+            continue
         if picture is not None:
             found += _check(picture, tokens)
     return found

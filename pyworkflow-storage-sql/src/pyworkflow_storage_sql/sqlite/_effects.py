@@ -72,6 +72,7 @@ class LoadedRun:
         "change_key",
         "conn",
         "create_key",
+        "delivers",
         "events",
         "external_answers",
         "file",
@@ -92,17 +93,14 @@ class LoadedRun:
     )
 
     def __init__(
-        self,
-        conn: sqlite3.Connection,
-        file: str,
-        run_id: str,
-        change_key: str,
-        row: Any,
+        self, conn: sqlite3.Connection, file: str, run_id: str, change_key: str, row: Any
     ) -> None:
         self.conn = conn
         self.file = file
         self.run_id = run_id
         self.change_key = change_key
+        self.delivers = True
+        """Whether the answer's unseen events are delivered to code: then they must be readable."""
         self.id: int = row[0]
         self.create_key: str = row[1]
         self.workflow: str = row[2]
@@ -198,7 +196,12 @@ class _Events(Sequence[Event]):
                 (run.id, start, stop),
             ).fetchall()
         )  # an unfinished statement would hold its snapshot for as long as an error lives
-        return whole(events_in(rows, run.run_id, run.file, start), run.run_id, run.file, stop)
+        try:
+            return whole(events_in(rows, run.run_id, run.file, start), run.run_id, run.file, stop)
+        except StorageDamaged:
+            if run.delivers:
+                raise
+            return []
 
 
 class _Lookup(Mapping[str, Any]):

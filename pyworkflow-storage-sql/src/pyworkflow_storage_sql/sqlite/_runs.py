@@ -11,6 +11,7 @@ from pyworkflow.spi import (
     Answer,
     Change,
     Committed,
+    ControlKind,
     Delta,
     ErrorInfo,
     KeyMark,
@@ -73,12 +74,16 @@ _LIST_WORK: Final = (
     f"select {ITEM} from work_items where run = "  # noqa: S608 - constant columns
     "(select id from runs where namespace = ? and run_id = ?)"
 )
+#: Their sender delivers no events: a damaged one must not keep a run from being stalled or ended.
+_WITHOUT_CODE: Final = (ControlKind.STALL, ControlKind.TERMINATE)
 _INSTANTS: Final = ("created_at", "started_at", "updated_at", "finished_at", "deadline")
 
 
 def commit(change: Change, batch: Batch) -> Committed:
     """Accept or refuse a change."""
     run = batch.runs.load(batch.conn, batch.file, batch.namespace, change.run_id, change.key)
+    if run is not None:
+        run.delivers = change.control is None or change.control.kind not in _WITHOUT_CODE
     committed, part = decide(
         run,
         change,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -43,6 +44,10 @@ __all__ = [
     "renew",
 ]
 
+_log = logging.getLogger("pyworkflow.storage.sqlite")
+_UNREADABLE: Final = (StorageDamaged, ArithmeticError, LookupError, TypeError, ValueError)
+_FIRST_PAUSE_S: Final = 1
+_LONGEST_PAUSE_S: Final = 300
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
 #: Of one bucket, in the order of the index.
 _FREE: Final = (
@@ -182,10 +187,38 @@ def claim(request: ClaimRequest, batch: Batch) -> Claimed:
     budget = request.max_bytes
     claims: list[Claim] = []
     for item in ids:
-        made, size = _claimed(batch, item, request, budget)
+        try:
+            made, size = _claimed(batch, item, request, budget)
+        except _UNREADABLE as damage:
+            _put_off(batch, item, damage)
+            continue
         budget -= size
         claims.append(made)
     return Claimed(claims=claims, now=batch.now)
+
+
+def _put_off(batch: Batch, id: int, damage: Exception) -> None:
+    """Leave an item alone whose row, or whose run's, cannot be read: longer with each claim."""
+    run_id, item_id, claims = batch.conn.execute(
+        "select r.run_id, i.item_id, i.claims from work_items i join runs r on r.id = i.run "
+        "where i.id = ?",
+        (id,),
+    ).fetchone()
+    pause = min(_FIRST_PAUSE_S * 2 ** min(max(0, claims - 1), 10), _LONGEST_PAUSE_S)
+    due = batch.micros + pause * 1_000_000
+    batch.conn.execute(
+        "update work_items set owner = null, token = null, lease_until = null, due_at = ?, "
+        "free_at = ? where id = ?",
+        (due, due, id),
+    )
+    if claims <= 1:
+        _log.error(
+            "work cannot be read and is left alone, the other runs continue: item_id=%s run_id=%s: "
+            "%s",
+            item_id,
+            run_id,
+            damage,
+        )
 
 
 def _claimed(batch: Batch, id: int, request: ClaimRequest, budget: int) -> tuple[Claim, int]:
@@ -278,7 +311,8 @@ def announce(limit: int, mute: timedelta, batch: Batch) -> list[WorkItem]:
             f"select r.run_id, {_ITEM} from work_items i join runs r on r.id = i.run where i.id = ?",  # noqa: S608 - constant columns
             (item,),
         ).fetchone()
-        found.append(item_in(row[1:], row[0]))
+        with contextlib.suppress(*_UNREADABLE):  # named by the claim that meets it
+            found.append(item_in(row[1:], row[0]))
     return found
 
 
