@@ -285,6 +285,9 @@ def test_a_stalled_run_is_status_1_and_said_to_be_durable(here: Path) -> None:
         (("runs", "show", "run_none"), "no such run: run_id=run_none"),
         (("runs", "list", "--cursor", "none"), "--cursor"),
         (("worker",), "no module is named"),
+        (("worker", "app.py", "--queue", ""), "'--queue': a queue's name is empty"),
+        (("worker", "app.py", "--queue", "a,,b"), "'--queue': a queue's name is empty"),
+        (("worker", "app.py", "--queue", "q" * 256), "bytes=256"),
         (("replay", "none.json"), "no such file"),
         (("rnu",), "Did you mean run"),
         (("runs", "list", "--storage", "nonsense"), "has no scheme"),
@@ -361,7 +364,10 @@ def test_interrupted_run_is_status_130_says_how_to_go_on_and_a_worker_does(
 def test_a_worker_names_its_store_and_workflows_and_drains_on_sigterm(
     here: Path, running: Any
 ) -> None:
-    worker = running("worker", "app.py", "--concurrency", "3", cwd=here)
+    queues = ("--queue", "default, slow", "--queue", "slow")
+    worker = running("worker", "app.py", "--concurrency", "3", *queues, cwd=here)
+    line = worker.until("takes from queues", worker.process.stderr)
+    assert line.rstrip().endswith("takes from queues: default, slow")
     assert "doubled" in worker.until("has workflows", worker.process.stderr)
     line = worker.until("claims work", worker.process.stderr)
     assert f"storage={here / '.pyworkflow'}" in line
@@ -374,6 +380,8 @@ def test_a_worker_names_its_store_and_workflows_and_drains_on_sigterm(
 def test_a_worker_takes_its_modules_from_the_settings(here: Path, running: Any) -> None:
     (here / "pyproject.toml").write_text("[tool.pyworkflow]\nmodules = 'app'\n")
     worker = running("worker", "--json", cwd=here)
+    line = json.loads(worker.until("takes from queues", worker.process.stderr))
+    assert line["message"] == "the worker takes from queues: every queue"
     line = json.loads(worker.until("has workflows", worker.process.stderr))
     assert "doubled" in line["message"]
     worker.until("claims work", worker.process.stderr)

@@ -31,7 +31,7 @@ from pyworkflow import (
 from pyworkflow._local import reset_host
 from pyworkflow.storage.memory import MemoryStorageBackend
 from pyworkflow.testing import TestEnvironment, start_local
-from tests.core._driving import bench
+from tests.core._driving import bench, eventually
 
 
 @pytest.fixture
@@ -350,6 +350,82 @@ def test_r06_the_time_is_a_setting_and_the_client_has_it_too() -> None:
                     await client.result(run_id, timeout=0.1, if_stalled="wait")
                 with pytest.raises(ArgumentError, match="if_stalled='no'"):
                     await client.result(run_id, if_stalled="no")  # type: ignore[arg-type]  # wrong
+
+    asyncio.run(main())
+
+
+class Watched(MemoryStorageBackend):
+    """Notes how long each watch may take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timeouts: list[timedelta] = []
+
+    async def watch(self, run_id: str, *, after: int, timeout: timedelta) -> bool:
+        self.timeouts.append(timeout)
+        return await super().watch(run_id, after=after, timeout=timeout)
+
+
+@pytest.mark.usefixtures("stalling")
+def test_a_run_that_may_stall_is_looked_at_within_stalled_after() -> None:
+    async def main() -> None:
+        storage = Watched()
+        async with bench(storage, stalled_after=timedelta(seconds=0.5)) as b:
+            run_id = await b.start(cl_stalls, 1)
+            await b.asleep(run_id)
+            await b.rest()
+            for if_stalled, expected in ((None, 0.5), ("raise", 0.5), ("wait", 5)):
+                storage.timeouts.clear()
+                waiting = asyncio.ensure_future(b.ops.result(run_id, None, if_stalled))
+                await eventually(lambda: bool(storage.timeouts))
+                waiting.cancel()
+                assert storage.timeouts == [timedelta(seconds=expected)]
+
+    asyncio.run(main())
+
+
+# --- what a question cannot mean ---------------------------------------------------------------------
+
+
+def test_runs_are_listed_by_a_workflow_or_its_name() -> None:
+    async def main() -> None:
+        async with bench(work=False) as b:
+            run_id = await b.start(cl_stalls, 1)
+            await b.start(cl_add, 1)
+            for wanted in (cl_stalls, cl_stalls.options(priority=3), "cl_stalls"):
+                page = await b.ops.list_runs(None, wanted, 100, None)
+                assert [found.run_id for found in page.items] == [run_id]
+            with pytest.raises(ArgumentError, match="workflow=5 is neither a workflow nor"):
+                await b.ops.list_runs(None, 5, 100, None)  # type: ignore[arg-type]  # wrong
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"limit": 0}, {"limit": True}, {"limit": "5"}, {"cursor": "x"}, {"cursor": 5}],
+    ids=str,
+)
+def test_a_page_that_cannot_be_asked_for_is_refused(wrong: Any) -> None:
+    (name,) = wrong
+
+    async def main() -> None:
+        async with Client(storage=MemoryStorageBackend()) as client:
+            with pytest.raises(ArgumentError, match=f"{name}="):
+                await client.list_runs(**wrong)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("timeout", [-1, "soon", float("nan"), []], ids=str)
+def test_a_timeout_that_is_no_duration_is_refused_and_starts_nothing(timeout: Any) -> None:
+    async def main() -> None:
+        async with Client(storage=MemoryStorageBackend()) as client:
+            with pytest.raises(ArgumentError, match="timeout="):
+                await client.result("run_none", timeout=timeout)
+            with pytest.raises(ArgumentError, match="timeout="):
+                await client.run(cl_add, 1, timeout=timeout)
+            assert not (await client.list_runs()).items
 
     asyncio.run(main())
 

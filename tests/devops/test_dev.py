@@ -274,6 +274,7 @@ def test_a_terminal_that_closes_ends_it_and_others_go_on_with_what_it_held(proje
         (["flows.py", "--storage", "nonsense://x"], 3, "nonsense"),
         (["own.py"], 2, "setting=executor"),
         (["flows.py", "--workers", "0"], 2, "--workers"),
+        (["flows.py", "--queue", "a,"], 2, "a queue's name is empty"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_starts(

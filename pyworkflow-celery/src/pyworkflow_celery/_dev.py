@@ -46,6 +46,17 @@ _OF_FLEETS = r"the store is on this machine only"
 """A worker's warning, of workers elsewhere."""
 
 
+def _queue_names(
+    ctx: click.Context, parameter: click.Parameter, given: Sequence[str]
+) -> tuple[str, ...]:
+    names = [name.strip() for text in given for name in text.split(",")]
+    if not all(names):
+        raise click.BadParameter(
+            "a queue's name is empty; write a name, or leave the option out", ctx, parameter
+        )
+    return tuple(dict.fromkeys(names))
+
+
 @click.command(
     "dev",
     short_help="Bring up broker, workers and store on this machine.",
@@ -74,7 +85,9 @@ _OF_FLEETS = r"the store is on this machine only"
     "queues",
     multiple=True,
     metavar="QUEUE",
-    help="A queue that workers serve beside `default`. May be given again.",
+    callback=_queue_names,
+    help="A queue that workers serve beside `default`: a name, or names with commas between them. "
+    "May be given again.",
 )
 @click.option(
     "--storage",

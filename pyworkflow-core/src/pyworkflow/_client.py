@@ -14,8 +14,9 @@ from pyworkflow._definitions import BoundWorkflow, Workflow, start_of
 from pyworkflow._engine.places import current_place, without_slot
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import check_shared, configured_executor
-from pyworkflow._operations import IfStalled, Operations
+from pyworkflow._operations import IfStalled, Named, Operations
 from pyworkflow._plugins import load_observers, make_storage
+from pyworkflow._results import parse_timeout
 from pyworkflow._routing import call_async, refuse_in_workflow
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
@@ -175,6 +176,7 @@ class Client:
         self, workflow: Target[R], /, *args: Any, timeout: D | None = None, **kwargs: Any
     ) -> R:
         """As ``pyworkflow.run``."""
+        parse_timeout(timeout)
         run_id = await self.start(start_of("run()", workflow), *args, **kwargs)
         found: R = await self.result(run_id, timeout=timeout)
         return found
@@ -193,7 +195,7 @@ class Client:
         self,
         *,
         status: str | Iterable[str] | None = None,
-        workflow: str | None = None,
+        workflow: str | Named | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page[Run]:

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from pyworkflow._definitions import BoundWorkflow, Workflow, start_of
-from pyworkflow._operations import IfStalled, Operations
+from pyworkflow._operations import IfStalled, Named, Operations
+from pyworkflow._results import parse_timeout
 from pyworkflow._routing import call, call_async, refuse_in_workflow, refuse_waiting
 from pyworkflow.events import Event
 from pyworkflow.runs import Run
@@ -83,12 +84,14 @@ def run_bound(bound: Bound, args: Args, kwargs: Kwargs, timeout: D | None) -> An
     """Start and wait for the result."""
     refuse_in_workflow("run()")
     refuse_waiting("run()", _RUN_FORM)
+    parse_timeout(timeout)  # a wrong one starts nothing
     run_id = start_bound(bound, args, kwargs, "run()", _RUN_FORM)
     return call("run()", _RUN_FORM, lambda ops: ops.result(run_id, timeout), waits=True)
 
 
 async def run_bound_async(bound: Bound, args: Args, kwargs: Kwargs, timeout: D | None) -> Any:
     """``run_bound`` as a coroutine."""
+    parse_timeout(timeout)
     return await result_async(await start_bound_async(bound, args, kwargs), timeout=timeout)
 
 
@@ -149,6 +152,7 @@ def result(run_id: str, *, timeout: D | None = None, if_stalled: IfStalled | Non
         RunCancelled, RunTerminated, WorkflowTimeout: it ended without a result.
         RunStalled: no worker can drive it as its code is now.
         TimeoutError: it has not ended within ``timeout``; it is not cancelled.
+        ArgumentError: ``timeout`` is no duration, or ``if_stalled`` another word.
         Exception: what the workflow raised.
     """
     form = "result_async(...)"
@@ -179,11 +183,15 @@ async def get_run_async(run_id: str) -> Run:
 def list_runs(
     *,
     status: str | Iterable[str] | None = None,
-    workflow: str | None = None,
+    workflow: str | Named | None = None,
     limit: int = 100,
     cursor: str | None = None,
 ) -> Page[Run]:
-    """Runs, newest first: ``.items``, and ``.cursor`` for the next page (None at the end)."""
+    """Runs, newest first: ``.items``, and ``.cursor`` for the next page (None at the end).
+
+    ``workflow`` is a workflow or its name. Raises ``ArgumentError`` for a status, cursor or limit
+    that is none.
+    """
 
     def ask(ops: Operations) -> Coroutine[Any, Any, Page[Run]]:
         return ops.list_runs(status, workflow, limit, cursor)
@@ -194,7 +202,7 @@ def list_runs(
 async def list_runs_async(
     *,
     status: str | Iterable[str] | None = None,
-    workflow: str | None = None,
+    workflow: str | Named | None = None,
     limit: int = 100,
     cursor: str | None = None,
 ) -> Page[Run]:

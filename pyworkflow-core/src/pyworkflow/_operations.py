@@ -14,8 +14,7 @@ from pyworkflow._clock import LAST
 from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
 from pyworkflow._declared import DeclaredWorkflow
-from pyworkflow._definitions import RunOptions, Workflow, find_workflow
-from pyworkflow._duration import parse_duration
+from pyworkflow._definitions import BoundWorkflow, RunOptions, Workflow, find_workflow
 from pyworkflow._engine.bells import bell_of_put
 from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
@@ -24,7 +23,14 @@ from pyworkflow._engine.worker import Worker
 from pyworkflow._names import check_limit, is_name
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
-from pyworkflow._results import POLL, Help, outcome, stalled_since, still_running
+from pyworkflow._results import (
+    POLL,
+    Help,
+    outcome,
+    parse_timeout,
+    stalled_since,
+    still_running,
+)
 from pyworkflow._serialization import (
     decode_arguments,
     encode,
@@ -43,6 +49,7 @@ from pyworkflow.errors import (
     RunStalled,
     StorageError,
     StorageUnavailable,
+    WorkflowError,
 )
 from pyworkflow.events import Event, EventClass, EventType
 from pyworkflow.runs import ErrorInfo, ItemKind, Run, RunStatus
@@ -63,7 +70,7 @@ from pyworkflow.spi.storage import (
 )
 from pyworkflow.storekit import failpoints
 
-__all__ = ["IfStalled", "Operations"]
+__all__ = ["IfStalled", "Named", "Operations"]
 
 D = str | int | float | timedelta
 
@@ -75,8 +82,10 @@ failpoints.register(
 )
 
 IfStalled = Literal["raise", "wait"]
+Named = Workflow[..., Any] | BoundWorkflow[..., Any]
 
 _LEAST = timedelta(milliseconds=10)
+_LEAST_POLL = timedelta(milliseconds=50)
 _STALLED = timedelta(seconds=1)
 """Between two looks at a stalled run: the store's clock may be ahead of the loop's."""
 _NEVER = 2**62
@@ -335,9 +344,9 @@ class Operations:
         if if_stalled not in (None, "raise", "wait"):
             raise ArgumentError(f"if_stalled={if_stalled!r} is neither 'raise' nor 'wait'")
         end = None
-        if timeout is not None:
-            now = asyncio.get_running_loop().time()
-            end = now + parse_duration(timeout).total_seconds()
+        longest = parse_timeout(timeout)
+        if longest is not None:
+            end = asyncio.get_running_loop().time() + longest.total_seconds()
         helps = Help(self._worker)
         while True:
             with helps.awaiting(run_id):
@@ -356,6 +365,10 @@ class Operations:
     ) -> Run:
         """The run, once it has ended."""
         loop = asyncio.get_running_loop()
+        # The store tells of the end alone: a run that stalls is noticed by looking at it.
+        poll = POLL
+        if if_stalled != "wait":
+            poll = min(poll, max(self._settings.stalled_after, _LEAST_POLL))
         while True:
             if self._worker is not None and (busy := self._worker.following(run_id)):
                 # The usual end of a short run: no need to ask the store until it is there.
@@ -380,7 +393,7 @@ class Operations:
                 continue
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
-            await self._watch(run_id, min(wait, POLL, helps.pause))
+            await self._watch(run_id, min(wait, poll, helps.pause))
 
     async def _check_stalled(self, run: Run) -> timedelta:
         """How long the run may go on to be stalled. ``RunStalled``."""
@@ -414,13 +427,26 @@ class Operations:
     async def list_runs(
         self,
         status: str | Iterable[str] | None,
-        workflow: str | None,
+        workflow: str | Named | None,
         limit: int,
         cursor: str | None,
     ) -> Page[Run]:
-        """A page of runs, with plain texts where they can be unwrapped here."""
-        query = RunQuery(status=_statuses(status), workflow=workflow, limit=limit)
-        page = await self.storage.list_runs(query, cursor)
+        """A page of runs, with plain texts where they can be unwrapped here.
+
+        Raises:
+            ArgumentError: no status, workflow or cursor, or a limit below 1.
+        """
+        if type(limit) is not int or limit < 1:
+            raise ArgumentError(f"limit={limit!r} is not a whole number of runs, at least 1")
+        if cursor is not None and not isinstance(cursor, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers pass what users wrote
+            raise ArgumentError(f"cursor={cursor!r:.80} is not text; pass on a page's .cursor")
+        query = RunQuery(status=_statuses(status), workflow=_workflow_name(workflow), limit=limit)
+        try:
+            page = await self.storage.list_runs(query, cursor)
+        except ValueError as error:
+            if cursor is None or isinstance(error, WorkflowError):
+                raise
+            raise ArgumentError(str(error)) from error
         items = [await opened_run(found) for found in page.items]
         return Page(items=items, cursor=page.cursor)
 
@@ -542,6 +568,17 @@ def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
 def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
     args, kwargs = decode_arguments(text)
     return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
+
+
+def _workflow_name(workflow: object) -> str | None:
+    """The name that a filter means, given as text, as a workflow or as one with options."""
+    if isinstance(workflow, BoundWorkflow):
+        workflow = cast("BoundWorkflow[..., Any]", workflow).workflow
+    if isinstance(workflow, Workflow):
+        return cast("Workflow[..., Any]", workflow).name
+    if workflow is None or isinstance(workflow, str):
+        return workflow
+    raise ArgumentError(f"workflow={workflow!r:.80} is neither a workflow nor the name of one")
 
 
 def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:

@@ -9,16 +9,17 @@ from typing import Any
 
 from pyworkflow._config import settings
 from pyworkflow._declared import known_workflow
+from pyworkflow._duration import parse_duration
 from pyworkflow._engine.places import current_place
 from pyworkflow._engine.worker import Worker
 from pyworkflow._portable import import_listed
 from pyworkflow._serialization import decode, decode_error
-from pyworkflow.errors import RunCancelled, RunTerminated
+from pyworkflow.errors import ArgumentError, RunCancelled, RunTerminated
 from pyworkflow.events import EventType
 from pyworkflow.runs import Run, RunStatus
 from pyworkflow.spi.storage import StorageBackend
 
-__all__ = ["POLL", "Help", "outcome", "stalled_since", "still_running"]
+__all__ = ["POLL", "Help", "outcome", "parse_timeout", "stalled_since", "still_running"]
 
 D = str | int | float | timedelta
 
@@ -98,6 +99,16 @@ async def stalled_since(storage: StorageBackend, run: Run) -> datetime | None:
         if since is not None and not events:
             break
     return since
+
+
+def parse_timeout(timeout: D | None) -> timedelta | None:
+    """How long to wait for a result; None waits for ever. ``ArgumentError``."""
+    if timeout is None:
+        return None
+    try:
+        return parse_duration(timeout)
+    except ValueError as error:
+        raise ArgumentError(f"timeout={timeout!r}: {error}") from error
 
 
 def still_running(run: Run, timeout: D | None) -> TimeoutError:

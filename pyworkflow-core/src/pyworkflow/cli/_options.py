@@ -21,6 +21,7 @@ __all__ = [
     "import_workflows",
     "in_store",
     "opening",
+    "queue_names",
     "settle_settings",
     "shared",
     "store_hint",
@@ -74,6 +75,29 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> 
 def wants_json() -> bool:
     """Whether ``--json`` was given."""
     return bool(click.get_current_context().meta.get(f"{_META}json"))
+
+
+def queue_names(
+    ctx: click.Context, parameter: click.Parameter, given: Iterable[str]
+) -> tuple[str, ...]:
+    """The names of a repeated ``--queue``, each once; commas separate them as in the setting.
+
+    Raises:
+        click.BadParameter: a name is empty, or too long for any run to have it.
+    """
+    from pyworkflow._names import check_limit
+
+    names = [name.strip() for text in given for name in text.split(",")]
+    for name in names:
+        if not name:
+            raise click.BadParameter(
+                "a queue's name is empty; write a name, or leave the option out", ctx, parameter
+            )
+        try:
+            check_limit("queue", name)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, parameter) from error
+    return tuple(dict.fromkeys(names))
 
 
 def settle_settings() -> None:

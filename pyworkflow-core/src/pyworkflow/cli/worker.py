@@ -10,6 +10,7 @@ import click
 from pyworkflow.cli._options import (
     import_workflows,
     opening,
+    queue_names,
     settle_settings,
     shared,
     wants_json,
@@ -25,8 +26,9 @@ __all__ = ["command"]
     "queues",
     multiple=True,
     metavar="QUEUE",
-    help="Take work of this queue only. May be given again. Default: every queue, "
-    "with celery:// the queue `default` alone.",
+    callback=queue_names,
+    help="Take work of this queue only: a name, or names with commas between them. May be given "
+    "again. Default: every queue, with celery:// the queue `default` alone.",
 )
 @click.option(
     "--concurrency",
@@ -89,6 +91,8 @@ def command(
     if not logging.getLogger().handlers:
         configure_logging(level=log_level.upper(), json_logs=wants_json())
     log = logging.getLogger("pyworkflow.worker")
+    default = "default" if executor.capabilities.distributed else "every queue"
+    log.info("the worker takes from queues: %s", ", ".join(queues) or default)
     log.info("the worker has workflows: %s", ", ".join(names))
     with opening():
         executor.serve(runtime, list(queues))
