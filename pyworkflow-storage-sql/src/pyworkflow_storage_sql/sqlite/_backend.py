@@ -36,6 +36,7 @@ from pyworkflow_storage_sql.sqlite import _reads as reads
 from pyworkflow_storage_sql.sqlite import _runs as runs
 from pyworkflow_storage_sql.sqlite import _work as work
 from pyworkflow_storage_sql.sqlite._clock import StoreClock
+from pyworkflow_storage_sql.sqlite._place import Place
 from pyworkflow_storage_sql.sqlite._reader import Reader
 from pyworkflow_storage_sql.sqlite._rows import fitting
 from pyworkflow_storage_sql.sqlite._schema import pending, storage_error
@@ -263,8 +264,9 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Dispatcher[Batch]:
         clock = StoreClock(self._clocks)
-        writer = Writer(self.path, self.namespace, clock, lock_timeout=self._lock_timeout)
-        reader = self._reader = Reader(self.path, self.namespace, clock.shown)
+        place = Place(self.path)
+        writer = Writer(place, self.namespace, clock, lock_timeout=self._lock_timeout)
+        reader = self._reader = Reader(place, self.namespace, clock.shown)
         weakref.finalize(self, reader.stop).atexit = False
         self._opened = False
         return Dispatcher(

@@ -6,12 +6,12 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, cast
 
 import aiosqlite
 
 from pyworkflow.storekit.embedded import Watchers, add_forkable
+from pyworkflow_storage_sql.sqlite._place import Place
 from pyworkflow_storage_sql.sqlite._schema import OPEN_TIMEOUT, storage_error
 
 __all__ = ["NOW", "Reader"]
@@ -48,10 +48,11 @@ class _Connection(sqlite3.Connection):
 class Reader:
     """A connection that only reads, opened when it is needed."""
 
-    def __init__(self, path: Path, namespace: str, shown: Callable[[], int]) -> None:
-        self.path = path
+    def __init__(self, place: Place, namespace: str, shown: Callable[[], int]) -> None:
+        self.path = place.path
         self.shown = shown
         """What the store's clock shows as far as this process knows, microseconds."""
+        self._files = place
         self._namespace = namespace
         self._lock = threading.Lock()
         self._raw: _Connection | None = None
@@ -61,12 +62,18 @@ class Reader:
         add_forkable(self)
 
     async def fetch(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
-        """The rows of one statement: one moment of the database."""
+        """The rows of one statement: one moment of the database.
+
+        Raises:
+            StorageError: It failed, or was not in the file at the path.
+        """
         try:
             while True:
                 conn = self._conn or await self._open()
                 try:
-                    return list(await conn.execute_fetchall(sql, values))
+                    rows = await conn.execute_fetchall(sql, values)
+                    self._files.check()
+                    return list(rows)
                 except (ValueError, sqlite3.ProgrammingError):
                     if self._conn is conn:
                         raise
@@ -78,6 +85,7 @@ class Reader:
         async with self._opening:
             if self._conn is not None:
                 return self._conn
+            self._files.check()
 
             def connector(*args: Any, **kwargs: Any) -> _Connection:
                 raw = _Connection(*args, **kwargs)

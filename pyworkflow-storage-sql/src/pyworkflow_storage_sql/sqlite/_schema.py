@@ -66,15 +66,6 @@ def _make_private(path: Path) -> None:
         return
 
 
-def inode_of(path: Path) -> tuple[int, int]:
-    """Device and number of the file at the path; (0, 0) when there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_dev, status.st_ino
-
-
 def connect(path: Path) -> sqlite3.Connection:
     """A connection for any thread, without a transaction of its own making.
 

@@ -7,7 +7,6 @@ loop; whoever does it holds ``mutex``.
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 import sqlite3
@@ -15,10 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Final
 
-from pyworkflow.spi import PayloadTooLarge, Refusal, RunClosed, RunNotFound, StorageError
+from pyworkflow.spi import PayloadTooLarge, Refusal, RunClosed, RunNotFound
 from pyworkflow.storekit import failpoints
 from pyworkflow.storekit.embedded import (
     Answers,
@@ -30,11 +28,11 @@ from pyworkflow.storekit.embedded import (
 )
 from pyworkflow_storage_sql.sqlite._cache import KnownRuns
 from pyworkflow_storage_sql.sqlite._clock import StoreClock
+from pyworkflow_storage_sql.sqlite._place import Place
 from pyworkflow_storage_sql.sqlite._rows import from_micros
 from pyworkflow_storage_sql.sqlite._schema import (
     claim_namespace,
     connect,
-    inode_of,
     is_busy,
     migrate,
     storage_error,
@@ -115,19 +113,18 @@ class Writer:
     """The connection that writes. Everything here blocks."""
 
     def __init__(
-        self, path: Path, namespace: str, clock: StoreClock, *, lock_timeout: float
+        self, place: Place, namespace: str, clock: StoreClock, *, lock_timeout: float
     ) -> None:
         self.mutex = threading.Lock()
         """Held by whoever calls another method."""
         self.is_open = False
         self.pace = Pace()
-        self.path = path
-        self._place = str(path)
+        self.path = place.path
+        self._place = str(place.path)
         self._name = namespace
         self._lock_timeout = lock_timeout
         self._conn: sqlite3.Connection | None = None
-        self._inode: tuple[int, int] | None = None
-        """Device and number of the file that was opened first; another one is not opened later."""
+        self._files = place
         self._is_elsewhere = False
         """It was not at its path after the last batch: nothing more is written meanwhile."""
         self._namespace = 0
@@ -180,6 +177,7 @@ class Writer:
         self._runs = KnownRuns()
         conn, self._conn = self._conn, None
         if conn is not None:
+            self._files.closing()
             conn.close()
 
     def before_fork(self) -> None:
@@ -195,14 +193,13 @@ class Writer:
         """In the child: the thread does not exist here, and the object makes another writer."""
 
     def _open(self) -> sqlite3.Connection:
-        if self._inode is not None:
-            self._refuse_elsewhere()
+        self._refuse_elsewhere()
         conn = connect(self.path)
         try:
             migrate(conn, self.path)
             self._namespace, self._work = claim_namespace(conn, self.path, self._name)
             conn.execute("pragma busy_timeout = 0")
-            self._inode = inode_of(self.path)
+            self._files.opened()
         except BaseException:
             conn.close()
             raise
@@ -211,18 +208,9 @@ class Writer:
         return conn
 
     def _refuse_elsewhere(self) -> None:
-        """SQLite itself continues on a file without a name, which no other process can open."""
-        try:
-            status = os.stat(self._place)  # noqa: PTH116 - for each transaction, and half the time
-            self._is_elsewhere = (status.st_dev, status.st_ino) != self._inode
-        except FileNotFoundError:
-            self._is_elsewhere = True
-        if self._is_elsewhere:
-            raise StorageError(
-                f"the database was deleted, moved or replaced while in use: path={self.path}; "
-                "what was not acknowledged is not in the file at this path. Put the file back, or "
-                "start the process again to use the one that is there"
-            )
+        self._is_elsewhere = True
+        self._files.check()
+        self._is_elsewhere = False
 
     def _do(
         self,
@@ -231,7 +219,7 @@ class Writer:
         answers: Answers[Batch],
         wait: bool,
     ) -> bool:
-        writes = any(operation.writes for operation in waiting)
+        writes = waiting[0].writes or any(operation.writes for operation in waiting)
         if not (self._begin(conn, wait, writes) and self._read_clock(conn, wait, writes)):
             return False
         batch = self._batch(conn)
