@@ -6,6 +6,8 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+import traceback
+import urllib.error
 from datetime import timedelta
 
 import pytest
@@ -88,6 +90,51 @@ class Portable:
             if args:
                 raise RuntimeError("never again")
             return super().__new__(cls)
+
+    class Wrapper(Exception):
+        def __init__(self, wrapped, key="wrapped"):
+            super().__init__("wrapper")
+            self.wrapped = wrapped
+            self.key = key
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__[self.__dict__["key"]], name)
+
+    class BadNotes(Exception):
+        @property
+        def __notes__(self):
+            raise RuntimeError("no notes")
+
+    class BadDict(Exception):
+        @property
+        def __dict__(self):
+            raise RuntimeError("no dict")
+
+    class BadCause(Exception):
+        @property
+        def __cause__(self):
+            raise RuntimeError("no cause")
+
+        __context__ = __cause__
+
+    class BadArgs(Exception):
+        @property
+        def args(self):
+            raise RuntimeError("no args")
+
+    class BadAccess(Exception):
+        def __getattribute__(self, name):
+            raise KeyError(name)
+
+    class BadReduce(Exception):
+        def __reduce__(self):
+            raise SystemExit(3)
+
+        def __str__(self):
+            raise SystemExit(4)
+
+    class NotesOfText(Exception):
+        __notes__ = "text"
 
 
 @pytest.fixture
@@ -385,3 +432,56 @@ def test_nothing_of_this_needs_the_module_of_the_step(tmp_path):
         env={"PYTHONPATH": ":".join(sys.path)},
         check=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Portable.Wrapper(object()), Portable.Wrapper),
+        (lambda: Portable.Wrapper(object(), "missing"), StepError),
+        (Portable.BadNotes, StepError),
+        (Portable.BadDict, Portable.BadDict),
+        (Portable.BadCause, Portable.BadCause),
+        (Portable.BadArgs, Portable.BadArgs),
+        (Portable.BadAccess, StepError),
+        (Portable.BadReduce, StepError),
+        (Portable.NotesOfText, Portable.NotesOfText),
+    ],
+)
+def test_a_class_whose_attributes_raise_is_stored_and_comes_back_without_traps(
+    registered, make, expected
+):
+    exc = make()
+    outer = ValueError("outer")
+    outer.__cause__ = exc
+    group = round_trip(ExceptionGroup("both", [ValueError("fine"), exc]))
+    for one in (
+        round_trip(exc),
+        round_trip(raised(make())),
+        round_trip(outer).__cause__,
+        group.exceptions[1],
+    ):
+        assert type(one) is expected
+        assert getattr(one, "__notes__", None) in (None, "text", ["not stored: wrapped"])
+        assert isinstance(str(one), str)
+        if expected is StepError:
+            assert one.type.rpartition(".")[2] == type(exc).__name__
+    assert type(group.exceptions[0]) is ValueError
+
+
+def test_a_class_without_a_module_is_a_step_error():
+    kind = type("Homeless", (Exception,), {"__module__": None})
+    again = round_trip(kind("x"))
+    assert type(again) is StepError
+    assert (again.type, again.message) == ("None:Homeless", "x")
+
+
+def test_an_error_of_http_keeps_its_code_and_is_no_trap():
+    again = round_trip(raised(urllib.error.HTTPError("http://x", 404, "Not Found", {}, None)))
+    assert (type(again), again.code, str(again)) == (
+        urllib.error.HTTPError, 404, "HTTP Error 404: Not Found",
+    )  # fmt: skip
+    assert again.fp is None
+    again.add_note("handled")
+    assert "handled" in "".join(traceback.format_exception(again))
+    assert not hasattr(again, "unknown")

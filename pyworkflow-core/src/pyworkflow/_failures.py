@@ -7,16 +7,17 @@ exception on another worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from pyworkflow._least_size import SCALARS
 from pyworkflow._portable import is_defining, is_portable, portable_name, resolve_type
 from pyworkflow._restore import from_text, restore
-from pyworkflow._tagged import MARKED, Refused, storable, text_of, walk
+from pyworkflow._tagged import MARKED, storable, text_of, walk
 from pyworkflow.errors import SerializationError, StepError
 
-__all__ = ["EncodedError", "decode_error", "encode_error"]
+__all__ = ["EncodedError", "decode_error", "encode_error", "part_of"]
 
 TRACEBACK = 16_384
 """Characters of a stored traceback."""
@@ -69,13 +70,29 @@ def decode_error(info: Mapping[str, Any], *, exact: bool = True) -> BaseExceptio
     notes: list[str] = [*details.get("notes", ())]
     if info.get("portable") and (changed := _changes(made, info, details)) and changed not in notes:
         notes.append(changed)
-    for note in notes:
-        made.add_note(note)
+    try:
+        for note in notes:
+            made.add_note(note)
+    except Exception:  # noqa: BLE001 # code of the user's
+        pass  # the rest of the exception speaks for itself
     if cause := details.get("cause"):
-        made.__cause__ = decode_error(cause, exact=exact)
+        _set(made, "__cause__", decode_error(cause, exact=exact))
     elif context := details.get("context"):
-        made.__context__ = decode_error(context, exact=exact)
+        _set(made, "__context__", decode_error(context, exact=exact))
     return made
+
+
+def part_of(exc: BaseException, name: str) -> Any:
+    """``args``, ``__cause__``, ``__notes__`` … of any exception; what cannot be read is None.
+
+    A class may have a property there, or a ``__getattr__`` that raises. What each exception keeps
+    is read in spite of that.
+    """
+    try:
+        return getattr(exc, name, None)
+    except Exception:  # noqa: BLE001 # code of the user's
+        kept = vars(BaseException).get(name)
+        return None if kept is None else kept.__get__(exc)
 
 
 def _made(info: Mapping[str, Any], details: Mapping[str, Any], exact: bool) -> BaseException:
@@ -86,7 +103,9 @@ def _made(info: Mapping[str, Any], details: Mapping[str, Any], exact: bool) -> B
             "not written by a worker, restore the store"
         )
     try:
-        return _rebuild(cast("type[Exception]", kind), details, exact)
+        made = _rebuild(cast("type[Exception]", kind), details, exact)
+        getattr(made, "__notes__", None)  # whoever handles an exception reads these
+        return made
     except SerializationError:
         raise
     except Exception as failed:
@@ -117,6 +136,19 @@ class _Encoder:
         self.seen: set[int] = set()
 
     def encode(self, exc: BaseException, level: int) -> EncodedError:
+        try:
+            return self._encode(exc, level)
+        except BaseException as failed:  # noqa: BLE001 # properties and __getattr__ are any code
+            _pass_ctrl_c(failed)
+            return {
+                "type": _clean(_name(type(exc)), MESSAGE),
+                "message": _clean(_safe(str, exc), MESSAGE),
+                "traceback": _traceback(exc) if not level else "",
+                "portable": False,
+                "details": {},
+            }
+
+    def _encode(self, exc: BaseException, level: int) -> EncodedError:
         self.seen.add(id(exc))
         kind = type(exc)
         details: dict[str, Any] = {}
@@ -127,15 +159,16 @@ class _Encoder:
             if is_group:
                 details["message"] = _clean(cast("Any", exc).message, MESSAGE)
             else:
-                details["args"], texts = _texts(exc.args)
-                init = _reduced(exc)[0]
-                if init is not exc.args:
+                args = _args(exc)
+                details["args"], texts = _texts(args)
+                init = _reduced(exc, args)[0]
+                if init is not args:
                     details["init"], _ = _texts(init)
                 if texts:
                     details["texts"] = texts
             self._attributes(exc, details)
         encoded: EncodedError = {
-            "type": _clean(portable_name(kind), MESSAGE),
+            "type": _clean(_name(kind), MESSAGE),
             "message": _clean(_safe(str, exc), MESSAGE),
             "traceback": _traceback(exc) if not level else "",
             "portable": portable,
@@ -151,7 +184,7 @@ class _Encoder:
         self._cause(exc, details, level)
         if notes:
             details["notes"] = notes
-        if portable and not _makes(kind, encoded):
+        if portable and not _makes(exc, encoded):
             encoded["portable"] = False
         return encoded
 
@@ -172,15 +205,15 @@ class _Encoder:
         return done, len(members) - len(done)
 
     def _cause(self, exc: BaseException, details: dict[str, Any], level: int) -> None:
-        cause, name = exc.__cause__, "cause"
-        if cause is None and not exc.__suppress_context__:
-            cause, name = exc.__context__, "context"
-        if cause is None or id(cause) in self.seen:  # a loop of causes
+        cause, name = part_of(exc, "__cause__"), "cause"
+        if cause is None and not part_of(exc, "__suppress_context__"):
+            cause, name = part_of(exc, "__context__"), "context"
+        if not isinstance(cause, BaseException) or id(cause) in self.seen:  # a loop of causes
             return
         if self.room <= 0 or level >= _LEVELS:
             message = _clean(_safe(str, cause), MESSAGE // 8)
             details[name] = {
-                "type": portable_name(type(cause)),
+                "type": _name(type(cause)),
                 "message": message,
                 "portable": False,
             }
@@ -188,10 +221,13 @@ class _Encoder:
         details[name] = self.encode(cause, level + 1)
 
     def _attributes(self, exc: BaseException, details: dict[str, Any]) -> None:
+        found = cast(
+            "dict[object, object]", {**_slots(exc), **_reduced(exc, ())[1], **_looked_up(exc)}
+        )
         given = {
             name: value
-            for name, value in {**_slots(exc), **_reduced(exc)[1], **_looked_up(exc)}.items()
-            if name != "__notes__"
+            for name, value in found.items()
+            if isinstance(name, str) and name != "__notes__"
         }
         kept: dict[str, Any] = {}
         size = 0
@@ -211,7 +247,7 @@ def _size(encoded: EncodedError) -> int:
 
 
 def _notes(exc: BaseException) -> Iterator[str]:
-    notes = getattr(exc, "__notes__", None)
+    notes = part_of(exc, "__notes__")
     if not isinstance(notes, list):
         return
     given = cast("list[object]", notes)
@@ -257,32 +293,65 @@ def _may_be_raised(kind: type[BaseException]) -> bool:
 
 
 def _comes_back(kind: type[BaseException]) -> bool:
-    if not _may_be_raised(kind) or not is_portable(kind.__module__):
+    if not _may_be_raised(kind):
         return False
     try:
-        return resolve_type(portable_name(kind)) is kind
-    except SerializationError:
-        return False  # a class of a function's body
+        return is_portable(kind.__module__) and resolve_type(portable_name(kind)) is kind
+    except Exception:  # noqa: BLE001 # a class of a function's body, or one without a module
+        return False
 
 
-def _makes(kind: type[BaseException], encoded: EncodedError) -> bool:
-    """Whether a library's exception can be made from what is stored: not every type can.
+def _makes(exc: BaseException, encoded: EncodedError) -> bool:
+    """Whether the exception that is made from what is stored is of use: not every type's is.
 
-    A class of the user's that cannot stalls the run, and can be corrected.
+    A class of the user's whose constructor refuses stalls the run, and can be corrected.
     """
-    root = kind.__module__.partition(".")[0]
-    if root in _OWN or is_defining(kind.__module__):
+    kind = type(exc)
+    if kind.__module__.partition(".")[0] in _OWN:
         return True
+    is_users = is_defining(kind.__module__)
     try:
-        _rebuild(cast("type[Exception]", kind), encoded["details"], exact=False)
+        made = _rebuild(cast("type[Exception]", kind), encoded["details"], exact=False)
     except Exception:  # noqa: BLE001 # constructors are any code
+        return is_users
+    # Of a class of the user's, the type says more than a text that cannot be shown.
+    return _has_notes(made) and (is_users or _shows(made) or not _shows(exc))
+
+
+def _has_notes(exc: BaseException) -> bool:
+    """Whether whoever handles the exception may look for notes, as ``traceback`` does."""
+    try:
+        getattr(exc, "__notes__", None)
+    except Exception:  # noqa: BLE001 # a ``__getattr__`` of the user's
         return False
     return True
 
 
-def _reduced(exc: BaseException) -> tuple[tuple[object, ...], Mapping[str, object]]:
+def _shows(exc: BaseException) -> bool:
+    try:
+        return bool((str(exc), repr(exc)))
+    except Exception:  # noqa: BLE001 # a __str__ or __repr__ of the user's
+        return False
+
+
+def _name(kind: type[BaseException]) -> str:
+    try:
+        return portable_name(kind)
+    except Exception:  # noqa: BLE001 # a metaclass of the user's
+        return f"?:{type.__repr__(kind)}"
+
+
+def _args(exc: BaseException) -> tuple[object, ...]:
+    args = part_of(exc, "args")
+    return cast("tuple[object, ...]", args) if isinstance(args, tuple) else ()
+
+
+def _reduced(
+    exc: BaseException, args: tuple[object, ...]
+) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """What the constructor wants and the attributes, as the type itself says (OSError: filename)."""
-    attributes: Mapping[str, object] = getattr(exc, "__dict__", {})
+    found = part_of(exc, "__dict__")
+    attributes = cast("Mapping[str, object]", found if isinstance(found, dict) else {})
     try:
         reduced: Any = exc.__reduce__()
         if reduced[0] is type(exc) and isinstance(reduced[1], tuple):
@@ -291,8 +360,8 @@ def _reduced(exc: BaseException) -> tuple[tuple[object, ...], Mapping[str, objec
                 attributes = cast("dict[str, object]", state)
             return cast("tuple[object, ...]", reduced[1]), attributes
     except Exception:  # noqa: BLE001 # user code; args and __dict__ remain
-        return exc.args, attributes
-    return exc.args, attributes
+        return args, attributes
+    return args, attributes
 
 
 def _texts(values: tuple[object, ...]) -> tuple[str, list[int]]:
@@ -302,7 +371,7 @@ def _texts(values: tuple[object, ...]) -> tuple[str, list[int]]:
     for place, value in enumerate(values):
         try:
             trees.append(walk(value, 2))
-        except Refused:
+        except Exception:  # noqa: BLE001 # refused, or code of the user's
             trees.append(_as_text(value))
             texts.append(place)
     text = text_of(trees)
@@ -323,7 +392,8 @@ def _traceback(exc: BaseException) -> str:
 
     try:
         text = "".join(traceback.format_exception(exc))
-    except Exception as failed:  # noqa: BLE001 # a __str__ or __repr__ of the user's
+    except BaseException as failed:  # noqa: BLE001 # a __str__ or __repr__ of the user's
+        _pass_ctrl_c(failed)
         text = f"(no traceback: {type(failed).__name__})"
     return _clean(text, TRACEBACK)
 
@@ -340,8 +410,15 @@ def _clean(text: str, limit: int) -> str:
 def _safe(show: type[str] | Any, value: object) -> str:
     try:
         return str(show(value))
-    except Exception as failed:  # noqa: BLE001 # a __str__ or __repr__ of the user's
+    except BaseException as failed:  # noqa: BLE001 # a __str__ or __repr__ of the user's
+        _pass_ctrl_c(failed)
         return f"<{type(value).__name__}: {type(failed).__name__} when shown>"
+
+
+def _pass_ctrl_c(failed: BaseException) -> None:
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and isinstance(failed, KeyboardInterrupt):
+        raise failed
 
 
 def _rebuild(kind: type[Exception], details: Mapping[str, Any], exact: bool) -> BaseException:
@@ -353,13 +430,18 @@ def _rebuild(kind: type[Exception], details: Mapping[str, Any], exact: bool) -> 
         made = _construct(kind, _values(details["init"]) if "init" in details else args)
         if made is None:
             made = kind.__new__(kind, *args)
-        if made.args != args:
+        if _args(made) != args:
             # A constructor that makes its own message from what it gets.
             made.args = args
-    for name in details.get("lost", ()):
+    lost: Sequence[str] = details.get("lost", ())
+    for name in lost:
         _unset(made, name)
     for name, value in _attributes(details.get("attrs")).items():
         _set(made, name, value)
+    if lost and not _has_notes(made):
+        # A ``__getattr__`` that asks what is lost: of None, it gets an AttributeError.
+        for name in lost:
+            _set(made, name, None)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -130,11 +131,13 @@ def decide(
         return GiveUp("fatal")
     if attempt > policy.max_retries:
         return GiveUp("exhausted")
-    if isinstance(exc, RetryableError) and exc.retry_after is not None:
+    if isinstance(exc, RetryableError):
         try:
-            return Retry(max(now, resolve_instant(exc.retry_after, now)))
-        except (ValueError, OverflowError) as bad:
-            exc.add_note(f"retry_after is ignored: {bad}")
+            if exc.retry_after is not None:
+                return Retry(max(now, resolve_instant(exc.retry_after, now)))
+        except Exception as bad:  # noqa: BLE001 - no duration, or a property of the user's
+            with contextlib.suppress(Exception):
+                exc.add_note(f"retry_after is ignored: {bad}")
     try:
         return Retry(now + policy.delay_for(attempt))
     except OverflowError:
@@ -150,7 +153,10 @@ def is_programming_error(exc: BaseException, code: CodeType | None = None) -> bo
     if not isinstance(exc, (TypeError, NameError, AttributeError)):
         return False
     frames = 0
-    last = exc.__traceback__
+    try:
+        last = exc.__traceback__
+    except Exception:  # noqa: BLE001 - a ``__getattribute__`` of the user's
+        return False
     if last is None:
         return False
     while last.tb_next is not None:

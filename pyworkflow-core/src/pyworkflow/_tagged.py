@@ -521,7 +521,7 @@ def storable(attributes: Mapping[str, object], depth: int) -> dict[str, Tree]:
         if name.isidentifier() and not name.startswith("__"):
             try:
                 kept[name] = walk(value, depth)
-            except Refused:
+            except Exception:  # noqa: BLE001 - refused, or code of the user's
                 continue
     return kept
 

@@ -13,6 +13,7 @@ from pathlib import PurePath
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, cast
 
+from pyworkflow._failures import part_of
 from pyworkflow.runs import ErrorInfo
 
 __all__ = ["join_stacks", "rebuilt", "stack_of"]
@@ -46,8 +47,9 @@ def join_stacks(error: BaseException, stored: Sequence[tuple[BaseException, str]
         seen.add(id(one))
         text = next((text for known, text in stored if known is one), None)
         if text is not None:
-            one.__traceback__ = _joined(one.__traceback__, stack_of(text))
-        todo += [e for e in (one.__cause__, one.__context__) if e is not None]
+            one.__traceback__ = _joined(part_of(one, "__traceback__"), stack_of(text))
+        causes = (part_of(one, "__cause__"), part_of(one, "__context__"))
+        todo += [e for e in causes if isinstance(e, BaseException)]
         if isinstance(one, BaseExceptionGroup):
             todo += cast("tuple[BaseException, ...]", one.exceptions)  # pyright: ignore[reportUnknownMemberType] # a bare group has no type argument
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from pyworkflow import _hooks, _plugins
+from pyworkflow._failures import part_of
 from pyworkflow._logging import BRIEF
 from pyworkflow._text import indented
 from pyworkflow._tracebacks import rebuilt
@@ -126,7 +127,7 @@ def log_steps(run_id: str, workflow: str, events: Sequence[Event], raised: Raise
             # Trackers group records by their template: by step, workflow and error.
             _STEP_FAILED.format(what, _literal(name), _literal(workflow), _kind(info)),
             (*(() if again is None else (again,)), data.get("attempt", 1), run_id, _said(info)),
-            None if error is None else (type(error), error, error.__traceback__),
+            _triple(error),
             "log_steps",
             context_of(run_id, workflow, event.op, name),
         )
@@ -137,10 +138,16 @@ def log_steps(run_id: str, workflow: str, events: Sequence[Event], raised: Raise
 
 def _place_of(error: BaseException | None) -> str | None:
     """The line that raised, as text; formatters write it in place of the whole traceback."""
-    if error is None or error.__traceback__ is None:
+    stack = None if error is None else part_of(error, "__traceback__")
+    if stack is None:
         return None
-    last = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
+    last = traceback.extract_tb(stack, limit=-1)[-1]
     return indented(f'File "{last.filename}", line {last.lineno}, in {last.name}')
+
+
+def _triple(error: BaseException | None) -> Any:
+    """The exception as log records have it; ``logging`` itself would read its traceback."""
+    return None if error is None else (type(error), error, part_of(error, "__traceback__"))
 
 
 def log_end(run: Run, status: RunStatus, error: ErrorInfo | None, raised: Raised) -> None:
@@ -160,7 +167,7 @@ def log_end(run: Run, status: RunStatus, error: ErrorInfo | None, raised: Raised
         template,
         run.run_id,
         "" if error is None else _said(error),
-        exc_info=exc_info,
+        exc_info=_triple(exc_info),
         extra=context_of(run.run_id, run.workflow, None, None),
     )
 
@@ -175,7 +182,7 @@ def log_stall(run: Run, reason: str, problem: BaseException | None) -> None:
         template,
         rest,
         run.run_id,
-        exc_info=problem,
+        exc_info=_triple(problem),
         extra=context_of(run.run_id, run.workflow, None, None),
     )
 

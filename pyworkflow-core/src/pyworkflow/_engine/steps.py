@@ -327,7 +327,7 @@ class StepRunner:
         if isinstance(error, SerializationError | PayloadTooLarge | ArgumentError):
             opinion = "fatal"  # the same again: trying again only repeats the effect
         elif not isinstance(error, Exception):
-            error = RetryableError(f"the step raised {type(error).__name__}: {error}")
+            error = RetryableError(f"the step raised {type(error).__name__}")
         decision = decide(what.policy, what.attempt, error, now, opinion=opinion)
         if what.attempt == 1 and is_programming_error(end.error, what.step.fn.__code__):  # type: ignore[arg-type]  # not None, see above
             _log.warning(
