@@ -20,6 +20,8 @@ def test_d10_damage_in_a_server_has_a_place_and_no_offset() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (again.file, again.offset, again.detail) == ("table runs, run 'x'", None, "no JSON")
     assert "file=a.log offset=7" in str(StorageDamaged("a.log", 7, "torn"))
+    assert "move it aside" in str(StorageDamaged("a.log", 7, "torn"))
+    assert "move it aside" not in str(StorageDamaged("a.db", 0, "an event: run_id=r seq=1"))
 
 
 def test_d10_a_limit_of_the_store_is_not_blamed_on_a_setting() -> None:

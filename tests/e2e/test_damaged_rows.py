@@ -26,6 +26,7 @@ from pyworkflow.spi import (
     ItemKind,
     LeaseFor,
     Put,
+    RunQuery,
     Settle,
 )
 from pyworkflow.storekit import fsck
@@ -191,6 +192,15 @@ def test_a_row_that_cannot_be_read_is_left_alone_for_longer_each_time(
             rung = [item.run_id for item in await storage.announce(10, mute=timedelta(0))]
             assert rung == ([] if "payload" in sql else [bad])
             assert (await storage.claim(request)).claims == []
+        listed = {run.run_id: run for run in (await storage.list_runs(RunQuery())).items}
+        assert set(listed) == {bad, good}
+        assert listed[good].stalled is None
+        if "payload" not in sql:
+            assert str(listed[bad].status) == "stalled"
+            assert f"run_id={bad}" in str(listed[bad].stalled)
+            with pytest.raises(StorageDamaged, match=bad):
+                await storage.get_run(bad)
+        assert {(v.rule, v.run_id) for v in await fsck(storage)} == {("damaged", bad)}
         assert [round(p.total_seconds()) for p in pauses] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
         await storage.close()
 

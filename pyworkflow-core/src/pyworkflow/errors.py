@@ -394,8 +394,8 @@ class StorageDamaged(StorageError):
         remedy = "Restore the file from a copy, or move it aside"
         if "run_id=" in self.detail:
             remedy = (
-                "Only this run is concerned, the others continue: end it with "
-                "`pyworkflow runs cancel`, or restore the file from a copy"
+                "Only this run is concerned, the others continue. Repair its rows from a copy; "
+                "where its events alone are damaged, `pyworkflow runs cancel` ends it"
             )
         return (
             f"the store is damaged: file={self.file} offset={self.offset}: {self.detail}; "

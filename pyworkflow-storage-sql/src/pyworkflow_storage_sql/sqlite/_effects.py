@@ -24,6 +24,8 @@ from pyworkflow.storekit import KEPT_TOKENS
 from pyworkflow_storage_sql.sqlite._rows import (
     EVENT,
     ITEM,
+    UNREADABLE,
+    damaged_run,
     decode,
     encode,
     event_out,
@@ -167,10 +169,8 @@ def load_run(
         return None
     try:
         return LoadedRun(conn, file, run_id, change_key, row)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise StorageDamaged(
-            file, 0, f"a run is not as it was written: run_id={run_id} {error}"
-        ) from error
+    except UNREADABLE as error:
+        raise damaged_run(file, run_id, error) from error
 
 
 class _Events(Sequence[Event]):

@@ -8,7 +8,7 @@ from typing import Final
 from pyworkflow.spi import Event, Page, Run, RunQuery, RunStatus
 from pyworkflow_storage_sql.sqlite._buckets import HEADS
 from pyworkflow_storage_sql.sqlite._reader import NOW, Reader
-from pyworkflow_storage_sql.sqlite._rows import EVENT, RUN, events_in, run_in, whole
+from pyworkflow_storage_sql.sqlite._rows import EVENT, RUN, events_in, listed_run_in, whole
 
 __all__ = ["get_events", "list_runs", "stats"]
 
@@ -104,8 +104,9 @@ async def list_runs(
         (reader.shown(), namespace, *parts.values, query.limit + 1),
     )
     shown = rows[: query.limit]
+    file = str(reader.path)
     return Page(
-        items=[run_in(row[2:], row[0]) for row in shown],
+        items=[listed_run_in(row[2:], row[0], file) for row in shown],
         cursor=f"run-{shown[-1][1]}" if len(rows) > query.limit else None,
     )
 

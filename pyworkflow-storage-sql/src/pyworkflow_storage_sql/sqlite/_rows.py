@@ -26,6 +26,8 @@ __all__ = [
     "EVENT",
     "ITEM",
     "RUN",
+    "UNREADABLE",
+    "damaged_run",
     "decode",
     "encode",
     "event_in",
@@ -35,6 +37,7 @@ __all__ = [
     "from_micros",
     "item_in",
     "item_out",
+    "listed_run_in",
     "run_in",
     "to_micros",
     "whole",
@@ -48,6 +51,10 @@ _PIECES: Final[Any] = _make and _make(
     None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
 )
 _LARGEST: Final = 2**63 - 1
+#: What reading a damaged row of a run or an item raises.
+UNREADABLE: Final = (
+    StorageDamaged, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 
 #: Columns of ``event_in``.
 EVENT: Final = "seq, type, class, op, key, timestamp, v, data, crc"
@@ -61,6 +68,10 @@ _RUN: Final = (
     "r.parent_run_id, r.parent_op, r.root, r.next, r.queue, r.priority, d.tags, d.attributes, "
     "r.created_at, r.started_at, r.updated_at, r.finished_at, r.deadline, r.last_seq, r.seen_seq, "
     "r.paused, r.stalled, r.final"
+)
+_ERROR, _TAGS, _ATTRIBUTES, _STALLED = (
+    [name.strip() for name in _RUN.split(",")].index(name)
+    for name in ("d.error", "d.tags", "d.attributes", "r.stalled")
 )
 RUN: Final = (
     f"{_RUN}, "  # noqa: S608 - constant columns
@@ -206,6 +217,33 @@ def item_in(row: Any, run_id: str) -> WorkItem:
         lease=None if token is None else Lease(owner=owner, token=token, until=from_micros(until)),
         rung_at=_instant(rung),
     )
+
+
+def damaged_run(file: str, run_id: str, error: Exception) -> StorageDamaged:
+    """The error for a row that raised ``error``, one of ``UNREADABLE``."""
+    detail = error.detail if isinstance(error, StorageDamaged) else error
+    return StorageDamaged(file, 0, f"a run is not as it was written: run_id={run_id} {detail}")
+
+
+def listed_run_in(row: Any, now: int, file: str) -> Run:
+    """The run of a row, for a list: one that is damaged must not hide the others.
+
+    What cannot be read is left out, and ``stalled`` says so.
+
+    Raises:
+        StorageDamaged: Not even its other columns can be read.
+    """
+    try:
+        return run_in(row, now)
+    except UNREADABLE as error:
+        damage = damaged_run(file, row[0], error)
+    left = list(row)
+    left[_ERROR], left[_TAGS], left[_ATTRIBUTES] = None, "[]", "{}"
+    left[_STALLED] = f"StorageDamaged: {damage}"
+    try:
+        return run_in(left, now)
+    except UNREADABLE:
+        raise damage from None
 
 
 def run_in(row: Any, now: int) -> Run:

@@ -20,7 +20,6 @@ from pyworkflow.spi import (
     Run,
     RunDelta,
     RunStatus,
-    StorageDamaged,
     WorkItem,
     record_from_json,
     record_to_json,
@@ -42,6 +41,8 @@ from pyworkflow_storage_sql.sqlite._effects import (
 from pyworkflow_storage_sql.sqlite._rows import (
     ITEM,
     RUN,
+    UNREADABLE,
+    damaged_run,
     decode,
     encode,
     from_micros,
@@ -139,10 +140,8 @@ def find_run(key: str, batch: Batch) -> str | None:
 def _intact(batch: Batch, run_id: str) -> Generator[None]:
     try:
         yield
-    except (TypeError, ValueError, OverflowError) as error:
-        raise StorageDamaged(
-            batch.file, 0, f"a run is not as it was written: run_id={run_id} {error}"
-        ) from error
+    except UNREADABLE as error:
+        raise damaged_run(batch.file, run_id, error) from error
 
 
 # --- changes ----------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from pyworkflow_storage_sql.sqlite._rows import (
     EVENT,
     ITEM,
     RUN,
+    UNREADABLE,
+    damaged_run,
     event_in,
     from_micros,
     item_in,
@@ -45,7 +47,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("pyworkflow.storage.sqlite")
-_UNREADABLE: Final = (StorageDamaged, ArithmeticError, LookupError, TypeError, ValueError)
 _FIRST_PAUSE_S: Final = 1
 _LONGEST_PAUSE_S: Final = 300
 _ITEM: Final = ", ".join(f"i.{name}" for name in ITEM.split(", "))
@@ -189,7 +190,7 @@ def claim(request: ClaimRequest, batch: Batch) -> Claimed:
     for item in ids:
         try:
             made, size = _claimed(batch, item, request, budget)
-        except _UNREADABLE as damage:
+        except UNREADABLE as damage:
             _put_off(batch, item, damage)
             continue
         budget -= size
@@ -217,7 +218,7 @@ def _put_off(batch: Batch, id: int, damage: Exception) -> None:
             "%s",
             item_id,
             run_id,
-            damage,
+            damaged_run(batch.file, run_id, damage),
         )
 
 
@@ -311,7 +312,7 @@ def announce(limit: int, mute: timedelta, batch: Batch) -> list[WorkItem]:
             f"select r.run_id, {_ITEM} from work_items i join runs r on r.id = i.run where i.id = ?",  # noqa: S608 - constant columns
             (item,),
         ).fetchone()
-        with contextlib.suppress(*_UNREADABLE):  # named by the claim that meets it
+        with contextlib.suppress(*UNREADABLE):  # named by the claim that meets it
             found.append(item_in(row[1:], row[0]))
     return found
 
