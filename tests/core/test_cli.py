@@ -283,7 +283,13 @@ def test_a_stalled_run_is_status_1_and_said_to_be_durable(here: Path) -> None:
         (("run", "app.py:doubled", "--args", "{"), "--args is no JSON"),
         (("run", "app.py:doubled", "--args", "3"), "JSON object, or a list"),
         (("runs", "show", "run_none"), "no such run: run_id=run_none"),
+        (("run", "app.py:renamed", "--arg", "x=1"), "unexpected keyword argument 'x'"),
         (("runs", "list", "--cursor", "none"), "--cursor"),
+        (
+            ("runs", "events", "run_none", "--type", "nope"),
+            "there are cancel.requested, limit.reached",
+        ),
+        (("runs", "events", "run_none", "--type", "no."), "'no.' is no type of events"),
         (("worker",), "no module is named"),
         (("worker", "app.py", "--queue", ""), "'--queue': a queue's name is empty"),
         (("worker", "app.py", "--queue", "a,,b"), "'--queue': a queue's name is empty"),
@@ -527,6 +533,7 @@ def test_changed_code_does_not_fit_and_is_status_1(used: Path, tmp_path: Path) -
 def test_replay_needs_the_workflows_module(used: Path) -> None:
     done = cli("replay", ids(used)["doubled"], cwd=used, status=2)
     assert "no workflow of this name" in done.stderr
+    assert "--module" in done.stderr
 
 
 # --- the command itself ---------------------------------------------------------------------------

@@ -45,6 +45,34 @@ def test_r11_a_step_with_an_option_out_of_range_is_refused(options: Any) -> None
         async def opt_refused() -> None: ...
 
 
+@pytest.mark.parametrize("attributes", [[1], [("a", 1)], "abc", 5, {1: 2}, False], ids=str)
+def test_attributes_that_are_no_mapping_from_text_are_refused(attributes: Any) -> None:
+    with pytest.raises(ArgumentError, match="attribute"):
+        opt_any.options(attributes=attributes)
+    assert opt_any.options(attributes={"a": 1}).options.attributes == {"a": 1}
+    assert opt_any.options(attributes=None).options.attributes == {}
+
+
+def test_two_functions_for_one_decorator_are_refused() -> None:
+    async def opt_one() -> None: ...
+
+    with pytest.raises(DefinitionError, match="@step takes one function by position"):
+        step(opt_one, opt_one)  # type: ignore[call-overload]  # wrong
+    with pytest.raises(DefinitionError, match="@workflow takes one function by position"):
+        workflow(opt_one, "name")  # type: ignore[call-overload]  # wrong
+
+
+def test_retries_without_number_are_refused() -> None:
+    @step(max_retries=2**31 - 1)
+    async def opt_many() -> None: ...
+
+    assert opt_many.policy.max_retries == 2**31 - 1
+    with pytest.raises(DefinitionError, match="is more than 2147483647"):
+
+        @step(max_retries=2**31)
+        async def opt_refused() -> None: ...
+
+
 @pytest.mark.parametrize("priority", range(10))
 def test_r11_priorities_from_0_to_9_are_taken(priority: int) -> None:
     assert opt_any.options(priority=priority).options.priority == priority

@@ -16,6 +16,7 @@ import pytest
 
 import pyworkflow
 from pyworkflow import (
+    ArgumentError,
     Client,
     ConfigurationError,
     _config,
@@ -160,6 +161,27 @@ def test_r10_a_hook_of_the_wrong_form_is_refused() -> None:
     for plugin in (Wrong(), Async()):
         with pytest.raises(ConfigurationError, match="cannot be registered"):
             register_plugin(plugin)
+
+
+def test_what_is_no_plugin_is_refused_with_the_remedy() -> None:
+    for plugin in (None, "x", 5):
+        with pytest.raises(ArgumentError, match=r"with hooks, not plugin=.*@hookimpl"):
+            register_plugin(plugin)
+    with pytest.raises(ArgumentError, match=r"not a class: .*write register_plugin\(Seen\(\)\)"):
+        register_plugin(Seen)
+    assert [p for p in list_plugins() if p.distribution == ""] == []
+
+
+def test_a_plugin_without_hooks_warns_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    class Unmarked:
+        def pyworkflow_run_ended(self, run_id: str) -> None: ...
+
+    for plugin in (Unmarked(), Seen()):
+        with registered_plugin(plugin, "mine"):
+            pass
+    (line,) = [m for m in caplog.messages if "has no hooks" in m]
+    assert line.startswith("the plugin has no hooks: plugin=mine; mark its methods")
+    assert "@hookimpl" in line
 
 
 def test_r10_a_hook_that_raises_harms_neither_run_nor_other_plugins(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pyworkflow.errors import DefinitionError
 
-__all__ = ["check_function", "check_name"]
+__all__ = ["check_alone", "check_function", "check_name"]
 
 
 def check_name(kind: str, name: object, fn: Callable[..., object]) -> str:
@@ -17,6 +17,14 @@ def check_name(kind: str, name: object, fn: Callable[..., object]) -> str:
     if not isinstance(name, str) or not name:
         raise DefinitionError(f"@{kind}(name={name!r}): a name is text, and not empty")
     return name
+
+
+def check_alone(kind: str, more: tuple[object, ...]) -> None:
+    """Refuse what is given by position beside the function. ``DefinitionError``."""
+    if more:
+        raise DefinitionError(
+            f"@{kind} takes one function by position, and settings by name: also given {more!r:.80}"
+        )
 
 
 def check_function(kind: str, fn: Callable[..., object]) -> None:

@@ -21,9 +21,16 @@ from typing import (
     overload,
 )
 
-from pyworkflow._defining import check_function, check_name
+from pyworkflow._defining import check_alone, check_function, check_name
 from pyworkflow._names import check_limit, is_name
-from pyworkflow._option_values import check_place, check_tags, delay_option, duration_option
+from pyworkflow._option_values import (
+    MOST_RETRIES,
+    check_attributes,
+    check_place,
+    check_tags,
+    delay_option,
+    duration_option,
+)
 from pyworkflow._registry import (
     STEPS,
     WORKFLOWS,
@@ -93,7 +100,7 @@ class RunOptions:
         self.queue = queue
         self.priority = priority
         self.tags = check_tags(ArgumentError, tags)
-        self.attributes = dict(attributes or {})
+        self.attributes = check_attributes(attributes)
         self.max_duration = (
             None
             if max_duration is None
@@ -146,6 +153,8 @@ class Step(Generic[P, R]):
             max_retries = 0 if semantics == "at_most_once" else RETRIES
         if type(max_retries) is not int or max_retries < 0:
             raise DefinitionError(f"max_retries={max_retries!r} is not a number of tries >= 0")
+        if max_retries > MOST_RETRIES:
+            raise DefinitionError(f"max_retries={max_retries!r:.80} is more than {MOST_RETRIES}")
         if semantics == "at_most_once" and max_retries:
             raise DefinitionError(
                 f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
@@ -510,7 +519,7 @@ def workflow(
     tags: Sequence[str] = (),
     check_args: Literal["stall", "warn"] = "stall",
 ) -> Callable[[Callable[P, Awaitable[R]]], Workflow[P, R]]: ...
-def workflow(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+def workflow(fn: Callable[..., Any] | None = None, /, *more: object, **settings: Any) -> Any:
     """Define a workflow: ``@workflow`` or ``@workflow(name=…, max_duration=…, …)``.
 
     Raises:
@@ -522,6 +531,7 @@ def workflow(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
         check_options("@workflow", settings, _WORKFLOW_OPTIONS)
         return WORKFLOWS.add(Workflow(fn, **settings))
 
+    check_alone("workflow", more)
     return define if fn is None else define(fn)
 
 
@@ -542,7 +552,7 @@ def step(
     semantics: Literal["at_least_once", "at_most_once"] = "at_least_once",
     hard_timeout: bool = False,
 ) -> _StepDecorator: ...
-def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+def step(fn: Callable[..., Any] | None = None, /, *more: object, **settings: Any) -> Any:
     """Define a step: ``@step`` or ``@step(max_retries=…, retry_delay=…, timeout=…, …)``.
 
     ``max_retries=n`` is at most n + 1 attempts (default 5; 0 for ``at_most_once``).
@@ -562,6 +572,7 @@ def step(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
         check_options("@step", settings, _STEP_OPTIONS)
         return STEPS.add(Step(fn, **settings))
 
+    check_alone("step", more)
     return define if fn is None else define(fn)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "ask",
     "call",
     "error_class",
+    "has_hooks",
     "hooks_active",
     "observe",
     "observe_once",
@@ -32,6 +33,11 @@ _log = logging.getLogger("pyworkflow.plugins")
 
 #: (plugin, hook) → how often it raised in this process.
 observer_errors: Counter[tuple[str, str]] = Counter()
+
+
+def has_hooks(plugin: object) -> bool:
+    """True when ``pyworkflow.spi.hookimpl`` marks a method or function of ``plugin``."""
+    return _table.marks(plugin)
 
 
 def hooks_active(hook: str) -> bool:
@@ -197,6 +203,12 @@ class HookTable:
             return []
         caller = getattr(manager.hook, hook, None)
         return [] if caller is None else [*reversed(caller.get_hookimpls())]
+
+    def marks(self, plugin: object) -> bool:
+        """Whether the object has a marked method or function; it need not be registered."""
+        with self.lock:
+            parse = self._pluggy().parse_hookimpl_opts
+            return any(parse(plugin, name) is not None for name in dir(plugin))
 
     def hooks_of(self, plugin: object) -> list[str]:
         """Names of the hooks that a registered plugin implements."""

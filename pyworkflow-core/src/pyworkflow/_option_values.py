@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 from pyworkflow._duration import parse_duration
 from pyworkflow._retry import Delay, RetryDelay, delay_of
-from pyworkflow.errors import DefinitionError, WorkflowError
+from pyworkflow.errors import ArgumentError, DefinitionError, WorkflowError
 
-__all__ = ["check_place", "check_tags", "delay_option", "duration_option"]
+__all__ = [
+    "MOST_RETRIES",
+    "check_attributes",
+    "check_place",
+    "check_tags",
+    "delay_option",
+    "duration_option",
+]
 
 D = str | int | float | timedelta
 _HIGHEST = 9
+MOST_RETRIES = 2**31 - 1
+"""More are taken for a mistake."""
 
 
 def check_place(error: type[WorkflowError], queue: object, priority: object) -> None:
@@ -36,6 +45,22 @@ def check_tags(error: type[WorkflowError], tags: object) -> tuple[str, ...]:
             raise error(f"a tag is not text: tag={tag!r}")
         checked.append(tag)
     return tuple(checked)
+
+
+def check_attributes(attributes: object) -> dict[str, Any]:
+    """The attributes of one start; None has none. ``ArgumentError``."""
+    if attributes is None:
+        return {}
+    given = attributes  # the type checkers narrow `attributes` to maps of unknown things
+    if not isinstance(attributes, Mapping):
+        raise ArgumentError(
+            f"attributes={given!r:.80} is no mapping; write attributes={{'customer': 7}}"
+        )
+    found = dict(cast("Mapping[object, Any]", given))
+    for name in found:
+        if not isinstance(name, str):
+            raise ArgumentError(f"the name of an attribute is not text: name={name!r:.80}")
+    return cast("dict[str, Any]", found)
 
 
 def duration_option(

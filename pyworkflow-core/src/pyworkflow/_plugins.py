@@ -18,7 +18,13 @@ from pyworkflow import _hooks
 from pyworkflow._config import Settings, check_namespace, settings
 from pyworkflow._hooks import around, ask, error_class, hooks_active, observe, observer_errors
 from pyworkflow._urls import ParsedUrl, check_name, parse_url, redact_url, resolve_url
-from pyworkflow.errors import ConfigurationError, PluginBroken, PluginNotFound, WorkflowError
+from pyworkflow.errors import (
+    ArgumentError,
+    ConfigurationError,
+    PluginBroken,
+    PluginNotFound,
+    WorkflowError,
+)
 
 if TYPE_CHECKING:
     from pluggy import HookImpl
@@ -78,6 +84,10 @@ _KINDS = {
     "pyworkflow_make_executor": "executor",
     "pyworkflow_make_storage": "storage",
 }
+_MARK_HOOKS = (
+    "mark its methods or functions with @hookimpl of pyworkflow.spi, named as in "
+    "pyworkflow.spi.hookspecs"
+)
 _log = logging.getLogger("pyworkflow.plugins")
 
 Status = Literal["loaded", "broken", "disabled", "conflict"]
@@ -205,7 +215,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
 
     Its hooks are the methods or functions that ``pyworkflow.spi.hookimpl`` marks, named as in
     ``pyworkflow.spi.hookspecs``. They are called from now on, whatever works in this process. Its
-    factories are asked before those of installed plugins.
+    factories are asked before those of installed plugins. A plugin without hooks logs a warning.
 
     Args:
         plugin: The object.
@@ -213,6 +223,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
             type's.
 
     Raises:
+        ArgumentError: None, text, a number or a class.
         ConfigurationError: a hook of the wrong form, or the name is taken.
     """
     _catalogue.add(plugin, name)
@@ -351,6 +362,16 @@ class _Catalogue:
     def add(self, plugin: object, name: str | None) -> None:
         if self.is_added(plugin):
             return
+        if isinstance(plugin, type):
+            raise ArgumentError(
+                f"a plugin is an object, not a class: plugin={plugin.__qualname__}; write "
+                f"register_plugin({plugin.__name__}())"
+            )
+        if plugin is None or isinstance(plugin, str | bytes | int | float):
+            raise ArgumentError(
+                f"a plugin is an object or a module with hooks, not plugin={plugin!r:.80}; "
+                f"{_MARK_HOOKS}"
+            )
         named = name or getattr(plugin, "__name__", "")
         named = named or f"{type(plugin).__qualname__}-{id(plugin):x}"
         try:
@@ -361,6 +382,8 @@ class _Catalogue:
                 "its hooks must have the form of pyworkflow.spi.hookspecs"
             ) from error
         self._application[named] = plugin
+        if not _hooks.has_hooks(plugin):
+            _log.warning("the plugin has no hooks: plugin=%s; %s", named, _MARK_HOOKS)
 
     def remove(self, plugin: object) -> None:
         for name, standing in [*self._application.items()]:

@@ -153,6 +153,17 @@ class Signature:
         if kwargs or len(args) != self.exact:
             self.signature.bind(*args, **kwargs)
 
+    def _misfit(
+        self, first: TypeError, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str:
+        """What does not fit: with an argument that is missing, also one that is unknown."""
+        try:
+            self.signature.bind_partial(*args, **kwargs)
+        except TypeError as unknown:
+            if str(unknown) != str(first):
+                return f"{first}; {unknown}"
+        return str(first)
+
     def validate(
         self, what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -166,7 +177,8 @@ class Signature:
                 bound = self.signature.bind(*args, **kwargs)
             except TypeError as exc:
                 raise ArgumentError(
-                    f"the arguments do not fit {what}{self.signature}: {exc}; nothing was started"
+                    f"the arguments do not fit {what}{self.signature}: "
+                    f"{self._misfit(exc, args, kwargs)}; nothing was started"
                 ) from exc
             named = bound.arguments
         else:

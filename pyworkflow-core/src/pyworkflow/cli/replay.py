@@ -52,6 +52,7 @@ def command(source: str, modules: Sequence[str], save: Path | None) -> int:
         from pyworkflow._config import settings
 
         import_workflows(settings().modules)
+    from pyworkflow._definitions import find_workflow
     from pyworkflow.testing import replay
 
     history = _history(source)
@@ -60,6 +61,11 @@ def command(source: str, modules: Sequence[str], save: Path | None) -> int:
             history.dump(save)
         except OSError as error:
             raise click.UsageError(f"--save {save}: {error}") from error
+    if find_workflow(history.run.workflow) is None:
+        raise click.UsageError(
+            f"no workflow of this name is defined: workflow={history.run.workflow}; name its "
+            "module with --module, or set modules in [tool.pyworkflow] or PYWORKFLOW_MODULES"
+        )
     found = replay(history)
     mismatch = None if found.mismatch is None else str(found.mismatch)
     if wants_json():

@@ -160,11 +160,41 @@ def _owed(item: WorkItem) -> str:
     return f"{item.item_id} due {output.moment(item.due_at)} in queue {item.queue}{held}"
 
 
+def _event_types(
+    ctx: click.Context, parameter: click.Parameter, given: Sequence[str]
+) -> Sequence[str]:
+    """Event types, and beginnings of them up to their dot; other levels of ``log`` may come."""
+    from pyworkflow.events import EventType
+
+    known = sorted(str(kind) for kind in EventType)
+    for one in given:
+        if not one.startswith("log.") and one not in known and not _is_beginning(one, known):
+            raise click.BadParameter(
+                f"{one!r} is no type of events; there are {', '.join(known)}", ctx, parameter
+            )
+    return given
+
+
+def _is_beginning(text: str, known: Sequence[str]) -> bool:
+    return text.endswith(".") and any(kind.startswith(text) for kind in known)
+
+
+def _is_wanted(kind: str, types: Sequence[str]) -> bool:
+    return any(kind == one or (one.endswith(".") and kind.startswith(one)) for one in types)
+
+
 @command.command("events")
 @click.argument("run_id")
 @click.option("--after", type=click.IntRange(min=0), default=0, metavar="SEQ", help="Start behind.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="How many at most.")
-@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these, as step.failed.")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    callback=_event_types,
+    help="Only these, as step.failed; `step.` means every type that begins so. May be given again.",
+)
 @click.option("--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--plain", is_flag=True, help="With --json: values as objects, not as stored text.")
 @shared
@@ -183,7 +213,7 @@ def show_events(
             events = await operations.get_events(run_id, position, left)
             for event in events:
                 position = event.seq
-                if not types or event.type in types:
+                if not types or _is_wanted(event.type, types):
                     _show_event(event, plain)
             left = None if left is None else left - len(events)
             if not follow or left == 0 or any(event.type in ENDS for event in events):
