@@ -59,6 +59,32 @@ def test_copy_says_what_it_did_and_does_nothing_the_second_time(command):
     assert [run["result"] for run in json.loads(listed.stdout)["runs"]] == [300_000, 300_000]
 
 
+def test_copy_says_what_it_did_until_a_run_differs(command, tmp_path: Path):
+    starts = """
+import asyncio
+import sys
+
+from flow import flow
+from pyworkflow import Client
+
+async def main():
+    async with Client(storage=sys.argv[1]) as client:
+        for run_id in sys.argv[2:]:
+            await client.run(flow.options(run_id=run_id))
+
+asyncio.run(main())
+"""
+    for names in (["file:a", "r1", "r2"], ["file:b", "r2"]):
+        subprocess.run([sys.executable, "-c", starts, *names], cwd=tmp_path, check=True)
+    told = command("storage", "copy", "file:a", "file:b")
+    assert told.returncode == 1
+    assert "run_id=r2" in told.stderr
+    assert "copied: runs=" in told.stderr
+    again = command("storage", "copy", "file:a", "file:b", "--json")
+    assert again.returncode == 1
+    assert "run_id=r2" in json.loads(again.stdout)["error"]
+
+
 @pytest.mark.parametrize(
     ("args", "status", "said"),
     [

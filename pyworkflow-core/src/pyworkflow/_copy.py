@@ -34,7 +34,7 @@ class CopyConflict(WorkflowError):
     def __str__(self) -> str:
         return (
             f"the target differs from the source: run_id={self.run_id}: {self.detail}; "
-            "copy into an empty namespace, or purge the run there first"
+            "the copy stopped here, and what was copied before stays; copy into an empty namespace"
         )
 
 

@@ -194,7 +194,7 @@ def copy(
     import asyncio
 
     from pyworkflow._config import settings
-    from pyworkflow._copy import CopyReport, copy_store
+    from pyworkflow._copy import CopyConflict, CopyReport, copy_store
     from pyworkflow._plugins import make_storage
 
     if click.get_current_context().meta.get("pyworkflow.cli.storage"):
@@ -202,7 +202,11 @@ def copy(
     settle_settings()
     given = namespace or settings().namespace
 
+    so_far = CopyReport()
+
     def show(report: CopyReport) -> None:
+        nonlocal so_far
+        so_far = report
         if report.copied % 1000 == 0 and report.copied and not wants_json():
             click.echo(f"copied: runs={report.copied} events={report.events}", err=True)
 
@@ -225,7 +229,14 @@ def copy(
             )
             return report, old.info().location, new.info().location
 
-    report, old, new = asyncio.run(main())
+    try:
+        report, old, new = asyncio.run(main())
+    except CopyConflict as error:
+        if wants_json():
+            output.print_json({**asdict(so_far), "error": str(error)})
+        else:
+            click.echo(f"copied: runs={so_far.copied} events={so_far.events}", err=True)
+        raise
     facts: dict[str, Any] = {"from": old, "to": new, **asdict(report)}
     if wants_json():
         output.print_json(facts)
