@@ -519,13 +519,8 @@ class StorageBackend(ABC):
 
         Its items are due at once, and its claims stay counted.
         """
-        freed = 0
-        async for _, item in self._every_item():
-            lease = item.lease
-            if lease is not None and lease.owner == owner:
-                ref = ClaimRef(item.run_id, item.item_id, lease.token)
-                freed += (await self.renew([ref], timedelta(0)))[0]
-        return freed
+        refs = await self.leases(owner)
+        return sum(await self.renew(refs, timedelta(0))) if refs else 0
 
     async def recover(self) -> None:
         """End all claims, and let no token be issued again that may have been issued before.
