@@ -219,7 +219,8 @@ from pyworkflow_storage_lmdb import LmdbStorageBackend
 async def look(path):
     try:
         async with LmdbStorageBackend(path) as store:
-            assert not await fsck(store)
+            if await fsck(store):
+                return "damaged"
             new = NewRun(workflow="flow", version="1", args="x" * 100_000)
             await store.commit_one(Change(run_id="new", key="start", create=new))
             return "sound"
