@@ -32,6 +32,7 @@ from pyworkflow import (
 from pyworkflow._definitions import Step, Workflow
 from pyworkflow._engine.deliver import event_payload, run_payload
 from pyworkflow._engine.guard import shared_guard
+from pyworkflow._engine.session import Session
 from pyworkflow.errors import StorageUnavailable
 from pyworkflow.runs import ItemKind, ParentRef, Run
 from pyworkflow.spi import (
@@ -1783,5 +1784,52 @@ def test_workflow_errors_of_every_kind_fail_the_run_and_not_the_worker() -> None
                 with pytest.raises(expected):
                     await b.result(run_id)
                 assert (await b.get(run_id)).status == "failed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_fault_of_the_engine_is_tried_again_after_pauses_and_then_stalls_the_run(
+    heals: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[str] = []
+
+    def broken(self: Any) -> Any:
+        if not faulty:
+            return finish(self)
+        faults.append(self._run.run_id)
+        raise LookupError("a fault of the engine")
+
+    faulty = [True]
+    finish = Session._finish
+    monkeypatch.setattr(Session, "_finish", broken)
+
+    @workflow
+    async def te_faulty() -> str:
+        return "done"
+
+    async def main() -> None:
+        async with bench() as b:
+            worker = b.worker
+            assert worker is not None
+
+            async def faults_are(number: int) -> None:
+                await eventually(lambda: len(faults) == number and not worker.is_busy)
+
+            run_id = await b.start(te_faulty)
+            for number, pause in ((1, 1.1), (2, 2.1)):
+                await faults_are(number)
+                assert (await b.get(run_id)).status != "stalled"
+                await b.pass_time(pause)
+            await faults_are(3)
+            assert (await b.get(run_id)).stalled == "LookupError: a fault of the engine"
+            if not heals:
+                await b.pass_time(4.1)
+                await faults_are(4)
+                assert len(await b.events(run_id, "workflow.stalled")) == 1
+            faulty.clear()
+            await b.pass_time(8.1)
+            assert await b.result(run_id) == "done"
+            assert len(faults) == 3 + (not heals)
 
     asyncio.run(main())

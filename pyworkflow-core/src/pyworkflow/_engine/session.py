@@ -45,7 +45,11 @@ from pyworkflow._tracebacks import join_stacks
 from pyworkflow.errors import (
     NonDeterminism,
     PayloadTooLarge,
+    Refusal,
+    RunClosed,
+    RunNotFound,
     SerializationError,
+    StorageError,
     StorageUnavailable,
     UnseenInput,
 )
@@ -100,7 +104,8 @@ class Session(Straight):
     async def drive(self, events: Sequence[Event], seen_seq: int) -> bool:
         """Drive the turn to its end. True when the coroutine may be kept.
 
-        Raises the storage's refusal or ``StorageError``: the coroutine must be dropped.
+        Raises the storage's refusal or ``StorageError``: the coroutine must be dropped. Any other
+        exception is a fault of one item, and stays with it.
         """
         self._replay.acknowledge(seen_seq)
         for event in events:
@@ -131,12 +136,30 @@ class Session(Straight):
                     self._abandon(exc)
                     continue
                 if done is not None:
+                    self._worker.faults.over(self._run.run_id)
                     return done
+        except (Refusal, RunClosed, RunNotFound, StorageError):
+            raise
+        except Exception as fault:  # noqa: BLE001 - the same again would come at each claim
+            await self._faulted(fault)
+            return False
         finally:
             self._worker.leases.discard(self._ref)
             for place in self._running.values():
                 if place.task is not None:
                     place.task.cancel()
+
+    async def _faulted(self, fault: Exception) -> None:
+        """The turn came to a fault that no rule foresees: again after a pause, or stalled until then."""
+        _log.error("an item could not be worked on run_id=%s", self._run.run_id, exc_info=fault)
+        pause, stalls = self._worker.faults.count(self._run.run_id)
+        if stalls and self._cancel is not None:
+            await self._close_without_code(self._cancel)
+        elif stalls:
+            again = from_micros(self._worker.clock.micros()) + pause
+            await self.stall(f"{type(fault).__name__}: {fault}", again, fault)
+        else:
+            await self._worker.storage.release(self._ref, delay=pause)
 
     async def _compare_replays(self, events: Sequence[Event]) -> None:
         """Say which argument a second replay of the same history changes, or that none does.

@@ -26,6 +26,7 @@ from pyworkflow._engine.damaged import DamagedWork
 from pyworkflow._engine.deliver import deliver
 from pyworkflow._engine.dispatched import DispatchedSteps
 from pyworkflow._engine.eviction import Evictor
+from pyworkflow._engine.faults import Faults
 from pyworkflow._engine.guard import shared_guard
 from pyworkflow._engine.keeper import LeaseKeeper
 from pyworkflow._engine.kept import KeptRuns
@@ -72,7 +73,7 @@ class Worker:
     __slots__ = (  # see ``Turn``
         "__weakref__", "_aside", "_bells", "_deliveries", "_held", "_owns_storage", "_server",
         "_serves", "_steps", "_stopping", "_tasks", "_turns", "_unwatch", "client", "clock",
-        "codecs", "damaged", "end_process", "evictor", "guard", "is_closed", "kept", "leases",
+        "codecs", "damaged", "end_process", "evictor", "faults", "guard", "is_closed", "kept", "leases",
         "loop", "max_events", "max_payload", "on_run_ended", "on_run_started", "outages", "owner",
         "pipeline", "queues", "raised", "recovery", "roads", "runner", "settings", "spread",
         "storage", "suspects", "unfit", "woken",
@@ -131,6 +132,7 @@ class Worker:
         self.roads = Roads()
         self.damaged = DamagedWork(storage, self.recovery.wanted)
         self.unfit = UnfitRuns(settings.version_grace)
+        self.faults = Faults()
         self.raised = Raised()
         self.kept = KeptRuns(self.evictor, settings.sessions)
         self._steps = DispatchedSteps(self)
