@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from pyworkflow.storage.file import FileStorageBackend
 
 FLOW = """
 from pyworkflow import step, workflow
@@ -22,6 +26,18 @@ async def blob() -> str:
 async def flow() -> int:
     return len(await blob())
 """
+
+
+def make_store(path: Path) -> None:
+    async def main() -> None:
+        async with FileStorageBackend(path):
+            pass
+
+    asyncio.run(main())
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -105,13 +121,74 @@ asyncio.run(main())
     ],
 )
 def test_wrong_use_is_told_with_the_remedy(command, tmp_path, args, status, said):
-    (tmp_path / "there").mkdir()
+    make_store(tmp_path / "there")
     (tmp_path / "alias").symlink_to(tmp_path / "there")
     done = command("storage", *args)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "missing").exists()
     assert "Traceback" not in done.stderr
+
+
+LOOKS = [
+    ["runs", "list"],
+    ["runs", "show", "x"],
+    ["replay", "x"],
+    ["storage", "check"],
+    ["storage", "stats"],
+    ["storage", "purge", "--older-than", "1d"],
+    ["storage", "set-clock", "--to-now"],
+]
+
+
+@pytest.mark.parametrize("words", LOOKS, ids=" ".join)
+def test_a_directory_that_is_no_store_is_told_like_a_missing_one_and_stays_as_it_is(
+    command, tmp_path, words
+):
+    before = contents(tmp_path)
+    told = command(*words, "--storage", "file:.")
+    assert told.returncode == 3
+    assert told.stderr == (
+        f"pyworkflow: there is no store: {tmp_path}; check --storage or PYWORKFLOW_STORAGE, and the "
+        "current directory. A store is made by the first run or worker that uses it\n"
+    )
+    assert told.stdout == ""
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("file:.", "there is no store"),
+        ("file:.pyworkflow/default", "name the directory above it"),
+        ("sqlite:///empty.db", "there is no store"),
+        ("sqlite:///other.db", "a database of something else"),
+        ("sqlite:///flow.py", "flow.py"),
+    ],
+)
+def test_what_is_no_store_is_neither_copied_nor_changed_nor_sound(command, tmp_path, source, said):
+    if ".pyworkflow" in source:
+        make_store(tmp_path / ".pyworkflow")
+    (tmp_path / "empty.db").touch()
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("create table mine(x)")
+    other.close()
+    before = contents(tmp_path)
+    for words in (
+        ["storage", "copy", source, "file:to"],
+        ["storage", "check", "--storage", source],
+    ):
+        done = command(*words)
+        assert done.returncode == 3, done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+        assert contents(tmp_path) == before
+
+
+def test_looking_from_another_namespace_finds_the_store(command):
+    assert command("run", "flow.py:flow").returncode == 0
+    done = command("storage", "stats", "--json", PYWORKFLOW_NAMESPACE="other")
+    assert done.returncode == 0, done.stderr
 
 
 def test_purge_counts_first_and_then_removes(command):
@@ -145,6 +222,7 @@ def offloaded(command, tmp_path) -> tuple[dict[str, str], list[Path]]:
     ("given", "said"),
     [
         (["--storage", "file:typo"], "there is no store"),
+        (["--storage", "file:."], "there is no store"),
         (["--storage", "file:empty"], "the store has no runs"),
         (["--namespace", "typo"], "namespace=typo"),
         (["--also", "sqlite:///typo.db"], "there is no store"),
@@ -154,7 +232,7 @@ def test_nothing_is_swept_when_a_store_that_is_named_has_no_runs(
     command, offloaded, tmp_path, given, said
 ):
     env, files = offloaded
-    (tmp_path / "empty").mkdir()
+    make_store(tmp_path / "empty")
     done = command("storage", "sweep-offloaded", "--older-than", "1h", *given, **env)
     assert done.returncode == 3
     assert said in done.stderr
@@ -164,7 +242,7 @@ def test_nothing_is_swept_when_a_store_that_is_named_has_no_runs(
 
 def test_what_a_sweep_would_remove_is_shown_first(command, offloaded, tmp_path):
     env, files = offloaded
-    (tmp_path / "empty").mkdir()
+    make_store(tmp_path / "empty")
     asked = ("storage", "sweep-offloaded", "--older-than", "1h", "--storage", "file:empty")
     shown = command(*asked, "--allow-empty", "--dry-run", "--json", **env)
     assert json.loads(shown.stdout)["would_remove"] == [str(path) for path in files]

@@ -34,6 +34,7 @@ from pyworkflow.spi import (
 from pyworkflow.storekit import answer_each, check_change
 from pyworkflow.storekit.embedded import FEW, Dispatcher, EmbeddedBackend, nothing
 from pyworkflow_storage_file._calls import Calls
+from pyworkflow_storage_file._files import has_store
 from pyworkflow_storage_file._journal import SEGMENT_BYTES, Journal
 from pyworkflow_storage_file._state import State
 from pyworkflow_storage_file._writer import Batch, Writer
@@ -92,10 +93,18 @@ class FileStorageBackend(EmbeddedBackend[Batch]):
         """Make the directory if need be, read the journal. Idempotent.
 
         Raises:
-            ConfigurationError: the path is no directory.
+            ConfigurationError: the path is no directory, or is inside a store.
             StorageError: it cannot be used; ``StorageDamaged`` and ``SchemaTooNew`` are such.
         """
         await self._read(nothing, small=True)
+
+    async def exists(self) -> bool:
+        """Whether the directory has a store, whichever its namespaces are. Writes nothing.
+
+        Raises:
+            ConfigurationError: the path is inside a store.
+        """
+        return await asyncio.to_thread(_exists, self.path)
 
     def info(self) -> StorageInfo:
         """Name, place, capabilities and limits."""
@@ -358,6 +367,15 @@ def _purge(before: datetime, limit: int, key_retention: timedelta, batch: Batch)
 
 def _import(delta: Delta, batch: Batch) -> None:
     batch.write(batch.store.import_delta(delta), durable=True)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return has_store(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # opening says what is wrong
+        return True
 
 
 def _directory_name(namespace: str) -> str:

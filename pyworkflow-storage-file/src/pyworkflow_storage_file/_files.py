@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,6 +27,7 @@ from pyworkflow_storage_file._calls import Calls
 __all__ = [
     "Files",
     "Manifest",
+    "has_store",
     "pack_name",
     "read_all",
     "segment_name",
@@ -45,6 +47,8 @@ failpoints.register(
 
 #: Version of the manifest that this code writes, and the newest that it reads.
 MANIFEST_FORMAT: Final = 2
+_JOURNAL = re.compile(r"\d{6,}-p?\d{5,}\.jsonl")
+"""What segments and packs are called."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -80,14 +84,15 @@ class Files:
         root = self.directory.parent
         touched = [root, root.parent]
         try:
-            if not root.is_dir():
-                touched += [path.parent for path in (root, *root.parents) if not path.exists()]
-                make_private(root)
-            ignore = root / ".gitignore"
-            if not ignore.exists():
-                with open(ignore, "w", encoding="ascii", opener=_owner_only) as file:
-                    file.write("*\n")
-            self.directory.mkdir(mode=0o700, exist_ok=True)
+            if not self.directory.is_dir():
+                if not root.is_dir():
+                    touched += [path.parent for path in (root, *root.parents) if not path.exists()]
+                    make_private(root)
+                has_store(root)  # refuses the inside of another store
+                if not any(root.iterdir()):  # else it is not the store's alone
+                    with open(root / ".gitignore", "w", encoding="ascii", opener=_owner_only) as f:
+                        f.write("*\n")
+                self.directory.mkdir(mode=0o700, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigurationError(
                 f"the store's path is not a directory: path={root} file={error.filename}; "
@@ -262,6 +267,34 @@ def read_all(fd: int, offset: int, end: int | None = None) -> bytes:
         parts.append(part)
         offset += len(part)
     return b"".join(parts) if len(parts) != 1 else parts[0]
+
+
+def has_store(root: Path) -> bool:
+    """Whether there is a namespace of a store in the directory. Only reads.
+
+    Raises:
+        ConfigurationError: the directory is itself a namespace of a store.
+        OSError: the directory cannot be read.
+    """
+    if any(_is_namespace(folder) for folder in root.iterdir()):
+        return True
+    if _is_namespace(root):
+        raise ConfigurationError(
+            f"the path is inside a store: path={root}; name the directory above it: {root.parent}"
+        )
+    return False
+
+
+def _is_namespace(folder: Path) -> bool:
+    """Whether the files of a journal are there, however damaged."""
+    try:
+        with os.scandir(folder) as entries:
+            if any(_JOURNAL.fullmatch(entry.name) and entry.is_file() for entry in entries):
+                return True
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        return isinstance(manifest, dict) and {"generation", "segments"} <= manifest.keys()
+    except (OSError, ValueError):  # no directory, not ours to read, somebody else's manifest
+        return False
 
 
 def make_private(folder: Path) -> None:

@@ -118,6 +118,79 @@ def test_the_first_call_opens_and_a_second_open_is_fine(tmp_path):
     asyncio.run(main())
 
 
+def exists(path):
+    return asyncio.run(FileStorageBackend(path).exists())
+
+
+def make(path, namespace="default"):
+    async def main():
+        backend = FileStorageBackend(path, namespace=namespace)
+        try:
+            await backend.open()
+        finally:
+            await backend.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data.jsonl", "lock", "000001-000001.jsonl/x"])
+def test_a_directory_with_other_content_is_no_store_until_it_is_opened(tmp_path, name):
+    file = tmp_path / "default" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert not exists(tmp_path)
+    assert not exists(tmp_path / "missing")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_store_exists_whichever_its_namespaces_and_however_damaged(tmp_path):
+    make(tmp_path, "other")
+    assert exists(tmp_path)
+    folder = tmp_path / "other"
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    assert exists(tmp_path)
+    (segment,) = folder.glob("*.jsonl")
+    segment.unlink()
+    (folder / "manifest.json").write_bytes(manifest)
+    assert exists(tmp_path)
+
+
+def test_git_ignores_only_a_directory_that_was_the_stores_from_the_start(tmp_path):
+    (tmp_path / "a.py").touch()
+    make(tmp_path)
+    make(tmp_path, "second")
+    assert not (tmp_path / ".gitignore").exists()
+    for name in ("made", "empty"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        make(tmp_path / name)
+        assert (tmp_path / name / ".gitignore").read_text() == "*\n"
+
+
+def test_the_inside_of_a_store_is_refused_and_stays_as_it_is(tmp_path):
+    make(tmp_path / "store")
+    inside = tmp_path / "store" / "default"
+    before = sorted(inside.rglob("*"))
+    for call in (exists, make):
+        with pytest.raises(ConfigurationError, match=r"inside a store.*above it: .*store$"):
+            call(inside)
+    with pytest.raises(ConfigurationError, match="inside a store"):
+        make(inside, "other")
+    assert sorted(inside.rglob("*")) == before
+
+
+def test_a_store_that_0_1_0_made_inside_another_keeps_opening(tmp_path):
+    make(tmp_path / "elsewhere")
+    make(tmp_path / "store")
+    inside = tmp_path / "store" / "default"
+    (tmp_path / "elsewhere" / "default").rename(inside / "default")
+    make(inside)
+    assert exists(inside)
+    make(tmp_path / "store")
+
+
 def test_what_was_committed_is_there_for_other_objects_and_after_a_restart(tmp_path):
     async def main():
         async with FileStorageBackend(tmp_path) as one, FileStorageBackend(tmp_path) as two:

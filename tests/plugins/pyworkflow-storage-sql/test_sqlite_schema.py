@@ -16,6 +16,7 @@ import pytest
 from pyworkflow.spi import (
     Change,
     ClaimRequest,
+    ConfigurationError,
     ErrorInfo,
     Event,
     ItemKind,
@@ -23,6 +24,7 @@ from pyworkflow.spi import (
     NewRun,
     Put,
     RunStatus,
+    StorageDamaged,
     Update,
 )
 from pyworkflow_storage_sql import SQLiteStorageBackend
@@ -119,6 +121,29 @@ def test_a_dry_run_names_what_is_to_do_and_writes_nothing(tmp_path: Path) -> Non
     assert asyncio.run(ask("default")) == []
     assert asyncio.run(ask("other")) == ["namespace other"]
     assert path.read_bytes() == before
+
+
+def test_a_file_is_a_store_when_it_has_the_tables_and_asking_writes_nothing(tmp_path: Path) -> None:
+    def exists(name: str) -> bool:
+        return asyncio.run(SQLiteStorageBackend(tmp_path / name).exists())
+
+    async def make() -> None:
+        async with SQLiteStorageBackend(tmp_path / "made.db", namespace="other"):
+            # While it is open, the tables are in the write-ahead log alone.
+            assert await SQLiteStorageBackend(tmp_path / "made.db").exists()
+
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "text.db").write_text("no database" * 100)
+    assert not exists("missing.db")
+    assert not exists("empty.db")
+    with pytest.raises(StorageDamaged):
+        exists("text.db")
+    with pytest.raises(ConfigurationError, match="is a directory"):
+        exists(".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.db", "text.db"]
+    assert (tmp_path / "empty.db").read_bytes() == b""
+    asyncio.run(make())
+    assert exists("made.db")
 
 
 def test_a_migration_that_breaks_midway_is_begun_again(

@@ -22,6 +22,7 @@ __all__ = [
     "in_store",
     "opening",
     "queue_names",
+    "refuse_absent",
     "settle_settings",
     "shared",
     "store_hint",
@@ -130,13 +131,22 @@ def opening() -> Generator[None]:
         raise StorageError(f"the store cannot be opened: {error}") from error
 
 
-def _refuse_absent(location: str) -> None:
-    """Opening makes a store: whoever asks about one that is not there has mistyped its path."""
-    if Path(location).is_absolute() and not Path(location).exists():
-        raise Unusable(
-            f"there is no store: {location}; check --storage or PYWORKFLOW_STORAGE, and the current "
-            "directory. A store is made by the first run or worker that uses it"
-        )
+async def refuse_absent(
+    storage: StorageBackend,
+    check: str = "--storage or PYWORKFLOW_STORAGE, and the current directory",
+) -> None:
+    """Raise ``Unusable`` for a store that would only be made by opening it."""
+    location = storage.info().location
+    with opening():
+        if _has_no_path(location) or not await storage.exists():
+            raise Unusable(
+                f"there is no store: {location}; check {check}. "
+                "A store is made by the first run or worker that uses it"
+            )
+
+
+def _has_no_path(location: str) -> bool:
+    return Path(location).is_absolute() and not Path(location).exists()
 
 
 def in_store(call: Callable[[Operations], Any]) -> Any:
@@ -151,7 +161,7 @@ def in_store(call: Callable[[Operations], Any]) -> Any:
         with opening():
             storage: StorageBackend = configured_storage(settings())
             executor = configured_executor(settings())
-            _refuse_absent(storage.info().location)
+            await refuse_absent(storage)
             await storage.open()
         try:
             if not executor.capabilities.distributed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pyworkflow.cli._options import (
     Unusable,
     in_store,
     opening,
+    refuse_absent,
     settle_settings,
     shared,
     wants_json,
@@ -214,7 +214,7 @@ def copy(
         with opening():
             old = make_storage(source, given)
             new = make_storage(target, to_namespace or given)
-        _refuse_missing(source)
+        await refuse_absent(old, "FROM")
         async with AsyncExitStack() as stack:
             with opening():
                 await stack.enter_async_context(old)
@@ -336,10 +336,10 @@ def sweep_offloaded(
         async with AsyncExitStack() as stack:
             stores: list[StorageBackend] = []
             for url in dict.fromkeys(urls):
-                _refuse_missing(url)
                 for name in dict.fromkeys(names):
                     with opening():
                         store = make_storage(url, name)
+                        await refuse_absent(store, "--storage and --also")
                         stores.append(await stack.enter_async_context(store))
             return await sweep_offloaded(
                 *stores,
@@ -360,25 +360,6 @@ def sweep_offloaded(
         click.echo(f"would remove {output.counted(len(removed), 'file')}: {directory}")
     else:
         click.echo(f"removed {output.counted(len(removed), 'file')}: {directory}")
-
-
-def _refuse_missing(url: str) -> None:
-    """Raise ``Unusable`` for a store that would only be made by opening it.
-
-    Of other stores the server tells; what is wrong with the URL is told by its plugin.
-    """
-    from pathlib import Path
-    from urllib.parse import unquote
-
-    from pyworkflow._urls import resolve_url
-
-    scheme, _, rest = resolve_url(url, Path.cwd()).partition(":")
-    if scheme.lower() not in {"file", "sqlite"} or ":memory:" in rest:
-        return
-    path = rest.partition("?")[0].removeprefix("//localhost")
-    path = re.sub("^/+(?=[A-Za-z]:|/)", "", unquote(path))
-    if path and not Path(path).exists():
-        raise Unusable(f"there is no store: location={path}; check the URL")
 
 
 def _duration(option: str, text: str) -> timedelta:

@@ -363,6 +363,14 @@ class StorageBackend(ABC):
         """What ``migrate`` would do, by name; writes nothing. The default knows of none."""
         return []
 
+    async def exists(self) -> bool:
+        """Whether there is a store at the location; writes nothing, and need not be opened.
+
+        False means that opening makes one, which commands that only look must not do. The default
+        says True, for stores that a server makes.
+        """
+        return True
+
     @abstractmethod
     async def now(self) -> datetime:
         """The storage's clock, which alone decides due times, leases and timestamps."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from pyworkflow.spi import (
     Answer,
@@ -39,11 +39,12 @@ from pyworkflow_storage_sql.sqlite._clock import StoreClock
 from pyworkflow_storage_sql.sqlite._place import Place
 from pyworkflow_storage_sql.sqlite._reader import Reader
 from pyworkflow_storage_sql.sqlite._rows import fitting
-from pyworkflow_storage_sql.sqlite._schema import pending, storage_error
+from pyworkflow_storage_sql.sqlite._schema import exists, pending, storage_error
 from pyworkflow_storage_sql.sqlite._writer import Batch, Writer
 
 __all__ = ["SQLiteStorageBackend"]
 
+T = TypeVar("T")
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 MAX_EVENTS: Final = 10_000
 
@@ -134,8 +135,21 @@ class SQLiteStorageBackend(EmbeddedBackend[Batch]):
 
     async def pending_migrations(self) -> list[str]:
         """Names of the migrations that ``migrate`` would run now. Writes nothing, makes no file."""
+        return await self._look(partial(pending, self.path, self.namespace))
+
+    async def exists(self) -> bool:
+        """Whether the file is a store, whichever its namespaces are. Writes nothing.
+
+        Raises:
+            ConfigurationError: It is a directory, or a database of something else.
+            StorageError: It cannot be read.
+        """
+        return await self._look(partial(exists, self.path))
+
+    async def _look(self, call: Callable[[], T]) -> T:
+        """``call`` in a thread, without opening the store."""
         try:
-            return await asyncio.to_thread(pending, self.path, self.namespace)
+            return await asyncio.to_thread(call)
         except Exception as error:
             told = storage_error(error, self.path)
             if told is error:

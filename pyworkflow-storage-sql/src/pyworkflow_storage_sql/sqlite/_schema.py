@@ -6,6 +6,7 @@ import errno
 import os
 import sqlite3
 import time
+from contextlib import closing
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "OPEN_TIMEOUT",
     "claim_namespace",
     "connect",
+    "exists",
     "is_busy",
     "migrate",
     "pending",
@@ -222,6 +224,24 @@ def _statements(text: str) -> list[str]:
     return found
 
 
+def exists(path: Path) -> bool:
+    """Whether the file has a store's tables; writes nothing, makes no file.
+
+    Raises:
+        ConfigurationError: It is a directory, or a database of something else.
+        SchemaTooNew: A newer version made it.
+    """
+    if not path.exists():
+        return False
+    _check_place(path)
+    with closing(_read_only(path)) as conn:
+        return _version(conn, path) > 0
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=OPEN_TIMEOUT)
+
+
 def pending(path: Path, namespace: str) -> list[str]:
     """Names of the migrations that ``migrate`` would run; writes nothing, makes no file.
 
@@ -230,15 +250,12 @@ def pending(path: Path, namespace: str) -> list[str]:
     version, known = 0, None
     if path.exists():
         _check_place(path)
-        conn = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=OPEN_TIMEOUT)
-        try:
+        with closing(_read_only(path)) as conn:
             version = _version(conn, path)
             if version:
                 known = conn.execute(
                     "select id from namespaces where name = ?", (namespace,)
                 ).fetchone()
-        finally:
-            conn.close()
     names = [name for number, name, _ in _migrations() if number > version]
     return names if known else [*names, f"namespace {namespace}"]
 
