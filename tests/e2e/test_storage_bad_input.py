@@ -274,9 +274,15 @@ def test_a_missing_driver_is_named_with_what_installs_it(
         assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*.db*"))
     # The others work as before, and the list of plugins is no worse for it.
-    (tmp_path / "store").mkdir()
-    assert command("runs", "list", "--storage", f"file://{tmp_path}/store").returncode == 0
+    other = f"file://{tmp_path}/store"
+    asyncio.run(_make_store(other))
+    assert command("runs", "list", "--storage", other).returncode == 0
     assert command("plugins").returncode == 0
+
+
+async def _make_store(url: str) -> None:
+    async with make_storage(url):
+        pass
 
 
 # --- stores of a newer version ---------------------------------------------------------------------
