@@ -171,6 +171,7 @@ def test_what_is_no_store_is_neither_copied_nor_changed_nor_sound(command, tmp_p
         make_store(tmp_path / ".pyworkflow")
     (tmp_path / "empty.db").touch()
     other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("pragma journal_mode = wal")
     other.execute("create table mine(x)")
     other.close()
     before = contents(tmp_path)

@@ -234,12 +234,14 @@ def exists(path: Path) -> bool:
     if not path.exists():
         return False
     _check_place(path)
-    with closing(_read_only(path)) as conn:
+    # A connection that only reads would leave its log and shared memory beside the database.
+    with closing(_existing(path, "rw")) as conn:
         return _version(conn, path) > 0
 
 
-def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=OPEN_TIMEOUT)
+def _existing(path: Path, mode: str) -> sqlite3.Connection:
+    """A connection that makes no file of a database."""
+    return sqlite3.connect(f"file:{quote(str(path))}?mode={mode}", uri=True, timeout=OPEN_TIMEOUT)
 
 
 def pending(path: Path, namespace: str) -> list[str]:
@@ -250,7 +252,7 @@ def pending(path: Path, namespace: str) -> list[str]:
     version, known = 0, None
     if path.exists():
         _check_place(path)
-        with closing(_read_only(path)) as conn:
+        with closing(_existing(path, "ro")) as conn:
             version = _version(conn, path)
             if version:
                 known = conn.execute(
