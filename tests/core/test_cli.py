@@ -431,7 +431,13 @@ def test_a_run_is_shown_with_arguments_and_result_or_error(used: Path) -> None:
     assert run["work"] == []
     out = cli("runs", "show", ids(used)["failing"], cwd=used).stdout
     assert "failed" in out
-    assert "KeyError" in out
+    step, _, workflow = out.partition("In the workflow:")
+    assert "In the step that failed last:" in step
+    assert "in broken\n" in step
+    assert 'KeyError: "the step\'s own words"' in step
+    assert "in failing\n" in workflow
+    assert "pyworkflow/_" not in out
+    assert 'KeyError: "the step\'s own words"' in workflow
 
 
 def test_events_are_shown_in_order_and_filtered(used: Path) -> None:

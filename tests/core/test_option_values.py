@@ -73,6 +73,14 @@ def test_retries_without_number_are_refused() -> None:
         async def opt_refused() -> None: ...
 
 
+@pytest.mark.parametrize("value", ["yes", "", 1, 0, None])
+def test_hard_timeout_is_true_or_false(value: Any) -> None:
+    with pytest.raises(DefinitionError, match=f"hard_timeout={value!r} is neither True nor False"):
+
+        @step(timeout=1, hard_timeout=value)
+        def opt_hard() -> None: ...
+
+
 @pytest.mark.parametrize("priority", range(10))
 def test_r11_priorities_from_0_to_9_are_taken(priority: int) -> None:
     assert opt_any.options(priority=priority).options.priority == priority

@@ -255,6 +255,40 @@ def test_n09_whatever_an_opening_raises_the_worker_lives(
         assert all(type(wrong).__name__ in one and "resource=" in one for one in said)
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_resource_whose_factory_does_not_yield_is_named(is_async: bool) -> None:
+    async def empty() -> AsyncIterator[str]:
+        for name in ():
+            yield name
+
+    def empty_sync() -> Iterator[str]:
+        yield from ()
+
+    broken: Resource[str] = Resource(empty if is_async else empty_sync)
+
+    @step(max_retries=0)
+    async def empty_step() -> None:
+        await broken.get()
+
+    @workflow
+    async def empty_flow() -> str:
+        try:
+            await empty_step()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    async def main() -> str:
+        async with bench() as b:
+            found: str = await b.result(await b.start(empty_flow))
+            return found
+
+    said = asyncio.run(main())
+    assert said == (
+        f"opening a resource raised RuntimeError: generator didn't yield; resource={broken.name}"
+    )
+
+
 def test_n09_a_step_that_gives_up_while_it_opens_takes_it_from_no_other() -> None:
     opens: list[int] = []
 

@@ -15,9 +15,17 @@ from typing import Annotated, Any, Literal, NotRequired, Optional, Required, Unp
 
 import pytest
 import typing_extensions
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, FutureDatetime, Json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FutureDatetime,
+    Json,
+    SecretStr,
+)
 
-from pyworkflow import ArgumentError, sleep, step, workflow
+from pyworkflow import ArgumentError, SerializationError, sleep, step, workflow
 from pyworkflow._annotations import check_for, supported
 from pyworkflow._serialization import StoredArgumentInvalid
 from pyworkflow.cli.run import _arguments
@@ -280,6 +288,27 @@ def test_an_iterable_argument_is_a_list(annotation: Any, given: Any, wanted: Any
             return await env.run(flow, given)
 
     assert asyncio.run(main()) == repr(wanted)
+
+
+def test_an_argument_that_cannot_be_stored_goes_by_its_name() -> None:
+    flow = defined(SecretStr)
+    wanted = (
+        "argument 'x' cannot be stored: type=pydantic.types.SecretStr: this type has no exact form "
+        "in JSON; pass plain data, a dataclass or a pydantic model, and annotate it with that"
+    )
+    for args, kwargs in (((SecretStr("s"),), {}), ((), {"x": SecretStr("s")})):
+        with pytest.raises(SerializationError) as found:
+            flow.encode_call(args, kwargs)
+        assert str(found.value) == f"{wanted}; nothing was started"
+
+    @step(name="notes.secret")
+    async def secret(x: Any) -> None: ...
+
+    with pytest.raises(SerializationError) as found:
+        secret.encode_call((SecretStr("s"),), {})
+    assert str(found.value) == wanted
+    with pytest.raises(SerializationError, match=r"^argument 'x'\['a'\]\[1\] cannot be stored"):
+        secret.encode_call(({"a": [1, SecretStr("s")]},), {})
 
 
 # Stored arguments.

@@ -46,7 +46,6 @@ from pyworkflow._serialization import (
     decode_arguments,
     digest_arguments,
     encode,
-    encode_arguments,
 )
 from pyworkflow._signature import Signature
 from pyworkflow.errors import (
@@ -160,6 +159,8 @@ class Step(Generic[P, R]):
                 f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
             )
         check_place(DefinitionError, queue, priority)
+        if type(hard_timeout) is not bool:
+            raise DefinitionError(f"hard_timeout={hard_timeout!r} is neither True nor False")
         if hard_timeout and timeout is None:
             raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
         functools.update_wrapper(self, fn)
@@ -239,7 +240,7 @@ class Step(Generic[P, R]):
 
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
         """Arguments as payload text."""
-        return encode_arguments(args, dict(kwargs))
+        return self._signature.encode(args, kwargs)
 
     def bound_call(self, text: str) -> dict[str, Any]:
         """The tree of these arguments, with all that can be by position."""
@@ -400,7 +401,7 @@ class Workflow(Generic[P, R]):
     def encode_call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
         """Arguments, validated against the annotations, as payload text. ``ArgumentError``."""
         valid_args, valid_kwargs = self._signature.validate(f"workflow {self.name}", args, kwargs)
-        return encode_arguments(valid_args, valid_kwargs)
+        return self._signature.encode(valid_args, valid_kwargs, "; nothing was started")
 
     def same_call(self, one: str, other: str) -> bool:
         """Whether two payload texts are the arguments of the same call."""

@@ -278,12 +278,13 @@ def _looked_up(exc: BaseException) -> dict[str, object]:
 
     Of the object only a scalar: another may hold secrets that no argument or result has.
     """
-    found: dict[str, object] = {}
-    if isinstance(exc, (AttributeError, NameError)) and exc.name is not None:
-        found["name"] = exc.name
-    if isinstance(exc, AttributeError) and exc.obj is not None:
-        found["obj"] = exc.obj if type(exc.obj) in (*SCALARS, str) else object()
-    return found
+    names: tuple[str, ...] = ("name",) if isinstance(exc, NameError) else ()
+    if isinstance(exc, AttributeError):
+        names = ("name", "obj")
+    found = {name: part_of(exc, name) for name in names}
+    if (obj := found.get("obj")) is not None and type(obj) not in (*SCALARS, str):
+        found["obj"] = object()
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _may_be_raised(kind: type[BaseException]) -> bool:

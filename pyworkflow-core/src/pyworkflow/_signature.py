@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,8 +14,13 @@ from typing import Any, NamedTuple
 from pyworkflow._annotations import Check, NotValidatable, check_for, is_silent
 from pyworkflow._parameters import Parameters
 from pyworkflow._restore import from_text
-from pyworkflow._serialization import StoredArgumentInvalid, adapter_for, unwrapped
-from pyworkflow._tagged import text_of
+from pyworkflow._serialization import (
+    StoredArgumentInvalid,
+    adapter_for,
+    encode_arguments,
+    unwrapped,
+)
+from pyworkflow._tagged import PLAIN, NotSerializable, text_of
 from pyworkflow.errors import ArgumentError
 
 __all__ = ["Signature"]
@@ -22,6 +28,7 @@ __all__ = ["Signature"]
 _log = logging.getLogger("pyworkflow.client")
 _PLAIN_DEFAULTS = frozenset({type(None), bool, int, float, str, bytes, type})
 _KEYWORDS = inspect.Parameter.VAR_KEYWORD
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NOT_BY_NAME = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.VAR_POSITIONAL,
@@ -257,6 +264,24 @@ class Signature:
         if typing.get_origin(self.hints[name]) is typing.Unpack:
             return take("", value)
         return {key: take(key, item) for key, item in value.items()}
+
+    def encode(self, args: tuple[object, ...], kwargs: Mapping[str, object], end: str = "") -> str:
+        """Arguments as payload text; ``NotSerializable`` names the parameter, and has the end."""
+        try:
+            return encode_arguments(args, kwargs)
+        except NotSerializable as error:
+            raise self._named(error, end) from error.__cause__
+
+    def _named(self, error: NotSerializable, end: str) -> NotSerializable:
+        path, remedy = error.path, error.remedy
+        if found := re.match(r"args\[(\d+)\]", path):
+            place = int(found[1])
+            names = [p.name for p in self.signature.parameters.values() if p.kind in _BY_PLACE]
+            if place < len(names):
+                path = f"argument {names[place]!r}{path[found.end() :]}"
+        if remedy == PLAIN:
+            remedy = "pass plain data, a dataclass or a pydantic model, and annotate it with that"
+        return NotSerializable(path, error.type, error.why, remedy + end)
 
     @functools.cached_property
     def result(self) -> Any:

@@ -84,10 +84,10 @@ class Refused(Exception):  # internal: leaves this module as NotSerializable
         if len(set(self.trail)) < len(self.trail):
             why = "it contains itself"
         name = f"{self.kind.__module__}.{self.kind.__qualname__}"
-        return NotSerializable(path, name.removeprefix("builtins."), why, self.remedy or _PLAIN)
+        return NotSerializable(path, name.removeprefix("builtins."), why, self.remedy or PLAIN)
 
 
-_PLAIN = (
+PLAIN = (
     "return plain data, a dataclass or a pydantic model, or annotate with a type that pydantic "
     "can dump and validate"
 )

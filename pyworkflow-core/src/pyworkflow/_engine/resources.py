@@ -289,8 +289,13 @@ class WorkerResources:
                     del entries[entry.resource]
         if isinstance(error, asyncio.CancelledError) and entry.abandoned:
             error = _ended(entry)
-        elif not isinstance(error, Exception) or isinstance(error, StopIteration):
-            # A future takes some of these for its own, and SystemExit would end the worker.
+        elif (
+            not isinstance(error, Exception)
+            or isinstance(error, StopIteration)
+            or error.args == ("generator didn't yield",)
+        ):
+            # A future takes some of these for its own, and SystemExit would end the worker; the
+            # last one is contextlib's, which names no factory.
             message = f"opening a resource raised {type(error).__name__}: {error}"
             wrapped = RuntimeError(f"{message}; resource={entry.resource.name}")
             wrapped.__cause__ = error

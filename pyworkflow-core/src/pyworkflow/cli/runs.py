@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -35,6 +35,8 @@ _STATUSES = (
     "terminated",
     "continued",
 )
+_PAGE = 1000
+"""Events that are read at once."""
 _GLANCE = timedelta(seconds=5)
 
 
@@ -109,11 +111,12 @@ def list_runs(
 def show_run(run_id: str) -> None:
     """Show a run: status, arguments, result or error, and what it waits for."""
 
-    async def read(operations: Operations) -> tuple[Run, list[WorkItem]]:
+    async def read(operations: Operations) -> tuple[Run, list[WorkItem], str]:
         run = await operations.get_run(run_id)
-        return run, await operations.storage.list_work(run_id)
+        failure = await _last_failure(operations, run) if run.error and not wants_json() else ""
+        return run, await operations.storage.list_work(run_id), failure
 
-    run, work = in_store(read)
+    run, work, failure = in_store(read)
     if wants_json():
         items = [
             {
@@ -133,6 +136,10 @@ def show_run(run_id: str) -> None:
         error = [line for line in output.own_frames(run.error.traceback) if line] or [
             f"{run.error.type}: {run.error.message}"
         ]
+        if failure:
+            step = [f"  {line}" for line in output.own_frames(failure) if line]
+            whole = [f"  {line}" for line in error]
+            error = ["In the step that failed last:", *step, "In the workflow:", *whole]
     output.print_pairs(
         {
             "run": run.run_id,
@@ -153,6 +160,19 @@ def show_run(run_id: str) -> None:
             "work": [_owed(item) for item in work],
         }
     )
+
+
+async def _last_failure(operations: Operations, run: Run) -> str:
+    """The traceback of the step that failed last, or nothing."""
+    end = run.history_length
+    while end > 0:
+        after = max(0, end - _PAGE)
+        for event in reversed(await operations.get_events(run.run_id, after, end - after)):
+            if event.type == "step.failed":
+                error = cast("Mapping[str, object]", event.data["error"])
+                return str(error.get("traceback", ""))
+        end = after
+    return ""
 
 
 def _owed(item: WorkItem) -> str:
