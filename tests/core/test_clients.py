@@ -23,6 +23,7 @@ from pyworkflow import (
     WorkflowError,
     _config,
     configure,
+    declare_workflow,
     patched,
     sleep,
     step,
@@ -382,6 +383,28 @@ def test_a_run_that_may_stall_is_looked_at_within_stalled_after() -> None:
                 assert storage.timeouts == [timedelta(seconds=expected)]
 
     asyncio.run(main())
+
+
+def test_a_wait_for_a_run_that_no_worker_here_can_run_warns_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    typo = declare_workflow("cl_typo")
+
+    async def main() -> None:
+        storage = Watched()
+        async with bench(storage, stalled_after=timedelta(seconds=0.05)) as b:
+            run_id = await b.start(typo)
+            waiting = asyncio.ensure_future(b.ops.result(run_id, None))
+            await eventually(lambda: "no worker has taken" in caplog.text)
+            looks = len(storage.timeouts)
+            await eventually(lambda: len(storage.timeouts) >= looks + 3)
+            waiting.cancel()
+            await b.ops.cancel(run_id, "")
+
+    asyncio.run(main())
+    (line,) = [m for m in caplog.messages if "no worker has taken" in m]
+    assert "workflow=cl_typo queue=default; this process only declares that workflow" in line
+    assert "set worker=False" in line
 
 
 # --- what a question cannot mean ---------------------------------------------------------------------

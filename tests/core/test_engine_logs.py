@@ -67,3 +67,35 @@ def test_a_run_that_ends_well_is_one_line_for_information(
     (line,) = [r for r in _lines(caplog) if r.getMessage().startswith("run ")]
     assert line.getMessage() == f"run completed: workflow=logged.fine run_id={run_id}"
     assert line.levelname == "INFO"
+
+
+@workflow(name="logged.hangs")
+async def hangs() -> None:
+    await asyncio.Event().wait()
+
+
+@workflow(name="logged.wakes")
+async def wakes() -> None:
+    event = asyncio.Event()
+    asyncio.get_running_loop().call_later(3600, event.set)
+    await event.wait()
+
+
+def test_a_run_that_nothing_can_wake_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> str:
+        async with bench() as b:
+            other = await b.start(wakes)
+            await b.asleep(other)
+            run_id = await b.start(hangs)
+            await b.has(run_id, "workflow.suspended")
+            await b.rest()
+            await b.work()
+            for each in (run_id, other):
+                await b.ops.cancel(each, "enough")
+                await b.until(each, "cancelled")
+            return run_id
+
+    run_id = asyncio.run(main())
+    (line,) = [r for r in _lines(caplog) if "nothing can wake" in r.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert f"workflow=logged.hangs run_id={run_id};" in line.getMessage()

@@ -23,7 +23,7 @@ spi
 storekit
 _parameters _run_values _option_values _signature _defining _registry _definitions _declared _primitives _resources _context _logging _plugins _hooks _config _urls _memory _memory_plugin _codecs _codec_plugin
 _engine _local _local_plugin
-_client _functions _routing _copy _operations _results worker testing
+_client _functions _routing _copy _operations _queries _results worker testing
 celery conformance storage
 cli __main__
 """

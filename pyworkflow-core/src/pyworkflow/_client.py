@@ -14,8 +14,9 @@ from pyworkflow._definitions import BoundWorkflow, Workflow, start_of
 from pyworkflow._engine.places import current_place, without_slot
 from pyworkflow._engine.worker import Worker
 from pyworkflow._local import check_shared, configured_executor
-from pyworkflow._operations import IfStalled, Named, Operations
+from pyworkflow._operations import IfStalled, Operations
 from pyworkflow._plugins import load_observers, make_storage
+from pyworkflow._queries import Named
 from pyworkflow._results import parse_timeout
 from pyworkflow._routing import call_async, refuse_in_workflow
 from pyworkflow.events import Event

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from pyworkflow._definitions import BoundWorkflow, Workflow, start_of
-from pyworkflow._operations import IfStalled, Named, Operations
+from pyworkflow._operations import IfStalled, Operations
+from pyworkflow._queries import Named
 from pyworkflow._results import parse_timeout
 from pyworkflow._routing import call, call_async, refuse_in_workflow, refuse_waiting
 from pyworkflow.events import Event

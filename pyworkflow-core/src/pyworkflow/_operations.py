@@ -14,13 +14,14 @@ from pyworkflow._clock import LAST
 from pyworkflow._codecs import opened_events, opened_run, writer_for
 from pyworkflow._config import settings
 from pyworkflow._declared import DeclaredWorkflow
-from pyworkflow._definitions import BoundWorkflow, RunOptions, Workflow, find_workflow
+from pyworkflow._definitions import RunOptions, Workflow, find_workflow
 from pyworkflow._engine.bells import bell_of_put
 from pyworkflow._engine.observers import observed_hooks, tell_observers
 from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
 from pyworkflow._names import check_limit, is_name
+from pyworkflow._queries import Named, query_of
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
 from pyworkflow._results import (
@@ -64,13 +65,12 @@ from pyworkflow.spi.storage import (
     NewRun,
     Page,
     Put,
-    RunQuery,
     StorageBackend,
     Update,
 )
 from pyworkflow.storekit import failpoints
 
-__all__ = ["IfStalled", "Named", "Operations"]
+__all__ = ["IfStalled", "Operations"]
 
 D = str | int | float | timedelta
 
@@ -82,7 +82,6 @@ failpoints.register(
 )
 
 IfStalled = Literal["raise", "wait"]
-Named = Workflow[..., Any] | BoundWorkflow[..., Any]
 
 _LEAST = timedelta(milliseconds=10)
 _LEAST_POLL = timedelta(milliseconds=50)
@@ -369,6 +368,7 @@ class Operations:
         poll = POLL
         if if_stalled != "wait":
             poll = min(poll, max(self._settings.stalled_after, _LEAST_POLL))
+        warn_at: float | None = loop.time() + self._settings.stalled_after.total_seconds()
         while True:
             if self._worker is not None and (busy := self._worker.following(run_id)):
                 # The usual end of a short run: no need to ask the store until it is there.
@@ -389,11 +389,26 @@ class Operations:
                 )
             if found.stalled is not None and if_stalled != "wait":
                 wait = min(wait, await self._check_stalled(found))
+            if warn_at is not None and loop.time() >= warn_at:
+                warn_at = None
+                self._warn_of_no_code(found)
             if await helps.with_run(run_id):
                 continue
             # An ended run answers every watch: only the end is waited for, not each event.
             del found  # many may wait
             await self._watch(run_id, min(wait, poll, helps.pause))
+
+    def _warn_of_no_code(self, run: Run) -> None:
+        """A run that waits for others to have its code: this process has a worker, and not that."""
+        if self._worker is None or run.status != RunStatus.PENDING or find_workflow(run.workflow):
+            return
+        _log.warning(
+            "no worker has taken the run yet: run_id=%s workflow=%s queue=%s; this process only "
+            "declares that workflow, if at all, and its own worker cannot run it: is the name "
+            "right, and is a worker with its code running on this store? A process whose "
+            "workflows run elsewhere needs no worker: set worker=False",
+            *(run.run_id, run.workflow, run.queue),
+        )
 
     async def _check_stalled(self, run: Run) -> timedelta:
         """How long the run may go on to be stalled. ``RunStalled``."""
@@ -436,11 +451,9 @@ class Operations:
         Raises:
             ArgumentError: no status, workflow or cursor, or a limit below 1.
         """
-        if type(limit) is not int or limit < 1:
-            raise ArgumentError(f"limit={limit!r} is not a whole number of runs, at least 1")
         if cursor is not None and not isinstance(cursor, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers pass what users wrote
             raise ArgumentError(f"cursor={cursor!r:.80} is not text; pass on a page's .cursor")
-        query = RunQuery(status=_statuses(status), workflow=_workflow_name(workflow), limit=limit)
+        query = query_of(status, workflow, limit)
         try:
             page = await self.storage.list_runs(query, cursor)
         except ValueError as error:
@@ -568,25 +581,3 @@ def _fresh_run(run_id: str, new: NewRun, at: datetime) -> Run:
 def _named(workflow: Workflow[Any, Any], text: str) -> dict[str, str]:
     args, kwargs = decode_arguments(text)
     return {n: repr(v)[:200] for n, v in workflow.argument_names(args, kwargs).items()}
-
-
-def _workflow_name(workflow: object) -> str | None:
-    """The name that a filter means, given as text, as a workflow or as one with options."""
-    if isinstance(workflow, BoundWorkflow):
-        workflow = cast("BoundWorkflow[..., Any]", workflow).workflow
-    if isinstance(workflow, Workflow):
-        return cast("Workflow[..., Any]", workflow).name
-    if workflow is None or isinstance(workflow, str):
-        return workflow
-    raise ArgumentError(f"workflow={workflow!r:.80} is neither a workflow nor the name of one")
-
-
-def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:
-    if status is None:
-        return None
-    wanted = [status] if isinstance(status, str) else list(status)
-    try:
-        return frozenset(RunStatus(s) for s in wanted)
-    except ValueError:
-        known = ", ".join(s.value for s in RunStatus)
-        raise ArgumentError(f"not a status: {wanted!r}; there are {known}") from None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyworkflow import _plugins
 from pyworkflow._clock import from_micros
 from pyworkflow._engine.live import InPlace, LiveRun
-from pyworkflow._engine.observers import log_stall
+from pyworkflow._engine.observers import context_of, log_stall
 from pyworkflow._engine.records import (
     COMMAND,
     INPUT,
@@ -353,6 +353,7 @@ class Session(Straight):
         left = bool(self._handing or self._running.keys() - handed)
         settle = not (inputs or left or self._worker.is_stopping or self._outgrows())
         again: Settle | None = None
+        timer: int | None = None
         if settle:
             timer = self._replay.next_timer()
             again = Settle(reschedule_at=None if timer is None else from_micros(timer))
@@ -365,6 +366,8 @@ class Session(Straight):
             self._worker.leases.discard(self._ref)
             turn = answer.turn
             if turn is None:
+                if timer is None and not self._replay.waiting_for():
+                    self._warn_of_no_wake_up()
                 # What the answer brought is for whoever claims the turn next.
                 return True
             self._hold(turn)
@@ -373,6 +376,18 @@ class Session(Straight):
             return False
         await self._deliver(answer, events)
         return None
+
+    def _warn_of_no_wake_up(self) -> None:
+        """The code waits for something that no step and no timer will bring."""
+        _log.warning(
+            "nothing can wake the run: workflow=%s run_id=%s; its code waits, and no step or timer "
+            "is pending that could let it go on: await a step or sleep(), or set what it waits for "
+            "in another task; `pyworkflow runs cancel %s` ends the run",
+            self._run.workflow,
+            self._run.run_id,
+            self._run.run_id,
+            extra=context_of(self._run.run_id, self._run.workflow),
+        )
 
     async def _finish(self) -> bool | None:
         """Commit the run's end. None when inputs came that it did not know: deliver and repeat."""
