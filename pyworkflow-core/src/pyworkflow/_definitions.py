@@ -26,6 +26,7 @@ from pyworkflow._names import check_limit, is_name
 from pyworkflow._option_values import (
     MOST_RETRIES,
     check_attributes,
+    check_hard_timeout,
     check_place,
     check_tags,
     delay_option,
@@ -159,10 +160,7 @@ class Step(Generic[P, R]):
                 f"at_most_once and max_retries={max_retries} exclude each other; leave one out"
             )
         check_place(DefinitionError, queue, priority)
-        if type(hard_timeout) is not bool:
-            raise DefinitionError(f"hard_timeout={hard_timeout!r} is neither True nor False")
-        if hard_timeout and timeout is None:
-            raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
+        check_hard_timeout(hard_timeout, timeout)
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.name = check_name("step", name, fn)

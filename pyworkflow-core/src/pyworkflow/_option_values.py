@@ -13,6 +13,7 @@ from pyworkflow.errors import ArgumentError, DefinitionError, WorkflowError
 __all__ = [
     "MOST_RETRIES",
     "check_attributes",
+    "check_hard_timeout",
     "check_place",
     "check_tags",
     "delay_option",
@@ -61,6 +62,14 @@ def check_attributes(attributes: object) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ArgumentError(f"the name of an attribute is not text: name={name!r:.80}")
     return cast("dict[str, Any]", found)
+
+
+def check_hard_timeout(hard_timeout: object, timeout: object) -> None:
+    """Refuse what is neither True nor False, and True without a timeout."""
+    if type(hard_timeout) is not bool:
+        raise DefinitionError(f"hard_timeout={hard_timeout!r} is neither True nor False")
+    if hard_timeout and timeout is None:
+        raise DefinitionError("hard_timeout=True says what a timeout does; add timeout=…")
 
 
 def duration_option(
