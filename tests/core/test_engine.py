@@ -1833,3 +1833,27 @@ def test_a_fault_of_the_engine_is_tried_again_after_pauses_and_then_stalls_the_r
             assert len(faults) == 3 + (not heals)
 
     asyncio.run(main())
+
+
+def test_an_exception_that_cannot_be_shown_is_warned_of_by_its_type(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Unshown(Exception):
+        def __repr__(self) -> str:
+            raise LookupError("no text")
+
+    def raises() -> None:
+        raise Unshown
+
+    @workflow
+    async def te_raises_in_a_callback() -> str:
+        asyncio.get_running_loop().call_soon(raises)
+        await asyncio.sleep(0)
+        return "done"
+
+    async def main() -> None:
+        async with bench() as b:
+            assert await b.run(te_raises_in_a_callback) == "done"
+
+    asyncio.run(main())
+    assert any(": Unshown run_id=" in r.getMessage() for r in caplog.records)

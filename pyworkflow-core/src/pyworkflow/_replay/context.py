@@ -233,7 +233,11 @@ class RunContext:
         """An exception that nobody awaits: shown to people, decides nothing."""
         if not self.evicting and not self.closed and len(self.warnings) < 20:
             exc = context.get("exception")
-            self.warnings.append(f"{context.get('message', '')}: {exc!r}")
+            try:
+                shown = repr(exc)
+            except Exception:  # noqa: BLE001 - a __repr__ of the user's
+                shown = type(exc).__name__
+            self.warnings.append(f"{context.get('message', '')}: {shown}")
 
     def raised(self, error: BaseException, traceback: str) -> None:
         """A step's error is raised where the code awaits it: people want the step's traceback."""
