@@ -27,12 +27,12 @@ class KnownRuns:
         self._keys = 0
         self._version = -1
 
-    def begin(self, conn: sqlite3.Connection) -> bool:
+    def begin(self, cursor: sqlite3.Cursor) -> bool:
         """A transaction that holds the write lock has begun: forget what others have changed.
 
         Whether others have changed nothing since the last one.
         """
-        (version,) = conn.execute("pragma data_version").fetchone()
+        (version,) = cursor.execute("pragma data_version").fetchone()
         if version == self._version:
             return True
         self._version = version

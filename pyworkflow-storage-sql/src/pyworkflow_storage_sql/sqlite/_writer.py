@@ -124,6 +124,8 @@ class Writer:
         self._name = namespace
         self._lock_timeout = lock_timeout
         self._conn: sqlite3.Connection | None = None
+        self._control: sqlite3.Cursor
+        """For what each transaction asks beside its operations; ``execute`` would make one each."""
         self._files = place
         self._is_elsewhere = False
         """It was not at its path after the last batch: nothing more is written meanwhile."""
@@ -204,6 +206,7 @@ class Writer:
             conn.close()
             raise
         self._conn = conn
+        self._control = conn.cursor()
         self.is_open = True
         return conn
 
@@ -220,7 +223,7 @@ class Writer:
         wait: bool,
     ) -> bool:
         writes = waiting[0].writes or any(operation.writes for operation in waiting)
-        if not (self._begin(conn, wait, writes) and self._read_clock(conn, wait, writes)):
+        if not (self._begin(wait, writes) and self._read_clock(conn, wait, writes)):
             return False
         batch = self._batch(conn)
         for operation in waiting:
@@ -254,12 +257,12 @@ class Writer:
                 own = [(operation, None, storage_error(error, self.path))]
             answers += own
 
-    def _begin(self, conn: sqlite3.Connection, wait: bool, writes: bool) -> bool:
+    def _begin(self, wait: bool, writes: bool) -> bool:
         if not writes:
-            conn.execute("begin")
+            self._control.execute("begin")
             return True
         try:
-            conn.execute("begin immediate")
+            self._control.execute("begin immediate")
             return True
         except sqlite3.OperationalError as error:
             if not is_busy(error):
@@ -273,7 +276,7 @@ class Writer:
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 1.5, 0.01)
             try:
-                conn.execute("begin immediate")
+                self._control.execute("begin immediate")
                 return True
             except sqlite3.OperationalError as error:
                 if not is_busy(error) or time.monotonic() > end:
@@ -283,16 +286,16 @@ class Writer:
         """Read the clock in the transaction; False without one when that would take long."""
         clock = self._clock
         was_committed, self._was_committed = self._was_committed, False
-        unchanged = writes and self._runs.begin(conn)
+        unchanged = writes and self._runs.begin(self._control)
         clock.read(conn, self._namespace, unchanged=unchanged and was_committed)
         if clock.jump:
             # In a transaction of its own: the batch may be rolled back, the clock would not be.
             if not writes:
                 conn.execute("rollback")
-                if not self._begin(conn, False, True):
+                if not self._begin(False, True):
                     self._work = clock.work
                     # Another process writes, and follows the clock; a read need not wait for it.
-                    return self._begin(conn, wait, writes)
+                    return self._begin(wait, writes)
                 clock.read(conn, self._namespace)
             if clock.jump:
                 clock.follow(conn, self._namespace)
@@ -300,10 +303,10 @@ class Writer:
                 clock.followed()
             else:
                 conn.execute("rollback")
-            if not self._begin(conn, wait, writes):
+            if not self._begin(wait, writes):
                 return False
             if writes:
-                self._runs.begin(conn)
+                self._runs.begin(self._control)
             clock.read(conn, self._namespace)
         self._work = clock.work
         return True
@@ -313,7 +316,7 @@ class Writer:
 
     def _commit(self, conn: sqlite3.Connection, batch: Batch) -> None:
         if not batch.dirty:
-            conn.execute("commit")
+            self._control.execute("commit")
             self._was_committed = True
             self._refuse_elsewhere()
             return
@@ -322,7 +325,7 @@ class Writer:
         if failpoints.active:
             failpoints.hit("sqlite.before_commit")
         began = time.perf_counter_ns()
-        conn.execute("commit")
+        self._control.execute("commit")
         self._was_committed = True
         self.pace.flushed(time.perf_counter_ns() - began)
         self._refuse_elsewhere()
