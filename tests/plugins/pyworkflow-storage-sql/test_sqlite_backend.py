@@ -35,6 +35,7 @@ from pyworkflow.spi import (
     StorageUnavailable,
 )
 from pyworkflow_storage_sql import SQLiteStorageBackend
+from pyworkflow_storage_sql.sqlite._schema import storage_error
 from pyworkflow_storage_sql.sqlite._url import make
 
 LEASE = timedelta(seconds=30)
@@ -173,6 +174,60 @@ def test_a_full_disk_refuses_whole_changes_and_loses_nothing(tmp_path: Path) -> 
         assert len(await storage.get_events("r")) == 1
         conn.execute("pragma max_page_count = 1000000")
         assert (await storage.commit_one(note("r", "big", "x" * 100_000))).seqs == [2]
+
+    use(path, body)
+
+
+SIZE_LIMIT = """
+import asyncio, resource, sys
+from pyworkflow.spi import Change, Event, NewRun, StorageFull
+from pyworkflow_storage_sql import SQLiteStorageBackend
+
+def change(run_id, size):
+    made = NewRun(workflow="w", version="1", args=f'["{"x" * size}"]')
+    event = Event("workflow.started", "I", {}, key="started")
+    return Change(run_id=run_id, key=run_id, create=made, events=[event])
+
+async def main():
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    async with SQLiteStorageBackend(sys.argv[1]) as storage:
+        await storage.commit_one(change("small", 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        for _ in range(2):
+            try:
+                await storage.commit_one(change("large", 300_000))
+            except StorageFull as error:
+                print(error)
+        assert await storage.get_run("large") is None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        answer = await storage.commit_one(change("large", 300_000))
+        assert not answer.duplicate
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of the size of files")
+def test_f28_a_limit_of_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIZE_LIMIT, str(tmp_path / "a.db")],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.count("Nothing was written") == 2
+    assert all(file.name.startswith("a.db") for file in tmp_path.iterdir()), "a probe stays"
+
+
+def test_a_write_that_fails_though_there_is_room_may_be_sent_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+
+    async def body(storage: SQLiteStorageBackend) -> None:
+        await storage.commit_one(create("r"))
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        assert type(storage_error(error, path)) is StorageUnavailable
 
     use(path, body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import tempfile
 import time
 from contextlib import closing
 from functools import cache
@@ -45,7 +46,10 @@ failpoints.register(
 OPEN_TIMEOUT: Final = 30.0
 #: "PyWf": tells a store from a database of somebody else.
 _APPLICATION_ID: Final = 0x50795766
+#: Bytes that are tried when a write has failed: more than a page of any database.
+_PROBE: Final = 128 * 1024
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
@@ -271,10 +275,29 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
+def _is_at_limit(error: sqlite3.Error, path: Path) -> bool:
+    """Whether a write failed for a quota or a limit of the size of files.
+
+    SQLite tells only ``ENOSPC`` from an I/O error. The next bytes of the largest file are tried
+    in a file without a name.
+    """
+    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_IOERR_WRITE:
+        return False
+    try:
+        files = [Path(f"{path.resolve()}{suffix}") for suffix in ("", "-wal")]
+        end = max(file.stat().st_size for file in files)
+        with tempfile.TemporaryFile(dir=files[0].parent) as probe:
+            probe.seek(end)
+            probe.write(bytes(_PROBE))
+    except OSError as problem:
+        return problem.errno in _NO_ROOM
+    return False
+
+
 def storage_error(error: BaseException, path: Path) -> BaseException:
     """What an error of SQLite or of the system means to a caller; others stay as they are."""
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in _NO_ROOM:
             return _caused(StorageFull(f"no room is left: path={path}; make room"), error)
         return _caused(
             StorageUnavailable(f"the database cannot be used: path={path} error={error}"), error
@@ -289,9 +312,10 @@ def storage_error(error: BaseException, path: Path) -> BaseException:
             f"another process holds the database's lock: path={path}; "
             "is one of its processes stopped? Send the same again"
         )
-    elif code == sqlite3.SQLITE_FULL:
+    elif code == sqlite3.SQLITE_FULL or _is_at_limit(error, path):
         made = StorageFull(
-            f"no room is left for the database: path={path}; make room. Nothing was written"
+            f"no room is left for the database: path={path}; make room on the disk, in the quota "
+            "or in the limit of the size of files. Nothing was written"
         )
     elif code in _DAMAGED or str(error).startswith("Could not decode"):
         made = StorageDamaged(str(path), 0, str(error))
