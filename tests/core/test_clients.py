@@ -440,6 +440,31 @@ def test_a_page_that_cannot_be_asked_for_is_refused(wrong: Any) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("run_id", lambda client: client.get_run(None)),
+        ("run_id", lambda client: client.get_run(cl_add)),
+        ("run_id", lambda client: client.result(5)),
+        ("run_id", lambda client: client.cancel(cl_add)),
+        ("run_id", lambda client: client.get_events(None)),
+        ("after", lambda client: client.get_events("r", after=-1)),
+        ("after", lambda client: client.get_events("r", after="1")),
+        ("limit", lambda client: client.get_events("r", limit=-1)),
+        ("limit", lambda client: client.get_events("r", limit=1.5)),
+        ("reason", lambda client: client.cancel("r", reason=5)),
+        ("status", lambda client: client.list_runs(status=5)),
+    ],
+)
+def test_a_question_about_what_is_no_run_is_refused(name: str, ask: Any) -> None:
+    async def main() -> None:
+        async with Client(storage=MemoryStorageBackend()) as client:
+            with pytest.raises(ArgumentError, match=f"{name}="):
+                await ask(client)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("timeout", [-1, "soon", float("nan"), []], ids=str)
 def test_a_timeout_that_is_no_duration_is_refused_and_starts_nothing(timeout: Any) -> None:
     async def main() -> None:

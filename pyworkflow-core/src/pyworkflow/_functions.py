@@ -216,7 +216,10 @@ async def list_runs_async(
 
 
 def get_events(run_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
-    """The run's events with seq above ``after``, in order. Raises ``RunNotFound``."""
+    """The run's events with seq above ``after``, in order; at most ``limit``.
+
+    Raises ``RunNotFound``, and ``ArgumentError`` for a negative number.
+    """
     form = "get_events_async(...)"
     return call("get_events()", form, lambda ops: ops.get_events(run_id, after, limit))
 

@@ -21,7 +21,7 @@ from pyworkflow._engine.pipeline import Pipeline, StorageClock
 from pyworkflow._engine.records import cancelled_error
 from pyworkflow._engine.worker import Worker
 from pyworkflow._names import check_limit, is_name
-from pyworkflow._queries import Named, query_of
+from pyworkflow._queries import Named, check_events, check_reason, check_run_id, query_of
 from pyworkflow._registry import check_findable
 from pyworkflow._replay._cpython import ASYNCIO_PROFILE
 from pyworkflow._results import (
@@ -91,7 +91,6 @@ _NEVER = 2**62
 _LOCAL = 1.0
 """Seconds that a result waits for this process's own turn before it watches the store: who else ends
 the run meanwhile is noticed that much later."""
-_LONGEST_REASON = 4096
 
 
 class Operations:
@@ -331,6 +330,7 @@ class Operations:
 
     async def get_run(self, run_id: str) -> Run:
         """The run, with plain texts where they can be unwrapped here."""
+        check_run_id(run_id)
         found = await self.storage.get_run(run_id)
         if found is None:
             raise RunNotFound(run_id)
@@ -340,6 +340,7 @@ class Operations:
         self, run_id: str, timeout: D | None, if_stalled: IfStalled | None = None
     ) -> Any:
         """Wait for the run's end; its result, or its error raised. In a step, help it on."""
+        check_run_id(run_id)
         if if_stalled not in (None, "raise", "wait"):
             raise ArgumentError(f"if_stalled={if_stalled!r} is neither 'raise' nor 'wait'")
         end = None
@@ -465,6 +466,8 @@ class Operations:
 
     async def get_events(self, run_id: str, after: int, limit: int | None) -> list[Event]:
         """Events of a run that exists, their payloads unwrapped where that can be done here."""
+        check_run_id(run_id)
+        check_events(after, limit)
         events = await self.storage.get_events(run_id, after=after, limit=limit)
         if not events and await self.storage.get_run(run_id) is None:
             raise RunNotFound(run_id)
@@ -472,8 +475,8 @@ class Operations:
 
     async def cancel(self, run_id: str, reason: str) -> None:
         """Make a request to cancel durable, or close a run that no code has to end."""
-        if len(reason) > _LONGEST_REASON:
-            raise ArgumentError(f"the reason is too long: limit={_LONGEST_REASON} characters")
+        check_run_id(run_id)
+        check_reason(reason)
         found = await self.storage.get_run(run_id)
         if found is None:
             raise RunNotFound(run_id)

@@ -10,10 +10,34 @@ from pyworkflow.errors import ArgumentError
 from pyworkflow.runs import RunStatus
 from pyworkflow.spi.storage import RunQuery
 
-__all__ = ["Named", "query_of"]
+__all__ = ["Named", "check_events", "check_reason", "check_run_id", "query_of"]
+
+_LONGEST_REASON = 4096
 
 Named = Workflow[..., Any] | BoundWorkflow[..., Any]
 """A workflow, given where its name is meant."""
+
+
+def check_run_id(run_id: object) -> None:
+    """Refuse what is no text, such as a workflow or a run. ``ArgumentError``."""
+    if not isinstance(run_id, str):
+        raise ArgumentError(f"run_id={run_id!r:.80} is not text; give the id that start() returned")
+
+
+def check_events(after: object, limit: object) -> None:
+    """Refuse a part of a history that is none. ``ArgumentError``."""
+    if type(after) is not int or after < 0:
+        raise ArgumentError(f"after={after!r} is not a whole number, at least 0")
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise ArgumentError(f"limit={limit!r} is not a whole number of events, at least 0")
+
+
+def check_reason(reason: object) -> None:
+    """Refuse a reason to cancel that is no text, or too long. ``ArgumentError``."""
+    if not isinstance(reason, str):
+        raise ArgumentError(f"reason={reason!r:.80} is not text")
+    if len(reason) > _LONGEST_REASON:
+        raise ArgumentError(f"the reason is too long: limit={_LONGEST_REASON} characters")
 
 
 def query_of(
@@ -43,6 +67,8 @@ def _workflow_name(workflow: object) -> str | None:
 def _statuses(status: str | Iterable[str] | None) -> frozenset[RunStatus] | None:
     if status is None:
         return None
+    if not isinstance(status, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance] - callers pass what users wrote
+        raise ArgumentError(f"status={status!r:.80} is neither a status nor a list of them")
     wanted = [status] if isinstance(status, str) else list(status)
     try:
         return frozenset(RunStatus(s) for s in wanted)
