@@ -485,3 +485,20 @@ def test_an_error_of_http_keeps_its_code_and_is_no_trap():
     again.add_note("handled")
     assert "handled" in "".join(traceback.format_exception(again))
     assert not hasattr(again, "unknown")
+
+
+def test_an_error_of_http_that_010_recorded_comes_back_as_itself():
+    attributes = {"code": 404, "msg": "Not Found", "hdrs": {}, "name": "<urllib response>"}
+    stored = {
+        "type": "urllib.error:HTTPError",
+        "message": "HTTP Error 404: Not Found",
+        "traceback": "",
+        "portable": True,
+        "details": {"args": "[]", "attrs": json.dumps(attributes)},
+    }
+    again = decode_error(stored)
+    assert (type(again), again.code) == (urllib.error.HTTPError, 404)
+    again.add_note("handled")
+    assert "handled" in "".join(traceback.format_exception(again))
+    failed = round_trip(raised(again))  # the run fails with it
+    assert (type(failed), failed.type) == (StepError, "urllib.error:HTTPError")

@@ -104,7 +104,10 @@ def _made(info: Mapping[str, Any], details: Mapping[str, Any], exact: bool) -> B
         )
     try:
         made = _rebuild(cast("type[Exception]", kind), details, exact)
-        getattr(made, "__notes__", None)  # whoever handles an exception reads these
+        if not _has_notes(made):
+            # Recorded by 0.1.0, which did not look: whoever handles the exception reads its notes.
+            _set(made, "__notes__", [])
+            getattr(made, "__notes__", None)
         return made
     except SerializationError:
         raise
