@@ -216,6 +216,7 @@ class Server:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # for the ends of their connections
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._end.set)

@@ -32,12 +32,20 @@ class Damager:
         self.damage: Damage | None = None
         self.times = 0
         self.port = 0
+        self.tasks = set[asyncio.Task[object]]()
 
     async def accept(
         self, host: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Carry one connection."""
-        there, back = await asyncio.open_connection(host, port)
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        try:
+            there, back = await asyncio.open_connection(host, port)
+        except BaseException:  # the test is over
+            writer.close()
+            raise
         try:
             with suppress(asyncio.CancelledError):  # the test is over
                 await asyncio.gather(
@@ -78,6 +86,10 @@ async def damaged(url: str) -> AsyncIterator[tuple[Damager, str]]:
         yield damager, url.replace(f"{host}:{port}", f"127.0.0.1:{damager.port}")
     finally:
         server.close()
+        for task in damager.tasks:
+            task.cancel()
+        await asyncio.gather(*damager.tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for the ends of their connections
 
 
 @pytest.mark.parametrize("times", [1, 2])
