@@ -7,13 +7,13 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
+from pyworkflow._engine.faults import Faults
 from pyworkflow.errors import StorageDamaged
 from pyworkflow.spi.storage import ClaimRef, StorageBackend
 
 __all__ = ["DamagedWork"]
 
 _log = logging.getLogger("pyworkflow.engine")
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1, 300
 _REMEMBERED = 10_000
 
 
@@ -23,8 +23,9 @@ class DamagedWork:
     def __init__(self, storage: StorageBackend, on_given_up: Callable[[], None]) -> None:
         self._storage = storage
         self._on_given_up = on_given_up
-        self._met: dict[tuple[str, str], tuple[int, str]] = {}
-        """(run, item) -> how often damage was met, and the text that was logged last."""
+        self._faults = Faults()
+        self._logged: dict[tuple[str, str], str] = {}
+        """(run, item) -> the damage that was logged last."""
 
     async def attempt(self, work: Coroutine[Any, Any, None], ref: ClaimRef | None) -> None:
         """Do work under a claim; where damage ends it, release the item until later.
@@ -43,11 +44,10 @@ class DamagedWork:
     def _note(self, ref: ClaimRef, damage: StorageDamaged) -> timedelta:
         """For how long the item is left alone now; the log names it once."""
         key, text = (ref.run_id, ref.item_id), str(damage)
-        times, told = self._met.pop(key, (0, ""))
-        if len(self._met) >= _REMEMBERED:
-            del self._met[next(iter(self._met))]
-        self._met[key] = times + 1, text
-        if text != told:
+        if self._logged.get(key) != text:
+            if len(self._logged) >= _REMEMBERED:
+                self._logged.clear()
+            self._logged[key] = text
             _log.error(
                 "an item is left alone, for the store is damaged there; the other runs continue: "
                 "item_id=%s run_id=%s: %s",
@@ -55,4 +55,5 @@ class DamagedWork:
                 ref.run_id,
                 text,
             )
-        return timedelta(seconds=min(_FIRST_PAUSE_S * 2 ** min(times, 10), _LONGEST_PAUSE_S))
+        pause, _ = self._faults.count(key)
+        return pause
